@@ -1,0 +1,77 @@
+"""The padded, batched tensors that travel between the stages.
+
+Dimensions: N images, G ground-truth boxes per image (padded), P proposals per image (padded), R RoIs, D detections per
+image (padded), C channels, K foreground classes, S side of a stored mask, M side of a predicted mask.
+
+Every stage is batched over images: rows that only pad are marked False in `valid`. Boxes are (x1, y1, x2, y2) in pixels
+of the network's input image, continuous and half-open, float32. Labels: 0 background, 1..K foreground, -1 ignored.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """What the network sees."""
+
+    images: Tensor  # [N, 3, H, W] uint8 RGB, content at the top left, zeros right and below
+    image_sizes: Tensor  # [N, 2] int64 (height, width) of the content
+    original_sizes: Tensor  # [N, 2] int64 (height, width) of the image file, EXIF orientation applied
+    image_ids: Tensor  # [N] int64, the data set's image ids
+    sample_keys: Tensor  # [N] int64, seeds of the random RoI sampling: a function of (seed, epoch, image) alone
+
+
+class Targets(NamedTuple):
+    """What the network should find, padded to the largest G of the batch (at least 1)."""
+
+    boxes: Tensor  # [N, G, 4] float32
+    labels: Tensor  # [N, G] int64, 1..K; 0 in padding
+    valid: Tensor  # [N, G] bool
+    crowd: Tensor  # [N, G] bool: regions to ignore, never positives
+    masks: Tensor | None = None  # [N, G, S, S] uint8 0/1, each seen through its own window
+    mask_windows: Tensor | None = None  # [N, G, 4] float32, the image rectangle that the S x S cells cover
+    has_mask: Tensor | None = None  # [N, G] bool: False for objects that came with a box only
+    keypoints: Tensor | None = None  # [N, G, points, 3] float32 (x, y, visibility 0/1/2)
+
+
+class Proposals(NamedTuple):
+    """Class-agnostic candidate boxes of the RPN, best first."""
+
+    boxes: Tensor  # [N, P, 4]
+    scores: Tensor  # [N, P] in (0, 1)
+    valid: Tensor  # [N, P] bool
+
+
+class RoIFeatures(NamedTuple):
+    """What a RoI method returns."""
+
+    features: Tensor  # [R, C, output_h, output_w]
+    offsets: Tensor | None = None  # [R, 2, points_h, points_w] (dx, dy), normalised, before gamma
+    modulation: Tensor | None = None  # [R, points_h, points_w] in (0, 1)
+
+
+class Detections(NamedTuple):
+    """The result, best first. `masks` are probabilities in the box's own frame until they are pasted into the image."""
+
+    boxes: Tensor  # [N, D, 4]
+    scores: Tensor  # [N, D]
+    labels: Tensor  # [N, D] int64, 1..K
+    valid: Tensor  # [N, D] bool
+    masks: Tensor | None = None  # [N, D, M, M] float in (0, 1)
+    keypoints: Tensor | None = None  # [N, D, points, 3] float (x, y, score)
+
+
+def to_device(batch, device, non_blocking: bool = True):
+    """Copy of a tuple of tensors (None allowed) on `device`."""
+    return type(batch)(*(t if t is None else t.to(device, non_blocking=non_blocking) for t in batch))
+
+
+def rois_from_boxes(boxes: Tensor, valid: Tensor) -> Tensor:
+    """The valid rows of padded boxes [N, P, 4] as RoIs [R, 5] = (batch_index, x1, y1, x2, y2), image by image."""
+    image = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)
+    image = image[:, None, None].expand(*boxes.shape[:2], 1)
+    return torch.cat([image, boxes], dim=2)[valid]
