@@ -1,0 +1,67 @@
+"""Which code computes a RoI method: one function decides; a context manager or an environment variable overrides it.
+
+Paths:
+- "triton": kernels on the GPU, all levels in one launch (triton_align.py, triton_bag.py).
+- "bag": the weighted bag of cells in pure PyTorch (bag.py): every device, every dtype, every gradient.
+- "torchvision": torchvision's compiled op, one call per level; only for what it implements.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+PATHS = ("triton", "bag", "torchvision")
+_forced: str | None = None
+
+
+@torch.compiler.assume_constant_result
+@cache
+def triton_available() -> bool:
+    """Whether this machine has Triton and a GPU that it compiles for."""
+    return (
+        find_spec("triton") is not None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (7, 0)
+    )
+
+
+def choose_path(features: Tensor, paths: Sequence[str] = PATHS) -> str:
+    """The path that computes a RoI method over `features` (of any level), out of the `paths` that the method has.
+
+    On the GPU "triton" where it can run, else "torchvision", else "bag". On the CPU "bag", the fastest there. float64,
+    which is for gradient checks, is the bag's everywhere. `use_path` or the environment variable ROI_PATH force a path
+    on the methods that have it.
+
+    Raises ValueError if the forced path is unknown.
+    """
+    forced = _forced or os.environ.get("ROI_PATH")
+    if forced and forced not in PATHS:
+        raise ValueError(f"the environment variable ROI_PATH must be one of {PATHS}, got {forced!r}")
+    if forced in paths:
+        return forced
+    if features.is_cuda and features.dtype != torch.float64:
+        order = ("triton", "torchvision", "bag") if triton_available() else ("torchvision", "bag")
+    else:
+        order = ("bag", "torchvision")
+    return next(path for path in order if path in paths)
+
+
+@contextmanager
+def use_path(path: str) -> Iterator[None]:
+    """Force `path` on every method that has it: `with use_path("bag"): ...`.
+
+    Raises ValueError if `path` is unknown.
+    """
+    global _forced
+    if path not in PATHS:
+        raise ValueError(f"path must be one of {PATHS}, got {path!r}")
+    before, _forced = _forced, path
+    try:
+        yield
+    finally:
+        _forced = before
