@@ -1,0 +1,29 @@
+"""What several tests share: the real data beside the project, where there is any, and a tiny generated data set."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real data sets; tests that want it are skipped where it is missing."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no real data: {folder / 'data'} is missing")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes_tiny(tmp_path_factory) -> Path:
+    """The shapes data set in small: 24 train and 8 val images of 96 x 96 px."""
+    out = tmp_path_factory.mktemp("shapes_tiny")
+    script = [sys.executable, ROOT / "data" / "make_shapes.py", "--out", out]
+    subprocess.run([*script, "--train", "24", "--val", "8", "--size", "96", "--seed", "1"], check=True)
+    return out
