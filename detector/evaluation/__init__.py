@@ -1,0 +1,6 @@
+"""COCO metrics, masks as COCO stores them, and the loop that evaluates a model on a data set."""
+
+from .coco import coco_metrics
+from .results import detections_to_coco, to_original, write_json
+
+__all__ = ["coco_metrics", "detections_to_coco", "to_original", "write_json"]

@@ -1,0 +1,81 @@
+"""Masks between the box frame, the image and COCO's run-length code.
+
+A mask of M x M probabilities covers its box. A pixel (i, j) belongs to the object if the probability at its centre
+(j + 0.5, i + 0.5), bilinearly interpolated between the cell centres and zero outside the mask, reaches the threshold.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from pycocotools import mask as rle_tools
+
+PASTE_METHODS = ("aligned", "torchvision")
+
+
+def paste_window(
+    mask: np.ndarray, box: np.ndarray, height: int, width: int, threshold: float = 0.5, paste: str = "aligned"
+) -> tuple[np.ndarray, int, int]:
+    """The visible part of one instance's mask: (window [h, w] bool, top, left).
+
+    mask: [M, M] probabilities; box: (x1, y1, x2, y2) in the image of height x width pixels, not necessarily inside it.
+    paste: "aligned" samples exact box coordinates (Detectron2's geometry); "torchvision" rounds the box, padded by one
+    mask cell, to whole pixels first, as torchvision does, and compares with > instead of >=.
+    """
+    if paste not in PASTE_METHODS:
+        raise ValueError(f"paste is {paste!r}; choose one of {', '.join(PASTE_METHODS)}")
+    if paste == "torchvision":
+        box = _torchvision_box(box, mask.shape[0])
+    top, rows = _interpolation(box[1], box[3], height, mask.shape[0])
+    left, columns = _interpolation(box[0], box[2], width, mask.shape[1])
+    values = rows @ mask @ columns.T
+    return (values > threshold if paste == "torchvision" else values >= threshold), top, left
+
+
+def _interpolation(start: float, end: float, size: int, cells: int) -> tuple[int, np.ndarray]:
+    """First pixel inside [start, end) and the image, and the weights [pixels, cells] of the mask's cells there."""
+    first, last = max(int(np.ceil(start - 0.5)), 0), min(int(np.ceil(end - 0.5)), size)
+    if not end > start or last <= first:
+        return 0, np.zeros((0, cells), dtype=np.float32)
+    centres = np.arange(first, last, dtype=np.float32) + np.float32(0.5)
+    position = (centres - np.float32(start)) * np.float32(cells / (end - start)) - np.float32(0.5)
+    return first, np.maximum(1 - np.abs(position[:, None] - np.arange(cells, dtype=np.float32)), 0)
+
+
+def _torchvision_box(box: np.ndarray, cells: int) -> np.ndarray:
+    """The box that torchvision pastes into: grown by a cell on each side and made whole pixels, then shrunk again."""
+    centre, half = (box[:2] + box[2:]) * np.float32(0.5), (box[2:] - box[:2]) * np.float32(0.5)
+    half = half * np.float32((cells + 2) / cells)
+    first, last = np.trunc(centre - half), np.trunc(centre + half) + 1  # the last pixel is inside
+    cell = (last - first) / (cells + 2)
+    return np.concatenate([first + cell, last - cell])
+
+
+def paste_masks(masks, boxes, height: int, width: int, threshold: float = 0.5, paste: str = "aligned") -> np.ndarray:
+    """Full-size masks [D, height, width] bool of masks [D, M, M] in boxes [D, 4]."""
+    image = np.zeros((len(boxes), height, width), dtype=bool)
+    for out, mask, box in zip(image, np.asarray(masks, np.float32), np.asarray(boxes, np.float32)):
+        window, top, left = paste_window(mask, box, height, width, threshold, paste)
+        out[top : top + window.shape[0], left : left + window.shape[1]] = window
+    return image
+
+
+def encode_window(window: np.ndarray, top: int, left: int, height: int, width: int) -> dict:
+    """COCO's compressed RLE of an image that is zero but for `window` [h, w] bool at (top, left): only that is read.
+
+    Returns {"size": [height, width], "counts": str}, the same bytes that pycocotools makes of the full image.
+    """
+    h, w = window.shape
+    # COCO runs down the columns; a zero row between them ends every run inside its own column
+    columns = np.zeros((w, h + 1), dtype=bool)
+    columns[:, :h] = window.T
+    flips = np.flatnonzero(np.diff(columns.ravel(), prepend=False))
+    column, row = np.divmod(flips, h + 1)
+    flips = (left + column) * height + top + row
+    if h == height:  # runs that go on at the top of the next column: their end and new start cancel
+        joined = np.flatnonzero(flips[1:-1:2] == flips[2::2]) * 2 + 1
+        flips = np.delete(flips, np.concatenate([joined, joined + 1]))
+    counts = np.diff(flips, prepend=0, append=height * width)
+    if len(flips) and flips[-1] == height * width:
+        counts = counts[:-1]
+    rle = rle_tools.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}

@@ -1,0 +1,77 @@
+"""From the network's detections to COCO results, and files that are either whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..boxes import area, clip
+from ..structures import Batch, Detections
+from .masks import encode_window, paste_window
+
+
+def to_original(detections: Detections, batch: Batch) -> Detections:
+    """The same detections in pixels of the original images; boxes without area inside the image become invalid."""
+    scale = batch.original_sizes / batch.image_sizes
+    scale = scale.to(detections.boxes).flip(1)[:, None]  # [N, 1, 2] (x, y)
+    boxes = clip(detections.boxes.float() * scale.repeat(1, 1, 2), batch.original_sizes)
+    keypoints = detections.keypoints
+    if keypoints is not None:
+        keypoints = torch.cat([keypoints[..., :2] * scale[:, :, None], keypoints[..., 2:]], dim=-1)
+    return detections._replace(boxes=boxes, valid=detections.valid & (area(boxes) > 0), keypoints=keypoints)
+
+
+def detections_to_coco(
+    detections: Detections,
+    batch: Batch,
+    category_ids: Sequence[int],
+    threshold: float = 0.5,
+    paste: str = "aligned",
+) -> list[dict]:
+    """COCO results, best first in each image: image_id, category_id, bbox [x, y, width, height], score, and where the
+    model predicts them segmentation (compressed RLE, text counts) and keypoints [x, y, score] * points.
+
+    detections: in pixels of the network's input. category_ids: the id of label 1, 2, ... in the annotation file; labels
+    with id None (categories that the data set does not have) are left out. threshold, paste: see masks.paste_window.
+    """
+    found = Detections(*(None if t is None else t.float().cpu().numpy() for t in to_original(detections, batch)))
+    results = []
+    for n, image_id in enumerate(batch.image_ids.tolist()):
+        height, width = batch.original_sizes[n].tolist()
+        for d in np.flatnonzero(found.valid[n]):
+            label = int(found.labels[n, d])
+            if not 1 <= label <= len(category_ids):
+                raise ValueError(f"label {label} of image {image_id} has no category: there are {len(category_ids)}")
+            if category_ids[label - 1] is None:
+                continue
+            x1, y1, x2, y2 = found.boxes[n, d].tolist()
+            result = {
+                "image_id": image_id,
+                "category_id": int(category_ids[label - 1]),
+                "bbox": [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)],
+                "score": float(found.scores[n, d]),
+            }
+            if found.masks is not None:
+                window = paste_window(found.masks[n, d], found.boxes[n, d], height, width, threshold, paste)
+                result["segmentation"] = encode_window(*window, height, width)
+            if found.keypoints is not None:
+                result["keypoints"] = [round(v, 3) for v in found.keypoints[n, d].ravel().tolist()]
+            results.append(result)
+    return results
+
+
+def write_json(path: str | Path, content, indent: int | None = None) -> None:
+    """Write `content` so that a reader, or a crash, never meets half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

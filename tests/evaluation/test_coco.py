@@ -1,0 +1,286 @@
+"""The project's COCO numbers against pycocotools, the authors' reference values, and hand-made cases."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import cv2
+import numpy as np
+import pytest
+from hotcoco import mask as rle_tools
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detector.evaluation import coco_metrics
+from detector.evaluation.boundary import boundary_rle, boundary_width
+from detector.evaluation.coco import BOX_METRICS, KEYPOINT_METRICS
+
+CONFORMANCE = ["val2014_fake_bbox", "val2014_fake_segm", "dataset_bbox", "dataset_segm"]
+
+
+def disc(height, width, centre, radius):
+    y, x = np.mgrid[:height, :width]
+    return ((x - centre[0]) ** 2 + (y - centre[1]) ** 2 <= radius**2).astype(np.uint8)
+
+
+def rle_of(mask):
+    rle = rle_tools.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+def random_case(seed, images=6, objects=8, classes=3, size=160):
+    """Ground truth with crowds and wide area range, and noisy, duplicated, mislabelled and spurious detections."""
+    rng = np.random.default_rng(seed)
+    annotations, predictions = [], []
+
+    def entry(centre, radius, image, category):
+        mask = disc(size, size, centre, radius)
+        rle = rle_of(mask)
+        return {
+            "image_id": image,
+            "category_id": category,
+            "bbox": rle_tools.toBbox(rle).tolist(),
+            "segmentation": rle,
+            "area": float(mask.sum()),
+        }
+
+    for image in range(images):
+        for _ in range(rng.integers(0, objects)):
+            centre, radius, category = (
+                rng.uniform(8, size - 8, 2),
+                rng.uniform(2, 70),
+                int(rng.integers(classes)) * 7 + 3,
+            )
+            annotations.append(
+                entry(centre, radius, image, category) | {"id": len(annotations), "iscrowd": int(rng.random() < 0.15)}
+            )
+            for _ in range(rng.integers(0, 4)):
+                moved = entry(centre + rng.normal(0, 2, 2), radius * rng.uniform(0.8, 1.2), image, category)
+                if rng.random() < 0.2:
+                    moved["category_id"] = int(rng.integers(classes)) * 7 + 3
+                moved["score"] = float(np.round(rng.random(), 1))  # ties on purpose
+                moved.pop("area")
+                predictions.append(moved)
+    truth = {
+        "images": [{"id": i, "width": size, "height": size, "file_name": f"{i}.jpg"} for i in range(images)],
+        "categories": [{"id": k * 7 + 3, "name": f"class {k}"} for k in range(classes)],
+        "annotations": annotations,
+    }
+    return truth, predictions
+
+
+@pytest.fixture
+def case():
+    return random_case(0)
+
+
+@pytest.mark.parametrize("backend", ["hotcoco", "pycocotools"])
+@pytest.mark.parametrize("name", CONFORMANCE)
+def test_conformance_to_full_precision(shared, name, backend):
+    folder = shared / "data" / "coco_eval_conformance"
+    expected = json.loads((folder / "expected_pycocotools.json").read_text())[name]
+    metrics = coco_metrics(folder / expected["gt"], str(folder / expected["dt"]), expected["iou_type"], backend)
+    assert tuple(metrics) == BOX_METRICS
+    assert list(metrics.values()) == expected["stats"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), iou_type=st.sampled_from(["bbox", "segm"]), mask_area=st.booleans())
+def test_backends_agree_bit_for_bit(seed, iou_type, mask_area):
+    truth, predictions = random_case(seed)
+    a, b = (coco_metrics(truth, predictions, iou_type, k, True, mask_area) for k in ("hotcoco", "pycocotools"))
+    assert a == b
+
+
+def test_mask_area_option_is_what_results_without_boxes_give(shared):
+    folder = shared / "data" / "coco_eval_conformance"
+    truth, results = (json.loads((folder / f"{k}_dataset.json").read_text()) for k in ("gt", "dt"))
+    without = [{k: v for k, v in r.items() if k not in ("bbox", "area")} for r in results]
+    by_box, by_mask = (coco_metrics(truth, results, "segm", mask_area=m) for m in (False, True))
+    assert by_mask == coco_metrics(truth, without, "segm", "pycocotools")
+    assert by_mask["APm"] != by_box["APm"] and by_mask["AP"] == by_box["AP"]
+
+
+def test_inputs_stay_as_they_were(case):
+    before = copy.deepcopy(case)
+    for iou_type in ("bbox", "segm", "boundary"):
+        for backend in ("hotcoco", "pycocotools"):
+            coco_metrics(*case, iou_type, backend)
+    assert case == before
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm", "boundary"])
+@pytest.mark.parametrize("backend", ["hotcoco", "pycocotools"])
+def test_truth_as_predictions_is_perfect_and_nothing_is_zero(case, iou_type, backend):
+    truth, _ = case
+    truth["annotations"] = [a | {"iscrowd": 0} for a in truth["annotations"]]
+    perfect = [{k: a[k] for k in ("image_id", "category_id", "bbox", "segmentation")} for a in truth["annotations"]]
+    metrics = coco_metrics(truth, [p | {"score": 1.0} for p in perfect], iou_type, backend, per_class=True)
+    assert metrics["AP"] == pytest.approx(1, abs=1e-12) and metrics["AR100"] == 1
+    assert {k: v["AP"] for k, v in metrics["per_class"].items()} == pytest.approx(
+        dict.fromkeys(metrics["per_class"], 1)
+    )
+    nothing = coco_metrics(truth, [], iou_type, backend)
+    assert nothing["AP"] == nothing["AR100"] == 0
+
+
+def test_per_class_mean_is_the_total_and_absent_class_is_minus_one(case):
+    truth, predictions = case
+    truth["categories"].append({"id": 99, "name": "absent"})
+    metrics = coco_metrics(truth, predictions, per_class=True)
+    assert metrics["per_class"]["absent"] == dict.fromkeys(BOX_METRICS, -1.0)
+    for name in BOX_METRICS:
+        values = [v[name] for v in metrics["per_class"].values() if v[name] > -1]
+        assert np.mean(values) == pytest.approx(metrics[name], abs=1e-12)
+
+
+def test_annotation_ids_do_not_matter(case):
+    """pycocotools takes id 0 for 'unmatched' and merges repeated ids."""
+    truth, predictions = case
+    expected = coco_metrics(truth, predictions)
+    for ids in (range(1, 999), range(0, 998), [5] * 999):
+        changed = truth | {"annotations": [a | {"id": i} for a, i in zip(truth["annotations"], ids)]}
+        assert coco_metrics(changed, predictions, backend="pycocotools") == expected
+
+
+def test_keypoints():
+    rng = np.random.default_rng(0)
+    points = rng.uniform(10, 90, (4, 17, 2))
+    annotations = [
+        {
+            "id": i,
+            "image_id": 1,
+            "category_id": 1,
+            "bbox": [0, 0, 96, 96],
+            "area": 9000,
+            "iscrowd": 0,
+            "num_keypoints": 17,
+            "keypoints": np.insert(p, 2, 2, axis=1).ravel().tolist(),
+        }
+        for i, p in enumerate(points)
+    ]
+    truth = {"images": [{"id": 1, "width": 96, "height": 96}], "categories": [{"id": 1, "name": "person"}]}
+    truth["annotations"] = annotations
+    predictions = [
+        {"image_id": 1, "category_id": 1, "score": 0.9, "keypoints": np.insert(p + e, 2, 1, axis=1).ravel().tolist()}
+        for p, e in zip(points, (0, 0.5, 3, 30))
+    ]
+    a, b = (coco_metrics(truth, predictions, "keypoints", k) for k in ("hotcoco", "pycocotools"))
+    assert a == b and tuple(a) == KEYPOINT_METRICS and 0.3 < a["AP"] < 0.9
+    tight, loose = (coco_metrics(truth, predictions, "keypoints", sigmas=[s] * 17)["AP"] for s in (1e-3, 10))
+    assert tight == pytest.approx(1 / 4, abs=0.01) and loose == pytest.approx(1)
+    for a in annotations:
+        a["keypoints"] = a["keypoints"][:9]
+    with pytest.raises(ValueError, match=r"sigmas must be given for objects of \[3\] keypoints"):
+        coco_metrics(truth, predictions, "keypoints")
+
+
+BAD_PREDICTIONS = [
+    ({"image_id": 404}, "image_id is 404"),
+    ({"image_id": "0"}, "image_id is '0'"),
+    ({"category_id": 1}, "category_id is 1"),
+    ({"score": math.nan}, "score is nan"),
+    ({"score": "high"}, "score is 'high'"),
+    ({"score": None}, "score is None"),
+    ({"bbox": [1, 2, 3]}, r"bbox is \[1, 2, 3\]"),
+    ({"bbox": [1, 2, math.inf, 4]}, "four finite numbers"),
+    ({"bbox": [1, 2, -3, 4]}, "cannot be negative"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_PREDICTIONS)
+@pytest.mark.parametrize("backend", ["hotcoco", "pycocotools"])
+def test_bad_predictions_are_named(case, change, message, backend):
+    truth, predictions = case
+    predictions[2] |= change
+    with pytest.raises(ValueError, match=r"predictions\[2\].*" + message):
+        coco_metrics(truth, predictions, backend=backend)
+
+
+def test_predictions_of_the_wrong_kind(case, tmp_path):
+    truth, predictions = case
+    with pytest.raises(TypeError, match="list of COCO results, got dict"):
+        coco_metrics(truth, {"annotations": predictions})
+    with pytest.raises(TypeError, match=r"predictions\[0\]: expected a dict, got list"):
+        coco_metrics(truth, [[1, 2, 3]])
+    with pytest.raises(ValueError, match=r"predictions\[0\] has no 'segmentation', which iou_type='segm' needs"):
+        coco_metrics(truth, [{k: v for k, v in predictions[0].items() if k != "segmentation"}], "segm")
+    with pytest.raises(ValueError, match=r"segmentation size is \[9, 9\], image"):
+        coco_metrics(truth, [predictions[0] | {"segmentation": {"size": [9, 9], "counts": "abc"}}], "segm")
+    with pytest.raises(ValueError, match=r"predictions\[0\]: segmentation must be polygons or an RLE"):
+        coco_metrics(truth, [predictions[0] | {"segmentation": "outline"}], "segm")
+    with pytest.raises(FileNotFoundError, match=r"prediction file .*gone.json does not exist"):
+        coco_metrics(truth, tmp_path / "gone.json")
+    (tmp_path / "cut.json").write_text(json.dumps(predictions)[:-30])
+    with pytest.raises(ValueError, match=r"cut.json is not JSON"):
+        coco_metrics(truth, tmp_path / "cut.json")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("images"), "'images' must be a list, got NoneType"),
+        (lambda t: t["images"].append(t["images"][0]), r"images: ids must differ; repeated: \[0\]"),
+        (lambda t: t["categories"].append({"id": 50, "name": "class 0"}), r"category names .* repeated: \['class 0'\]"),
+        (lambda t: t["annotations"][1].update(image_id=77), "annotation 1: image_id is 77"),
+        (lambda t: t["annotations"][1].update(category_id=77), "annotation 1: category_id is 77"),
+        (lambda t: t["annotations"][1].update(bbox=[0, 0, math.nan, 1]), "annotation 1: bbox is"),
+        (lambda t: t["annotations"][1].pop("bbox"), "annotation 1 has no 'bbox'"),
+    ],
+)
+def test_bad_annotations_are_named(case, change, message):
+    truth, predictions = case
+    change(truth)
+    with pytest.raises(ValueError, match=message):
+        coco_metrics(truth, predictions)
+
+
+def test_unknown_options(case):
+    with pytest.raises(ValueError, match="iou_type is 'box'; choose one of bbox, segm, boundary, keypoints"):
+        coco_metrics(*case, "box")
+    with pytest.raises(ValueError, match="backend is 'coco'; choose one of hotcoco, pycocotools"):
+        coco_metrics(*case, backend="coco")
+
+
+# ----------------------------------------------------------------------------------------------------------- boundary
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_boundary_region_is_the_pixels_near_the_outline(seed):
+    """The paper's definition by distance: a 3 x 3 erosion counts chessboard steps to the nearest pixel outside."""
+    rng = np.random.default_rng(seed)
+    mask = (cv2.GaussianBlur(rng.random((70, 90)), (0, 0), 5) > 0.5).astype(np.uint8)
+    distance = cv2.distanceTransform(np.pad(mask, 1), cv2.DIST_C, 3)[1:-1, 1:-1]
+    expected = (mask > 0) & (distance <= boundary_width(70, 90))
+    np.testing.assert_array_equal(rle_tools.decode(boundary_rle(rle_of(mask))), expected)
+
+
+def test_boundary_width():
+    assert [boundary_width(*s) for s in [(10, 10), (480, 640), (1080, 1920)]] == [1, 16, 44]
+
+
+def test_boundary_ap_is_the_minimum_of_both_ious():
+    """One large object whose prediction covers it but has a ragged outline: mask IoU is high, boundary IoU is not."""
+    mask, close = disc(200, 200, (100, 100), 80), disc(200, 200, (100, 100), 76)
+    truth = {
+        "images": [{"id": 1, "width": 200, "height": 200}],
+        "categories": [{"id": 1, "name": "disc"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [20, 20, 161, 161], "segmentation": rle_of(mask)}
+        ],
+    }
+    predictions = [{"image_id": 1, "category_id": 1, "score": 1, "segmentation": rle_of(close)}]
+    d = boundary_width(200, 200)
+    ring, ring2 = (
+        m.astype(bool) & ~cv2.erode(m, np.ones((3, 3), np.uint8), iterations=d).astype(bool) for m in (mask, close)
+    )
+    boundary_iou, mask_iou = (ring & ring2).sum() / (ring | ring2).sum(), close.sum() / mask.sum()
+    assert boundary_iou < 0.5 < mask_iou
+    assert coco_metrics(truth, predictions, "segm")["AP75"] == pytest.approx(1)
+    assert coco_metrics(truth, predictions, "boundary")["AP50"] == 0
+    # A small object is all boundary: both numbers are the same
+    small = truth | {"annotations": [truth["annotations"][0] | {"segmentation": rle_of(disc(200, 200, (9, 9), 5))}]}
+    predictions[0]["segmentation"] = rle_of(disc(200, 200, (10, 9), 5))
+    assert coco_metrics(small, predictions, "boundary") == coco_metrics(small, predictions, "segm")
