@@ -70,8 +70,24 @@ def to_device(batch, device, non_blocking: bool = True):
     return type(batch)(*(t if t is None else t.to(device, non_blocking=non_blocking) for t in batch))
 
 
+def flatten_valid(valid: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Padded tensors [N, P, ...] as rows [R, ...], and the weight [R] float of each row, first.
+
+    On the CPU only the valid rows are kept, because every row costs time. Elsewhere all rows stay, padding with weight
+    0: their number is then known without waiting for the device.
+    """
+    if valid.device.type == "cpu":
+        rows = tuple(t[valid] for t in tensors)
+        return torch.ones(int(valid.sum())), *rows
+    return valid.flatten().float(), *(t.flatten(0, 1) for t in tensors)
+
+
+def with_image(boxes: Tensor) -> Tensor:
+    """Padded boxes [N, P, 4] as padded RoIs [N, P, 5] = (batch_index, x1, y1, x2, y2)."""
+    image = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)
+    return torch.cat([image[:, None, None].expand(-1, boxes.shape[1], 1), boxes], dim=2)
+
+
 def rois_from_boxes(boxes: Tensor, valid: Tensor) -> Tensor:
     """The valid rows of padded boxes [N, P, 4] as RoIs [R, 5] = (batch_index, x1, y1, x2, y2), image by image."""
-    image = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)
-    image = image[:, None, None].expand(*boxes.shape[:2], 1)
-    return torch.cat([image, boxes], dim=2)[valid]
+    return with_image(boxes)[valid]

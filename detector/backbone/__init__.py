@@ -1,0 +1,2 @@
+from detector.backbone.fpn import FPN
+from detector.backbone.resnet import ResNet

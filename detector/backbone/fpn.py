@@ -1,0 +1,60 @@
+"""Feature pyramid network (Lin et al. 2017).
+
+Dimensions: N images, L levels, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detector.layers import conv_block
+
+
+class FPN(nn.Module):
+    """Lateral 1 x 1 convolutions, a top-down sum, and a 3 x 3 convolution per level.
+
+    Args:
+        in_channels, strides: of the backbone's maps, finest first.
+        out_channels: C of every level.
+        norm: norm by name after each convolution, or None.
+        top: 'max_pool' adds a level that is every second cell of the last one (for the RPN's largest anchors),
+            'none' adds nothing.
+
+    Attributes: out_channels; strides of all levels; roi_levels, how many of them, the finest, RoIs are assigned to.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        strides: Sequence[int],
+        out_channels: int = 256,
+        norm: str | None = None,
+        top: str = "max_pool",
+    ):
+        super().__init__()
+        if top not in ("max_pool", "none"):
+            raise ValueError(f"top={top!r}: expected 'max_pool' or 'none'")
+        self.lateral = nn.ModuleList(conv_block(c, out_channels, 1, norm, relu=False) for c in in_channels)
+        self.output = nn.ModuleList(conv_block(out_channels, out_channels, 3, norm, relu=False) for _ in in_channels)
+        self.top = top
+        self.out_channels = out_channels
+        self.roi_levels = len(strides)
+        self.strides = [*strides, 2 * strides[-1]] if top == "max_pool" else list(strides)
+        for conv in self.modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_uniform_(conv.weight, a=1)
+                if conv.bias is not None:
+                    nn.init.zeros_(conv.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Levels [N, C, Hl, Wl], finest first, of the backbone's maps."""
+        merged = [lateral(x) for lateral, x in zip(self.lateral, maps)]
+        for i in range(len(merged) - 1, 0, -1):
+            merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=merged[i - 1].shape[-2:], mode="nearest")
+        levels = [output(x) for output, x in zip(self.output, merged)]
+        if self.top == "max_pool":
+            levels.append(levels[-1][:, :, ::2, ::2])
+        return levels

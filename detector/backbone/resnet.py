@@ -1,0 +1,122 @@
+"""ResNet bodies (He et al. 2016; ResNeXt: Xie et al. 2017), made of torchvision's blocks under torchvision's names.
+
+Dimensions: N images, C channels; stage s (2..5, the "C2".."C5" of FPN) has stride 2^s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from detector.layers import norm_layer
+
+BLOCKS = {
+    10: (BasicBlock, (1, 1, 1, 1)),
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}
+
+
+class ResNet(torchvision.models.ResNet):
+    """The convolutional stages of a ResNet.
+
+    Args:
+        depth: 10, 18, 34, 50, 101 or 152.
+        width: channels of the stem; stage 2 has as many, each later stage twice the one before
+            (bottlenecks: times 4).
+        norm: 'frozen_batch_norm', 'batch_norm', 'sync_batch_norm' or 'group_norm'.
+        groups, width_per_group: of the 3 x 3 convolutions (32 and 8 make a ResNeXt 32x8d).
+        stride_in_1x1: bottlenecks stride in their first 1 x 1 (the original, Caffe's) instead of the 3 x 3.
+        dilate_last: stage 5 keeps the resolution of stage 4 and dilates instead ("DC5").
+        stages: the stages whose maps are returned, for instance [2, 3, 4, 5] for FPN or [4] for C4.
+        frozen_stages: the stem (1) and the stages up to this one are not trained; 0 trains everything.
+        weights: None, the name of torchvision's weights ('IMAGENET1K_V1' ...), or the path of a state dict.
+    """
+
+    def __init__(
+        self,
+        depth: int = 50,
+        width: int = 64,
+        norm: str = "frozen_batch_norm",
+        groups: int = 1,
+        width_per_group: int = 64,
+        stride_in_1x1: bool = False,
+        dilate_last: bool = False,
+        stages: Sequence[int] = (2, 3, 4, 5),
+        frozen_stages: int = 2,
+        weights: str | None = None,
+    ):
+        nn.Module.__init__(self)  # torchvision's constructor fixes the width and adds a classifier
+        if depth not in BLOCKS:
+            raise ValueError(f"depth={depth}: expected one of {', '.join(map(str, BLOCKS))}")
+        if not set(stages) <= {2, 3, 4, 5} or not stages:
+            raise ValueError(f"stages={list(stages)}: expected some of 2, 3, 4, 5")
+        if not 0 <= frozen_stages <= 5:
+            raise ValueError(f"frozen_stages={frozen_stages}: expected 0 to 5")
+        block, repeats = BLOCKS[depth]
+        # What torchvision's _make_layer reads.
+        self._norm_layer = norm_layer(norm)
+        self.inplanes, self.dilation, self.groups, self.base_width = width, 1, groups, width_per_group
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = self._norm_layer(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.stages = sorted(stages)
+        for stage in range(2, self.stages[-1] + 1):
+            dilate = dilate_last and stage == 5
+            layer = self._make_layer(block, width << (stage - 2), repeats[stage - 2], 1 if stage == 2 else 2, dilate)
+            setattr(self, f"layer{stage - 1}", layer)
+        self.out_channels = [(width << (stage - 2)) * block.expansion for stage in self.stages]
+        self.strides = [16 if dilate_last and stage == 5 else 1 << stage for stage in self.stages]
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if stride_in_1x1 and isinstance(module, Bottleneck):
+                module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+        if weights is not None:
+            self.load_weights(weights, depth)
+        if frozen_stages >= 1:
+            self.conv1.requires_grad_(False)
+            self.bn1.requires_grad_(False)
+        for stage in range(2, min(frozen_stages, self.stages[-1]) + 1):
+            getattr(self, f"layer{stage - 1}").requires_grad_(False)
+
+    def load_weights(self, weights: str, depth: int) -> None:
+        """Load torchvision's weights of that name or a state dict file; the classifier's keys are left out.
+
+        Raises ValueError with the keys where the file does not fit.
+        """
+        if weights.endswith((".pt", ".pth")):
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        else:
+            state = torchvision.models.get_model_weights(f"resnet{depth}")[weights].get_state_dict(progress=True)
+        wanted = self.state_dict()
+        unused = ("fc.", *(f"layer{stage - 1}." for stage in range(self.stages[-1] + 1, 6)))
+        state = {key: value for key, value in state.items() if not key.startswith(unused)}
+        missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+        unknown = [key for key in state if key not in wanted]
+        shapes = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
+        if missing or unknown or shapes:
+            raise ValueError(
+                f"backbone weights {weights} do not fit ResNet-{depth}: missing {missing[:5]} ({len(missing)}), "
+                f"unknown {unknown[:5]} ({len(unknown)}), of another shape {shapes[:5]} ({len(shapes)})"
+            )
+        self.load_state_dict(state, strict=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Maps [N, C, H / stride, W / stride] of the chosen stages, of images [N, 3, H, W]."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        maps = []
+        for stage in range(2, self.stages[-1] + 1):
+            x = getattr(self, f"layer{stage - 1}")(x)
+            if stage in self.stages:
+                maps.append(x)
+        return maps

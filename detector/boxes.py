@@ -1,0 +1,128 @@
+"""Box arithmetic, batched over images.
+
+Boxes are (x1, y1, x2, y2), continuous and half-open: the area is (x2 - x1) * (y2 - y1), without a "+ 1".
+Deltas are (dx, dy, dw, dh) of R-CNN (Girshick et al. 2014, appendix C):
+    dx = wx (x_gt - x_a) / w_a        dw = ww log(w_gt / w_a)        x: centre, w: width; y and h likewise
+Dimensions: N images, G ground-truth boxes, A anchors or proposals, R RoIs, K classes, D detections.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+# A box may grow by this factor in one step: 1000 px from a stride-16 anchor, as in Detectron.
+MAX_LOG_SCALE = math.log(1000.0 / 16)
+
+
+def area(boxes: Tensor) -> Tensor:
+    """Areas [...] of boxes [..., 4] in square pixels."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def intersection(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection areas [N, G, A] of a [N, G, 4] with b [N, A, 4] or [A, 4]."""
+    a, b = a[:, :, None], b[..., None, :, :]
+    # Coordinate by coordinate: a [N, G, A, 2] intermediate would be the largest tensor of the training step.
+    width = (torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0])).clamp_(min=0)
+    height = (torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1])).clamp_(min=0)
+    return width.mul_(height)
+
+
+def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union [N, G, A] of a [N, G, 4] with b [N, A, 4] or [A, 4]; 0 where both are empty."""
+    overlap = intersection(a, b)
+    union = area(a)[:, :, None] + area(b)[..., None, :] - overlap
+    return torch.where(union > 0, overlap / union, 0)
+
+
+def _centre_and_size(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return 0.5 * (x1 + x2), 0.5 * (y1 + y2), x2 - x1, y2 - y1
+
+
+class BoxCoder:
+    """Deltas between anchors and boxes.
+
+    Args:
+        weights: (wx, wy, ww, wh), the factors of the four deltas; (10, 10, 5, 5) gives them unit variance in RoI heads.
+        max_log_scale: upper limit of dw / ww and dh / wh when decoding.
+    """
+
+    def __init__(self, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0), max_log_scale: float = MAX_LOG_SCALE):
+        if len(weights) != 4 or min(weights) <= 0:
+            raise ValueError(f"weights={list(weights)}: expected four positive numbers")
+        self.weights = tuple(float(w) for w in weights)
+        self.max_log_scale = max_log_scale
+
+    def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        """Deltas [..., 4] that move `anchors` [..., 4] onto `boxes` [..., 4]. Sides below 1e-6 px count as 1e-6."""
+        wx, wy, ww, wh = self.weights
+        x, y, w, h = _centre_and_size(boxes)
+        x_a, y_a, w_a, h_a = _centre_and_size(anchors)
+        w, h, w_a, h_a = (side.clamp(min=1e-6) for side in (w, h, w_a, h_a))
+        deltas = [wx * (x - x_a) / w_a, wy * (y - y_a) / h_a, ww * torch.log(w / w_a), wh * torch.log(h / h_a)]
+        return torch.stack(deltas, dim=-1)
+
+    def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        """Boxes [..., 4] that `deltas` [..., 4] make of `anchors` [..., 4]: inverse of `encode` up to the limit."""
+        wx, wy, ww, wh = self.weights
+        dx, dy, dw, dh = deltas.float().unbind(-1)
+        x_a, y_a, w_a, h_a = _centre_and_size(anchors)
+        x, y = x_a + dx / wx * w_a, y_a + dy / wy * h_a
+        half_w = 0.5 * w_a * torch.exp((dw / ww).clamp(max=self.max_log_scale))
+        half_h = 0.5 * h_a * torch.exp((dh / wh).clamp(max=self.max_log_scale))
+        return torch.stack([x - half_w, y - half_h, x + half_w, y + half_h], dim=-1)
+
+
+def clip(boxes: Tensor, image_sizes: Tensor) -> Tensor:
+    """Boxes [N, ..., 4] cut at the borders of their images; image_sizes [N, 2] = (height, width)."""
+    limits = image_sizes.to(boxes.dtype).flip(1).repeat(1, 2)  # (w, h, w, h)
+    limits = limits.reshape(-1, *[1] * (boxes.dim() - 2), 4)
+    return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def nms_by_image(
+    boxes: Tensor, scores: Tensor, image: Tensor, group: Tensor, threshold: float, images: int, limit: int
+) -> tuple[Tensor, Tensor]:
+    """Greedy non-maximum suppression within (image, group), the best `limit` survivors of each image.
+
+    Args:
+        boxes: [R, 4]. scores: [R]. image: [R] index of the image, 0..images-1.
+        group: [R] non-negative; boxes of different groups (levels, classes) do not suppress each other.
+
+    Returns:
+        rows [images, limit] into the input, best first, and valid [images, limit]; padding points at row 0.
+    """
+    keep = batched_nms(boxes, scores, image * (group.max() + 1) + group if len(group) else group, threshold)
+    return group_by_image(keep, image[keep], images, limit)
+
+
+def group_by_image(rows: Tensor, image: Tensor, images: int, limit: int) -> tuple[Tensor, Tensor]:
+    """Lay rows [R] out as [images, limit] in their order, with the valid mask; what exceeds `limit` is dropped."""
+    order = torch.argsort(image, stable=True)
+    rows, image = rows[order], image[order]
+    start = torch.searchsorted(image, torch.arange(images, device=image.device))
+    rank = torch.arange(len(rows), device=rows.device) - start[image]
+    inside = rank < limit
+    slot = (image * limit + rank)[inside]
+    table = rows.new_zeros(images * limit).index_copy(0, slot, rows[inside])
+    valid = torch.zeros(images * limit, dtype=torch.bool, device=rows.device).index_fill(0, slot, True)
+    return table.view(images, limit), valid.view(images, limit)
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """values [N, P, ...] at index [N, S] along dimension 1: [N, S, ...]."""
+    image = torch.arange(values.shape[0], device=values.device)[:, None]
+    return values[image, index]
+
+
+def of_label(values: Tensor, labels: Tensor) -> Tensor:
+    """The rows [R, ...] for foreground labels [R] in 1..K of per-class values [R, K, ...]; or of values [R, 1, ...]."""
+    if values.shape[1] == 1:
+        return values[:, 0]
+    return values[torch.arange(len(labels), device=labels.device), (labels - 1).clamp(min=0)]

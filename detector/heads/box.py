@@ -1,0 +1,170 @@
+"""The second stage for boxes (Fast R-CNN, Girshick 2015): RoI features -> trunk -> class logits and box deltas.
+
+Dimensions: N images, P proposals per image, G ground-truth boxes per image, R RoIs, K classes, D detections per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from detector import losses
+from detector.boxes import BoxCoder, clip, nms_by_image, of_label, take
+from detector.heads.trunk import FCTrunk
+from detector.matching import IGNORED, check_thresholds, match
+from detector.roi import RoIExtractor, make_op
+from detector.sampling import sample
+from detector.structures import (
+    Batch,
+    Detections,
+    Proposals,
+    RoIFeatures,
+    Targets,
+    flatten_valid,
+    rois_from_boxes,
+    with_image,
+)
+
+
+class SampledRoIs(NamedTuple):
+    """What a training step looks at, as rows; `weight` is 1 for a sampled RoI and 0 for padding."""
+
+    weight: Tensor  # [R] float
+    rois: Tensor  # [R, 5] = (batch_index, x1, y1, x2, y2)
+    labels: Tensor  # [R] int64, 0 for negatives
+    matched_idxs: Tensor  # [R] the ground-truth box of its image that the RoI answers for
+
+    def of_targets(self, values: Tensor) -> Tensor:
+        """The rows [R, ...] of values [N, G, ...] that belong to the matched ground truth."""
+        return values[self.rois[:, 0].long(), self.matched_idxs]
+
+
+class BoxPrediction(NamedTuple):
+    class_logits: Tensor  # [R, K + 1]
+    box_deltas: Tensor  # [R, K, 4], or [R, 1, 4] if class-agnostic
+    roi_features: RoIFeatures
+
+
+class BoxPredictor(nn.Module):
+    """Two linear layers on the trunk's output [R, in_channels]."""
+
+    def __init__(self, in_channels: int, num_classes: int, class_agnostic: bool):
+        super().__init__()
+        self.class_logits = nn.Linear(in_channels, num_classes + 1)
+        self.box_deltas = nn.Linear(in_channels, 4 if class_agnostic else 4 * num_classes)
+        nn.init.normal_(self.class_logits.weight, std=0.01)
+        nn.init.normal_(self.box_deltas.weight, std=0.001)
+        nn.init.zeros_(self.class_logits.bias)
+        nn.init.zeros_(self.box_deltas.bias)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return self.class_logits(hidden), self.box_deltas(hidden).unflatten(1, (-1, 4))
+
+
+class BoxHead(nn.Module):
+    """Classify and refine proposals.
+
+    Args:
+        in_channels, strides, num_classes: of the features and the data set, given by the model.
+        roi: factory of a RoI method, `roi(output_size)` or `roi(output_size, channels=...)`.
+        output_size: bins of a RoI, k or (h, w).
+        trunk: factory `trunk(in_channels, output_size)` of a module with `out_channels`, from RoI features to [R, C].
+        level_rule, canonical_level, canonical_size: FPN level assignment, see RoIExtractor.
+        class_agnostic: one box for all classes instead of one per class.
+        coder_weights: weights of the four deltas.
+        batch_size_per_image, positive_fraction, positive_iou, negative_iou: RoIs that enter the loss.
+        add_ground_truth: ground-truth boxes join the proposals in training.
+        box_loss, beta: see losses.BoxLoss.
+        score_threshold, nms_threshold, detections_per_image: of inference.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        strides: Sequence[int],
+        num_classes: int,
+        roi: Callable[..., nn.Module],
+        output_size: int | Sequence[int] = 7,
+        trunk: Callable[..., nn.Module] = FCTrunk,
+        level_rule: str = "detectron2",
+        canonical_level: int = 4,
+        canonical_size: int = 224,
+        class_agnostic: bool = False,
+        coder_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
+        batch_size_per_image: int = 512,
+        positive_fraction: float = 0.25,
+        positive_iou: float = 0.5,
+        negative_iou: float = 0.5,
+        add_ground_truth: bool = True,
+        box_loss: str = "smooth_l1",
+        beta: float = 1.0 / 9,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        detections_per_image: int = 100,
+    ):
+        super().__init__()
+        check_thresholds(negative_iou, positive_iou)
+        op = make_op(roi, output_size, channels=in_channels, levels=len(strides))
+        self.extractor = RoIExtractor(op, strides, level_rule, canonical_level, canonical_size)
+        self.trunk = trunk(op.output_channels(in_channels), op.output_size)
+        self.predictor = BoxPredictor(self.trunk.out_channels, num_classes, class_agnostic)
+        self.coder = BoxCoder(coder_weights)
+        self.box_loss = losses.BoxLoss(box_loss, beta)
+        self.batch_size_per_image, self.positive_fraction = batch_size_per_image, positive_fraction
+        self.positive_iou, self.negative_iou = positive_iou, negative_iou
+        self.add_ground_truth = add_ground_truth
+        self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
+        self.detections_per_image = detections_per_image
+
+    def forward(self, features: Sequence[Tensor], rois: Tensor) -> BoxPrediction:
+        """Predictions for rois [R, 5] = (batch_index, x1, y1, x2, y2)."""
+        roi_features = self.extractor(features, rois)
+        return BoxPrediction(*self.predictor(self.trunk(roi_features.features)), roi_features)
+
+    @torch.no_grad()
+    def sample(self, proposals: Proposals, batch: Batch, targets: Targets) -> tuple[SampledRoIs, SampledRoIs]:
+        """Draw RoIs from the proposals [N, P] and the ground truth [N, G]: all of them, and the positives alone."""
+        boxes, valid = proposals.boxes, proposals.valid
+        if self.add_ground_truth:
+            boxes = torch.cat([targets.boxes, boxes], dim=1)
+            valid = torch.cat([targets.valid & ~targets.crowd, valid], dim=1)
+        matches = match(boxes, targets, self.negative_iou, self.positive_iou)
+        verdict = torch.where(valid, matches.verdict, IGNORED)
+        drawn = sample(verdict, batch.sample_keys, self.batch_size_per_image, self.positive_fraction, stage=1)
+        matched_idxs = take(matches.matched_idxs, drawn.index)
+        labels = take(targets.labels, matched_idxs) * drawn.positive
+        rows = with_image(take(boxes, drawn.index)), labels, matched_idxs
+        most = int(self.batch_size_per_image * self.positive_fraction)  # positives come first
+        positives = flatten_valid(drawn.positive[:, :most], *(t[:, :most] for t in rows))
+        return SampledRoIs(*flatten_valid(drawn.valid, *rows)), SampledRoIs(*positives)
+
+    def losses(self, prediction: BoxPrediction, sampled: SampledRoIs, targets: Targets) -> dict[str, Tensor]:
+        """loss_classifier and loss_box_reg of the predictions for `sampled`."""
+        labels, weight, deltas = sampled.labels, sampled.weight, of_label(prediction.box_deltas, sampled.labels)
+        count = losses.global_mean_count(weight.sum())
+        gt_boxes, boxes = sampled.of_targets(targets.boxes), sampled.rois[:, 1:]
+        return {
+            "loss_classifier": losses.classification(prediction.class_logits, labels, weight, count),
+            "loss_box_reg": self.box_loss(deltas, gt_boxes, boxes, self.coder, weight * (labels > 0), count),
+        }
+
+    def detect(self, features: Sequence[Tensor], proposals: Proposals, batch: Batch) -> Detections:
+        """Detections [N, D] of the proposals: score threshold, NMS per class, best D of each image."""
+        rois = rois_from_boxes(proposals.boxes, proposals.valid)
+        prediction = self(features, rois)
+        scores = prediction.class_logits.float().softmax(dim=1)[:, 1:]  # [R, K]
+        boxes = self.coder.decode(prediction.box_deltas, rois[:, None, 1:])  # [R, K or 1, 4]
+        image = rois[:, 0].long()
+        boxes = clip(boxes, batch.image_sizes[image]).expand(-1, scores.shape[1], -1)
+
+        row, column = torch.nonzero(scores > self.score_threshold, as_tuple=True)
+        boxes, scores, image = boxes[row, column], scores[row, column], image[row]
+        images, limit = len(batch.images), self.detections_per_image
+        if len(row) == 0:
+            empty = scores.new_zeros(images, limit)
+            return Detections(empty[..., None].expand(-1, -1, 4), empty, empty.long(), empty.bool())
+        rows, valid = nms_by_image(boxes, scores, image, column, self.nms_threshold, images, limit)
+        return Detections(boxes[rows] * valid[..., None], scores[rows] * valid, (column[rows] + 1) * valid, valid)

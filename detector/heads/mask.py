@@ -1,0 +1,110 @@
+"""The mask branch (Mask R-CNN, He et al. 2017): RoI features -> convolutions -> M x M logits per class.
+
+Dimensions: N images, G ground-truth objects, R RoIs, K classes, S side of a stored mask, M side of a predicted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from detector import losses
+from detector.boxes import of_label
+from detector.heads.box import SampledRoIs
+from detector.heads.trunk import ConvTrunk
+from detector.layers import init_kaiming
+from detector.roi import RoIExtractor, make_op
+from detector.structures import Detections, RoIFeatures, Targets, rois_from_boxes
+
+
+class MaskPrediction(NamedTuple):
+    mask_logits: Tensor  # [R, K, M, M], or [R, 1, M, M] if class-agnostic
+    roi_features: RoIFeatures
+
+
+class MaskPredictor(nn.Module):
+    """A transposed convolution that doubles the resolution of [R, in_channels, h, w], then 1 x 1 logits."""
+
+    def __init__(self, in_channels: int, channels: int, num_masks: int):
+        super().__init__()
+        self.upsample = nn.ConvTranspose2d(in_channels, channels, 2, stride=2)
+        self.mask_logits = nn.Conv2d(channels, num_masks, 1)
+        init_kaiming(self)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.mask_logits(self.upsample(hidden).relu_())
+
+
+class MaskHead(nn.Module):
+    """Masks of RoIs.
+
+    Args:
+        in_channels, strides, num_classes: of the features and the data set, given by the model.
+        roi: factory of a RoI method, `roi(output_size)` or `roi(output_size, channels=...)`.
+        output_size: bins of a RoI, k or (h, w); a predicted mask has twice as many on each side.
+        trunk: factory `trunk(in_channels, output_size)` of a module with `out_channels` that keeps the resolution.
+        upsample_channels: width of the transposed convolution.
+        level_rule, canonical_level, canonical_size: FPN level assignment, see RoIExtractor.
+        class_agnostic: one mask for all classes instead of one per class.
+        target_threshold: mask targets are the share of a bin that the object covers, made 0 or 1 at this threshold;
+            None keeps the share.
+        target_aligned: half-pixel-correct sampling of the targets; False is the legacy of torchvision's Mask R-CNN.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        strides: Sequence[int],
+        num_classes: int,
+        roi: Callable[..., nn.Module],
+        output_size: int | Sequence[int] = 14,
+        trunk: Callable[..., nn.Module] = ConvTrunk,
+        upsample_channels: int = 256,
+        level_rule: str = "detectron2",
+        canonical_level: int = 4,
+        canonical_size: int = 224,
+        class_agnostic: bool = False,
+        target_threshold: float | None = 0.5,
+        target_aligned: bool = True,
+    ):
+        super().__init__()
+        op = make_op(roi, output_size, channels=in_channels, levels=len(strides))
+        self.extractor = RoIExtractor(op, strides, level_rule, canonical_level, canonical_size)
+        self.trunk = trunk(op.output_channels(in_channels), op.output_size)
+        self.predictor = MaskPredictor(self.trunk.out_channels, upsample_channels, 1 if class_agnostic else num_classes)
+        self.target_threshold, self.target_aligned = target_threshold, target_aligned
+
+    def forward(self, features: Sequence[Tensor], rois: Tensor) -> MaskPrediction:
+        """Logits for rois [R, 5] = (batch_index, x1, y1, x2, y2)."""
+        roi_features = self.extractor(features, rois)
+        return MaskPrediction(self.predictor(self.trunk(roi_features.features)), roi_features)
+
+    def losses(self, prediction: MaskPrediction, positives: SampledRoIs, targets: Targets) -> dict[str, Tensor]:
+        """loss_mask of the predictions for `positives`; objects without a mask do not count."""
+        logits = of_label(prediction.mask_logits, positives.labels)
+        weight = positives.weight * positives.of_targets(targets.has_mask)
+        count = losses.global_mean_count(weight.sum())
+        return {"loss_mask": losses.mask(logits, self.targets(positives, targets, logits.shape[1:]), weight, count)}
+
+    @torch.no_grad()
+    def targets(self, positives: SampledRoIs, targets: Targets, size: Sequence[int]) -> Tensor:
+        """What `positives` should predict, [R, *size] float: the matched object's mask seen through the RoI."""
+        masks, window = positives.of_targets(targets.masks), positives.of_targets(targets.mask_windows)
+        # The RoI in cells of the stored grid, which covers its window of the image.
+        scale = masks.shape[-1] / (window[:, 2:] - window[:, :2]).clamp(min=1e-6)
+        boxes = (positives.rois[:, 1:].view(-1, 2, 2) - window[:, None, :2]) * scale[:, None]
+        rois = torch.cat([torch.arange(len(boxes), device=boxes.device)[:, None], boxes.flatten(1)], dim=1)
+        target = roi_align(masks[:, None].float(), rois, tuple(size), 1.0, -1, self.target_aligned)[:, 0]
+        return target if self.target_threshold is None else (target >= self.target_threshold).float()
+
+    def detect(self, features: Sequence[Tensor], detections: Detections) -> Detections:
+        """`detections` with masks [N, D, M, M]: probabilities of each detection's label in its box's frame."""
+        prediction = self(features, rois_from_boxes(detections.boxes, detections.valid))
+        logits = of_label(prediction.mask_logits, detections.labels[detections.valid])
+        masks = logits.new_zeros(*detections.valid.shape, *logits.shape[1:], dtype=torch.float32)
+        masks[detections.valid] = logits.float().sigmoid()
+        return detections._replace(masks=masks)

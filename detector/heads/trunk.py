@@ -1,0 +1,76 @@
+"""What lies between the RoI features and the predictions of a head.
+
+Dimensions: R RoIs, C channels. Every trunk has `out_channels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from detector.layers import conv_block, init_kaiming
+
+
+class FCTrunk(nn.Module):
+    """Convolutions (FPN's box head has none, the "4conv1fc" head four), then fully connected layers.
+
+    Args:
+        in_channels, output_size: of the RoI features [R, C, h, w].
+        conv_channels: widths of 3 x 3 convolutions.
+        fc_channels: widths of the fully connected layers.
+        norm: norm by name after each convolution, or None.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        output_size: tuple[int, int],
+        conv_channels: Sequence[int] = (),
+        fc_channels: Sequence[int] = (1024, 1024),
+        norm: str | None = None,
+    ):
+        super().__init__()
+        channels = [in_channels, *conv_channels]
+        self.conv = nn.Sequential(*(conv_block(a, b, 3, norm) for a, b in zip(channels, channels[1:])))
+        init_kaiming(self.conv)
+        channels = [channels[-1] * output_size[0] * output_size[1], *fc_channels]
+        self.fc = nn.ModuleList(nn.Linear(a, b) for a, b in zip(channels, channels[1:]))
+        for layer in self.fc:
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+        self.out_channels = channels[-1]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[R, out_channels] of RoI features [R, C, h, w]."""
+        hidden = self.conv(features).flatten(1)
+        for layer in self.fc:
+            hidden = layer(hidden).relu_()
+        return hidden
+
+
+class ConvTrunk(nn.Module):
+    """3 x 3 convolutions that keep the RoI's resolution (Mask R-CNN, He et al. 2017, figure 4).
+
+    Args:
+        in_channels, output_size: of the RoI features [R, C, h, w].
+        conv_channels: widths of the convolutions.
+        norm: norm by name after each convolution, or None.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        output_size: tuple[int, int],
+        conv_channels: Sequence[int] = (256, 256, 256, 256),
+        norm: str | None = None,
+    ):
+        super().__init__()
+        channels = [in_channels, *conv_channels]
+        self.conv = nn.Sequential(*(conv_block(a, b, 3, norm) for a, b in zip(channels, channels[1:])))
+        init_kaiming(self.conv)
+        self.out_channels = channels[-1]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[R, out_channels, h, w] of RoI features [R, C, h, w]."""
+        return self.conv(features)

@@ -1,0 +1,144 @@
+"""The two-stage detector: Faster R-CNN (Ren et al. 2015), Mask R-CNN (He et al. 2017), with FPN (Lin et al. 2017).
+
+    images -> normalise -> backbone -> neck: features, a list over levels of [N, C, Hl, Wl]
+           -> RPN: proposals [N, P] -> heads over RoIs [R, 5] = (batch_index, x1, y1, x2, y2)
+           -> training: losses; inference: detections [N, D]
+
+Dimensions: N images, P proposals, R RoIs, D detections, C channels, K classes, L levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from detector import losses
+from detector.heads.box import SampledRoIs
+from detector.structures import Batch, Detections, RoIFeatures, Targets
+
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+class TwoStageDetector(nn.Module):
+    """A backbone, a neck, a region proposal network and heads over its proposals.
+
+    Args:
+        num_classes: K, without the background.
+        backbone: module with `out_channels` and `strides`, one entry per map that it returns.
+        neck: factory `neck(in_channels, strides)` of a module with `out_channels`, `strides` and `roi_levels`.
+        rpn: factory `rpn(in_channels, strides)`.
+        box_head: factory `box_head(in_channels, strides, num_classes)`, or None for proposals only.
+        mask_head: factory like box_head's, or None.
+        offset_loss_weight: factor of the L2 loss on learned offsets ("lambda").
+        pixel_mean, pixel_std: of the three channels, in 0..255, in the order of `channel_order`.
+        channel_order: 'rgb' or 'bgr', what the backbone's weights expect. Images always come in as RGB.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: nn.Module,
+        neck: Callable[..., nn.Module],
+        rpn: Callable[..., nn.Module],
+        box_head: Callable[..., nn.Module] | None = None,
+        mask_head: Callable[..., nn.Module] | None = None,
+        offset_loss_weight: float = 0.1,
+        pixel_mean: Sequence[float] = IMAGENET_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_STD,
+        channel_order: str = "rgb",
+    ):
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes={num_classes}: a detector needs at least one foreground class")
+        if channel_order not in ("rgb", "bgr"):
+            raise ValueError(f"channel_order={channel_order!r}: expected 'rgb' or 'bgr'")
+        if mask_head is not None and box_head is None:
+            raise ValueError("mask_head without box_head: masks are predicted for the box head's detections")
+        self.num_classes, self.channel_order = num_classes, channel_order
+        self.offset_loss_weight = offset_loss_weight
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
+
+        self.backbone = backbone
+        self.neck = neck(backbone.out_channels, backbone.strides)
+        self.rpn = rpn(self.neck.out_channels, self.neck.strides)
+        roi_args = self.neck.out_channels, self.neck.strides[: self.neck.roi_levels], num_classes
+        self.box_head = box_head and box_head(*roi_args)
+        self.mask_head = mask_head and mask_head(*roi_args)
+
+    def forward(self, batch: Batch, targets: Targets | None = None, stats: bool = False):
+        """Losses in training, detections in inference.
+
+        Args:
+            batch: images uint8 [N, 3, H, W], H and W multiples of the coarsest stride.
+            targets: needed in training.
+            stats: return (losses, dict of tensors worth a look) instead of losses.
+
+        Returns:
+            Training: dict of scalar losses with the same keys for every batch. Inference: Detections [N, D], boxes in
+            pixels of `batch.images`.
+        """
+        features = self.features(batch)
+        if not self.training:
+            return self.detect(features, batch)
+        if targets is None:
+            raise ValueError("targets are needed in training mode; call model.eval() for detections")
+        proposals, found = self.rpn(features, batch, targets)
+        features = features[: self.neck.roi_levels]
+        if self.box_head is None:
+            return (found, {}) if stats else found
+
+        sampled, positives = self.box_head.sample(proposals, batch, targets)
+        heads = {"box_head": (self.box_head, sampled)}
+        if self.mask_head is not None:
+            heads["mask_head"] = (self.mask_head, positives)
+        roi_features: dict[str, tuple[RoIFeatures, SampledRoIs]] = {}
+        for name, (head, rows) in heads.items():
+            prediction = head(features, rows.rois)
+            found |= head.losses(prediction, rows, targets)
+            roi_features[name] = prediction.roi_features, rows
+        found |= self.offset_loss(roi_features)
+        return (found, self.stats(roi_features, positives)) if stats else found
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        """Feature levels [N, C, Hl, Wl] of a batch, finest first."""
+        return self.neck(self.backbone(self.normalise(batch)))
+
+    def normalise(self, batch: Batch) -> Tensor:
+        """uint8 images [N, 3, H, W] as the network's float input, zero outside each image's content."""
+        images = batch.images if self.channel_order == "rgb" else batch.images.flip(1)
+        height, width = batch.image_sizes[:, :, None].unbind(1)
+        rows = torch.arange(images.shape[2], device=images.device) < height
+        columns = torch.arange(images.shape[3], device=images.device) < width
+        inside = rows[:, None, :, None] & columns[:, None, None, :]
+        return (images.float() - self.pixel_mean) / self.pixel_std * inside
+
+    def detect(self, features: Sequence[Tensor], batch: Batch) -> Detections:
+        """Detections [N, D] from features; without a box head the proposals, all of label 1."""
+        proposals, _ = self.rpn(features, batch)
+        if self.box_head is None:
+            return Detections(proposals.boxes, proposals.scores, proposals.valid.long(), proposals.valid)
+        features = features[: self.neck.roi_levels]
+        detections = self.box_head.detect(features, proposals, batch)
+        return detections if self.mask_head is None else self.mask_head.detect(features, detections)
+
+    def offset_loss(self, roi_features: dict[str, tuple[RoIFeatures, SampledRoIs]]) -> dict[str, Tensor]:
+        """The weighted L2 loss on the offsets that the heads' RoI methods predicted, if any of them predicts some."""
+        terms = [
+            losses.offset_l2(roi.offsets, rows.weight, losses.global_mean_count(rows.weight.sum()))
+            for roi, rows in roi_features.values()
+            if roi.offsets is not None
+        ]
+        return {"loss_offset": self.offset_loss_weight * sum(terms)} if terms else {}
+
+    @staticmethod
+    def stats(roi_features: dict[str, tuple[RoIFeatures, SampledRoIs]], positives: SampledRoIs) -> dict[str, Tensor]:
+        """Offsets and modulation per head, sampled and positive RoIs per image: for logging."""
+        found = {"positives": positives.weight.sum()}
+        for name, (roi, rows) in roi_features.items():
+            for field in ("offsets", "modulation"):
+                if getattr(roi, field) is not None:
+                    found[f"{name}/{field}"] = getattr(roi, field).detach()[rows.weight > 0]
+        return found

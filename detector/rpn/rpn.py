@@ -1,0 +1,139 @@
+"""Region proposal network (Faster R-CNN, Ren et al. 2015; on pyramids: FPN, Lin et al. 2017).
+
+Dimensions: N images, L levels, C channels, A anchors per cell, T candidates kept before NMS, P proposals per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from detector import losses
+from detector.boxes import BoxCoder, clip, nms_by_image, take
+from detector.layers import conv_block, init_normal
+from detector.matching import check_thresholds, match
+from detector.rpn.anchors import AnchorGenerator
+from detector.sampling import sample
+from detector.structures import Batch, Proposals, Targets
+
+
+class RPNHead(nn.Module):
+    """One 3 x 3 (or several) and two 1 x 1 convolutions, shared by the levels."""
+
+    def __init__(self, in_channels: int, num_anchors: int, conv_channels: Sequence[int]):
+        super().__init__()
+        channels = [in_channels, *conv_channels]
+        self.conv = nn.Sequential(*(conv_block(a, b, 3) for a, b in zip(channels, channels[1:])))
+        self.objectness_logits = nn.Conv2d(channels[-1], num_anchors, 1)
+        self.deltas = nn.Conv2d(channels[-1], 4 * num_anchors, 1)
+        init_normal(self, std=0.01)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Per level: objectness logits [N, Hl * Wl * A] and deltas [N, Hl * Wl * A, 4], in the anchors' order."""
+        hidden = [self.conv(level) for level in features]
+        logits = [self.objectness_logits(h).permute(0, 2, 3, 1).flatten(1) for h in hidden]
+        deltas = [self.deltas(h).permute(0, 2, 3, 1).reshape(len(h), -1, 4) for h in hidden]
+        return logits, deltas
+
+
+class RPN(nn.Module):
+    """Proposals from features, and the losses of making them.
+
+    Args:
+        in_channels, strides: of the levels that come in.
+        anchor_sizes, aspect_ratios, anchor_rounding: see AnchorGenerator.
+        conv_channels: widths of the 3 x 3 convolutions; empty widths default to one of in_channels.
+        pre_nms_top_n: best candidates of each level that enter NMS, (training, inference).
+        post_nms_top_n: best survivors of an image that leave it, (training, inference).
+        nms_threshold: IoU above which the weaker box of the same level goes.
+        min_size: candidates with a shorter side, in pixels, are dropped.
+        batch_size_per_image, positive_fraction: anchors that enter the loss.
+        positive_iou, negative_iou: matching thresholds, with low-quality matches.
+        box_loss, beta: see losses.BoxLoss.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        strides: Sequence[int],
+        anchor_sizes: Sequence[Sequence[float]] = ((32,), (64,), (128,), (256,), (512,)),
+        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        anchor_rounding: bool = False,
+        conv_channels: Sequence[int] | None = None,
+        pre_nms_top_n: tuple[int, int] = (2000, 1000),
+        post_nms_top_n: tuple[int, int] = (2000, 1000),
+        nms_threshold: float = 0.7,
+        min_size: float = 0.0,
+        batch_size_per_image: int = 256,
+        positive_fraction: float = 0.5,
+        positive_iou: float = 0.7,
+        negative_iou: float = 0.3,
+        box_loss: str = "smooth_l1",
+        beta: float = 1.0 / 9,
+    ):
+        super().__init__()
+        check_thresholds(negative_iou, positive_iou)
+        self.anchors = AnchorGenerator(strides, anchor_sizes, aspect_ratios, anchor_rounding)
+        self.head = RPNHead(in_channels, self.anchors.num_anchors, conv_channels or [in_channels])
+        self.coder = BoxCoder()
+        self.box_loss = losses.BoxLoss(box_loss, beta)
+        self.pre_nms_top_n, self.post_nms_top_n = tuple(pre_nms_top_n), tuple(post_nms_top_n)
+        self.nms_threshold, self.min_size = nms_threshold, min_size
+        self.batch_size_per_image, self.positive_fraction = batch_size_per_image, positive_fraction
+        self.positive_iou, self.negative_iou = positive_iou, negative_iou
+
+    def forward(
+        self, features: Sequence[Tensor], batch: Batch, targets: Targets | None = None
+    ) -> tuple[Proposals, dict[str, Tensor]]:
+        """Proposals of features [N, C, Hl, Wl] over L levels; with targets also loss_objectness, loss_rpn_box_reg."""
+        logits, deltas = self.head(features)
+        anchors = self.anchors(features)
+        proposals = self.propose(logits, deltas, anchors, batch.image_sizes)
+        if targets is None:
+            return proposals, {}
+        return proposals, self.losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), batch, targets)
+
+    @torch.no_grad()
+    def propose(
+        self, logits: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], image_sizes: Tensor
+    ) -> Proposals:
+        """Decode, clip and suppress; logits, deltas and anchors per level as RPNHead and AnchorGenerator give them."""
+        pre, post = self.pre_nms_top_n[not self.training], self.post_nms_top_n[not self.training]
+        boxes, scores, levels = [], [], []
+        for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors)):
+            top = logit.float().topk(min(pre, logit.shape[1]), dim=1)
+            boxes.append(self.coder.decode(take(delta, top.indices), anchor[top.indices]))
+            scores.append(top.values)
+            levels.append(torch.full_like(top.indices, level))
+        boxes = clip(torch.cat(boxes, 1), image_sizes)
+        scores, levels = torch.cat(scores, 1), torch.cat(levels, 1)
+
+        sides = boxes[..., 2:] - boxes[..., :2]
+        image, column = torch.nonzero((sides > self.min_size).all(-1) & scores.isfinite(), as_tuple=True)
+        boxes, scores = boxes[image, column], scores[image, column]
+        args = (image, levels[image, column], self.nms_threshold, len(image_sizes), post)
+        rows, valid = nms_by_image(boxes, scores, *args)
+        if len(boxes) == 0:  # nothing survived on any image: padding has no row to point at
+            return Proposals(boxes.new_zeros(*rows.shape, 4), scores.new_zeros(rows.shape), valid)
+        return Proposals(boxes[rows] * valid[..., None], scores[rows].sigmoid() * valid, valid)
+
+    def losses(
+        self, logits: Tensor, deltas: Tensor, anchors: Tensor, batch: Batch, targets: Targets
+    ) -> dict[str, Tensor]:
+        """Losses of logits [N, A], deltas [N, A, 4] at anchors [A, 4] on a random sample of them."""
+        with torch.no_grad():
+            matches = match(anchors, targets, self.negative_iou, self.positive_iou, low_quality=True)
+            samples = sample(
+                matches.verdict, batch.sample_keys, self.batch_size_per_image, self.positive_fraction, stage=0
+            )
+            gt_boxes = take(targets.boxes, take(matches.matched_idxs, samples.index))
+            count = losses.global_mean_count(samples.valid.sum())
+        positive = samples.positive.float()
+        return {
+            "loss_objectness": losses.objectness(take(logits, samples.index), positive, samples.valid.float(), count),
+            "loss_rpn_box_reg": self.box_loss(
+                take(deltas, samples.index), gt_boxes, anchors[samples.index], self.coder, positive, count
+            ),
+        }

@@ -1,0 +1,72 @@
+"""Random subsets of anchors and proposals, without a random number generator.
+
+The order in which candidates are drawn is a hash of (sample key of the image, stage, candidate index). So what is drawn
+depends on the image alone: not on the rank, the batch it travels in, what was drawn before, or the RoI method. Runs
+that are resumed, spread over several processes or compared with each other see the same samples.
+
+Dimensions: N images, A candidates per image, S samples per image.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from detector.boxes import take
+from detector.matching import NEGATIVE, POSITIVE
+
+# SplitMix64 (Steele, Lea and Flood 2014), its constants as signed 64-bit integers.
+_GAMMA, _MIX1, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+
+
+class Samples(NamedTuple):
+    index: Tensor  # [N, S] into the candidates, positives first
+    valid: Tensor  # [N, S] bool
+    positive: Tensor  # [N, S] bool, a subset of valid
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts int64 arithmetically; this is the logical shift
+
+
+def random_keys(sample_keys: Tensor, count: int, stage: int) -> Tensor:
+    """Pseudo-random int64 >= 0, [N, count], a function of (sample_keys [N], stage, position) alone."""
+    position = torch.arange(1, count + 1, device=sample_keys.device)
+
+    def mix(x):
+        x = (x ^ _shift(x, 30)) * _MIX1
+        x = (x ^ _shift(x, 27)) * _MIX2
+        return x ^ _shift(x, 31)
+
+    state = mix(sample_keys + (stage + 1) * _GAMMA)
+    return _shift(mix(state[:, None] + position * _GAMMA), 1)
+
+
+def sample(
+    verdict: Tensor, sample_keys: Tensor, batch_size_per_image: int, positive_fraction: float, stage: int
+) -> Samples:
+    """Draw up to `batch_size_per_image` candidates of each image, at most `positive_fraction` of them positives.
+
+    Args:
+        verdict: [N, A] of `match`. sample_keys: [N] int64. stage: a small integer, another one for every use.
+
+    Missing positives are made up by negatives. With S = min(batch_size_per_image, A), returns Samples of [N, S].
+    """
+    keys = random_keys(sample_keys, verdict.shape[1], stage)
+    size = min(batch_size_per_image, verdict.shape[1])
+    max_positives = min(int(batch_size_per_image * positive_fraction), size)
+    is_positive, is_negative = verdict == POSITIVE, verdict == NEGATIVE
+
+    positives = torch.where(is_positive, keys, -1).topk(max_positives, dim=1)
+    negatives = torch.where(is_negative, keys, -1).topk(size, dim=1)
+    drawn_positives = positives.values >= 0
+    room = size - drawn_positives.sum(dim=1, keepdim=True)
+    drawn_negatives = (negatives.values >= 0) & (torch.arange(size, device=keys.device) < room)
+
+    index = torch.cat([positives.indices, negatives.indices], dim=1)
+    valid = torch.cat([drawn_positives, drawn_negatives], dim=1)
+    front = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)[:, :size]
+    index, valid = take(index, front), take(valid, front)
+    return Samples(index, valid, valid & take(is_positive, index))
