@@ -40,7 +40,7 @@ def random_keys(sample_keys: Tensor, count: int, stage: int) -> Tensor:
         x = (x ^ _shift(x, 27)) * _MIX2
         return x ^ _shift(x, 31)
 
-    state = mix(sample_keys + (stage + 1) * _GAMMA)
+    state = mix(mix(sample_keys + _GAMMA) + stage)
     return _shift(mix(state[:, None] + position * _GAMMA), 1)
 
 

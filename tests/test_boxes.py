@@ -1,0 +1,107 @@
+"""Box arithmetic against plain definitions."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.ops import box_iou
+
+from detector.boxes import BoxCoder, clip, group_by_image, nms_by_image, of_label, pairwise_iou, take
+
+
+def random_boxes(*shape, size=100.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(*shape, 2, 2, generator=generator) * size
+    return torch.cat([corners.amin(-2), corners.amax(-2)], dim=-1)
+
+
+def test_pairwise_iou_equals_torchvision_and_is_zero_for_empty_boxes():
+    a, b = random_boxes(2, 5), random_boxes(2, 7, seed=1)
+    a[0, 0] = 0
+    b[0, 0] = 0
+    iou = pairwise_iou(a, b)
+    for i in range(2):
+        torch.testing.assert_close(iou[i], box_iou(a[i], b[i]).nan_to_num(0))
+    assert iou[0, 0, 0] == 0
+
+
+def test_pairwise_iou_shares_boxes_between_images():
+    a, b = random_boxes(3, 4), random_boxes(6, seed=2)
+    torch.testing.assert_close(pairwise_iou(a, b), pairwise_iou(a, b.expand(3, -1, -1)))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 1000), st.tuples(*[st.floats(0.5, 20)] * 4))
+def test_coder_round_trip(seed, weights):
+    boxes, anchors = random_boxes(8, seed=seed) + torch.tensor([0, 0, 4, 4]), random_boxes(8, seed=seed + 1)
+    anchors = anchors + torch.tensor([0, 0, 4, 4])
+    coder = BoxCoder(weights)
+    torch.testing.assert_close(coder.decode(coder.encode(boxes, anchors), anchors), boxes, atol=1e-3, rtol=1e-4)
+
+
+def test_coder_worked_example_and_limit():
+    coder = BoxCoder((10, 10, 5, 5))
+    anchor = torch.tensor([[10.0, 20.0, 30.0, 60.0]])  # centre (20, 40), 20 x 40
+    box = torch.tensor([[14.0, 20.0, 54.0, 100.0]])  # centre (34, 60), 40 x 80
+    deltas = coder.encode(box, anchor)
+    log2 = 0.6931472
+    torch.testing.assert_close(deltas, torch.tensor([[7.0, 5.0, 5 * log2, 5 * log2]]))
+    grown = coder.decode(torch.tensor([[0.0, 0, 1000, 0]]), anchor)
+    assert float(grown[0, 2] - grown[0, 0]) == pytest.approx(20 * 1000 / 16, rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1), (1, 1, 1, 0)])
+def test_coder_refuses_weights(weights):
+    with pytest.raises(ValueError, match="weights"):
+        BoxCoder(weights)
+
+
+def test_clip_uses_each_images_size():
+    boxes = torch.tensor([[-5.0, -5, 500, 500]]).expand(2, 3, 4)
+    clipped = clip(boxes, torch.tensor([[40, 60], [100, 20]]))
+    assert clipped[0, 0].tolist() == [0, 0, 60, 40]
+    assert clipped[1, 2].tolist() == [0, 0, 20, 100]
+
+
+def plain_nms(boxes, scores, threshold):
+    """Greedy suppression as it is defined: take the best, drop what overlaps it, repeat."""
+    left = sorted(range(len(boxes)), key=lambda i: -scores[i])
+    kept = []
+    while left:
+        best = left.pop(0)
+        kept.append(best)
+        left = [i for i in left if box_iou(boxes[best][None], boxes[i][None])[0, 0] <= threshold]
+    return kept
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10_000), st.integers(0, 25), st.floats(0.1, 0.9), st.integers(1, 6))
+def test_nms_by_image_equals_the_plain_definition(seed, count, threshold, limit):
+    generator = torch.Generator().manual_seed(seed)
+    boxes, scores = random_boxes(count, seed=seed), torch.rand(count, generator=generator)
+    image = torch.randint(0, 3, (count,), generator=generator)
+    group = torch.randint(0, 2, (count,), generator=generator)
+    rows, valid = nms_by_image(boxes, scores, image, group, threshold, images=3, limit=limit)
+    assert rows.shape == valid.shape == (3, limit)
+    for i in range(3):
+        expected = []
+        for g in range(2):
+            mine = torch.nonzero((image == i) & (group == g))[:, 0]
+            expected += mine[plain_nms(boxes[mine], scores[mine].tolist(), threshold)].tolist()
+        expected = sorted(expected, key=lambda j: -scores[j])[:limit]
+        assert rows[i][valid[i]].tolist() == expected
+
+
+def test_group_by_image_keeps_order_and_drops_the_rest():
+    rows, valid = group_by_image(torch.tensor([7, 3, 9, 1]), torch.tensor([1, 0, 1, 1]), images=3, limit=2)
+    assert rows[valid].tolist() == [3, 7, 9]
+    assert valid.tolist() == [[True, False], [True, True], [False, False]]
+
+
+def test_take_and_of_label():
+    values = torch.arange(24).view(2, 3, 4)
+    index = torch.tensor([[2, 0], [1, 1]])
+    assert take(values, index)[:, 0, 0].tolist() == [8, 16]
+    per_class = torch.arange(6).view(2, 3)
+    assert of_label(per_class, torch.tensor([3, 1])).tolist() == [2, 3]
+    assert of_label(per_class[:, :1], torch.tensor([3, 1])).tolist() == [0, 3]
