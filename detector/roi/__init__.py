@@ -1,0 +1,26 @@
+"""RoI methods: one file each, all behind `RoIOp`, and the extractor that binds one to a feature pyramid."""
+
+from detector.roi.align import RoIAlign
+from detector.roi.bag import max_bag, weighted_bag
+from detector.roi.base import RoIOp, make_op
+from detector.roi.deformable import DeformableRoIPool
+from detector.roi.extractor import RoIExtractor
+from detector.roi.levels import LEVEL_RULES, assign_levels
+from detector.roi.pool import RoIPool
+from detector.roi.warp import RoIWarp
+from detector.structures import RoIFeatures
+
+__all__ = [
+    "LEVEL_RULES",
+    "DeformableRoIPool",
+    "RoIAlign",
+    "RoIExtractor",
+    "RoIFeatures",
+    "RoIOp",
+    "RoIPool",
+    "RoIWarp",
+    "assign_levels",
+    "make_op",
+    "max_bag",
+    "weighted_bag",
+]

@@ -1,0 +1,82 @@
+"""From RoIs in image pixels to cells and weights: the part in which RoI methods differ.
+
+Dimensions: R RoIs, h x w output bins, K cells that one bin reads along one axis, G groups of them.
+
+A cell is one pixel of a feature map. Most methods are separable: the weight of a cell in a bin is the weight of its row
+times the weight of its column, so a method is told by two `Axis` values, one for y and one for x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Axis(NamedTuple):
+    """Which rows (or columns) every bin reads, and with what weight; sizes of 1 in dimensions 1 and 2 broadcast.
+
+    A bin sums over G groups of cells, each the product of K rows and K columns. G is 1 for a grid of points, and the
+    number of points where they do not form a grid.
+    """
+
+    cells: Tensor  # [R, h or 1, w or 1, G, K] int32, always inside the map
+    weights: Tensor  # the same shape, float32 or float64
+
+
+class Regions(NamedTuple):
+    """RoIs in the coordinates of the feature map each of them reads."""
+
+    boxes: Tensor  # [R, 4] (x1, y1, x2, y2) in cells, float32 or float64
+    images: Tensor  # [R] int32
+    levels: Tensor  # [R] int64
+    heights: Tensor  # [R] int32, of the map that the RoI reads
+    widths: Tensor  # [R] int32
+
+
+def per_level(levels: Tensor, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """`values[levels]` as [R], computed on the device of `levels` without waiting for it."""
+    result = torch.zeros(levels.shape, dtype=dtype, device=levels.device)
+    for level, value in enumerate(values):
+        result = torch.where(levels == level, value, result)
+    return result.to(dtype)
+
+
+def locate(features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]) -> Regions:
+    """Scale the RoIs to their maps, in float32 (float64 where the features or the RoIs are).
+
+    Batch indices and levels are clamped into their range: nothing is ever read out of bounds.
+    """
+    dtype = torch.promote_types(torch.promote_types(features[0].dtype, rois.dtype), torch.float32)
+    levels = levels.clamp(0, len(features) - 1)
+    scale = per_level(levels, [1 / stride for stride in strides], dtype)
+    return Regions(
+        boxes=rois[:, 1:].to(dtype) * scale[:, None],
+        images=rois[:, 0].detach().nan_to_num(0).clamp(0, features[0].shape[0] - 1).int(),
+        levels=levels,
+        heights=per_level(levels, [f.shape[2] for f in features], torch.int32),
+        widths=per_level(levels, [f.shape[3] for f in features], torch.int32),
+    )
+
+
+def bilinear(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """The two neighbours of a position along one axis, with linear weights.
+
+    Cell i lies at position i. Positions from -1 to `size` read the map, those beyond its outermost cells at the edge
+    value; positions further out, NaN included, get weight 0 (the rule of Detectron and torchvision).
+
+    Args:
+        position: [...] in cells. size: the map's height or width, broadcastable to it.
+    Returns: cells [..., 2] int32 and weights [..., 2].
+    """
+    last = size - 1
+    inside = (position >= -1) & (position <= size)
+    position = torch.where(inside, position, 0).clamp(min=0)
+    position = torch.minimum(position, last.to(position.dtype))
+    low = position.detach().floor()
+    upper = position - low
+    weights = torch.stack([1 - upper, upper], -1) * inside[..., None]
+    low = low.int()
+    return torch.stack([low, torch.minimum(low + 1, last)], -1), weights

@@ -1,0 +1,84 @@
+"""RoI pooling ('Fast R-CNN', Girshick 2015, section 2.1): the maximum over the cells of every bin of a rounded RoI.
+
+Three ways to round are in use:
+    caffe:    corners to the nearest cell (halves away from zero), the end cell included, at least one cell; bin i runs
+              from floor(i * size / h) up to ceil((i + 1) * size / h): neighbouring bins can share cells. torchvision's.
+    floor:    corners floored, the end cell excluded; bin i from floor(i * size / h) up to
+              floor((i + 1) * size / h): every cell is in exactly one bin.
+    uniform:  corners floored, the end cell excluded; every bin has floor(size / h) cells, the remainder is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from detector.roi.bag import pool_max
+from detector.roi.base import RoIOp, check_choice, check_inputs
+from detector.roi.geometry import locate
+from detector.structures import RoIFeatures
+
+QUANTIZATIONS = ("caffe", "floor", "uniform")
+
+
+class RoIPool(RoIOp):
+    """RoI max pooling.
+
+    Args:
+        output_size: int or (h, w). quantization: "caffe", "floor" or "uniform", see the top of the file.
+
+    Bins without a cell on the map give 0: RoIs outside it, with NaN, and, but for "caffe", reversed RoIs and those
+    with fewer cells than bins (in those bins). Gradients reach the features, each from the first maximum of its bin.
+    """
+
+    def __init__(self, output_size: int | Sequence[int], quantization: str = "caffe"):
+        super().__init__(output_size)
+        check_choice("quantization", quantization, QUANTIZATIONS)
+        self.quantization = quantization
+
+    def forward(
+        self, features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]
+    ) -> RoIFeatures:
+        check_inputs(features, rois, levels, strides)
+        regions = locate(features, rois, levels, strides)
+        x1, y1, x2, y2 = regions.boxes.detach().unbind(1)
+        rows = bin_ranges(y1, y2, self.output_size[0], regions.heights, self.quantization)
+        columns = bin_ranges(x1, x2, self.output_size[1], regions.widths, self.quantization)
+        return RoIFeatures(pool_max(features, regions, rows, columns))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, quantization={self.quantization!r}"
+
+
+def bin_ranges(start: Tensor, end: Tensor, bins: int, size: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
+    """First cell of every bin and the one past its last, [R, bins] int32 each, within a map of `size` [R] cells.
+
+    Where the last is not past the first the bin is empty; so are all bins of a RoI with NaN.
+    """
+    i = torch.arange(bins + 1, device=start.device)
+    known = (start.isfinite() & end.isfinite())[:, None]
+    limit = 2.0**20  # of maps and RoIs, in cells: beyond it float32 no longer counts
+    start, end = (v.nan_to_num(0).clamp(-limit, limit) for v in (start, end))
+    if quantization == "caffe":
+        start, end = round_half_away(start), round_half_away(end)
+        bin_size = ((end - start + 1).clamp(min=1) / bins)[:, None]
+        edges = i.to(start.dtype)
+        low, high = (edges[:-1] * bin_size).floor(), (edges[1:] * bin_size).ceil()
+    elif quantization == "floor":
+        start, end = start.floor(), end.floor()
+        edges = i * (end - start).clamp(min=0).long()[:, None] // bins
+        low, high = edges[:, :-1], edges[:, 1:]
+    else:
+        start, end = start.floor(), end.floor()
+        bin_size = (end - start).clamp(min=0)[:, None].div(bins).floor()
+        low, high = i[:-1] * bin_size, i[1:] * bin_size
+    low, high = ((start[:, None] + v).clamp(min=0).minimum(size[:, None]).int() for v in (low, high))
+    return low, torch.where(known, high, low)
+
+
+def round_half_away(value: Tensor) -> Tensor:
+    """C's round: halves away from zero, unlike torch.round."""
+    whole = value.trunc()
+    return whole + value.sign() * ((value - whole).abs() >= 0.5)
