@@ -1,6 +1,15 @@
 """COCO metrics, masks as COCO stores them, and the loop that evaluates a model on a data set."""
 
 from .coco import coco_metrics
+from .evaluator import class_table, evaluate, summary_table
 from .results import detections_to_coco, to_original, write_json
 
-__all__ = ["coco_metrics", "detections_to_coco", "to_original", "write_json"]
+__all__ = [
+    "class_table",
+    "coco_metrics",
+    "detections_to_coco",
+    "evaluate",
+    "summary_table",
+    "to_original",
+    "write_json",
+]

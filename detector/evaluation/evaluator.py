@@ -1,0 +1,211 @@
+"""Evaluate a model on a data set, alone or with other processes: the same for eval.py and the training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+from tqdm import tqdm
+
+from ..structures import to_device
+from .coco import coco_metrics
+from .results import detections_to_coco, write_json
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable,
+    dataset,
+    device: torch.device | str,
+    *,
+    precision: str = "fp32",
+    evaluator: str = "hotcoco",
+    iou_types: Sequence[str] | None = None,
+    per_class: bool = True,
+    paste: str = "aligned",
+    whole: bool = True,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> tuple[dict, list[dict]]:
+    """COCO metrics of `model` on `dataset`, and its results.
+
+    loader: yields (Batch, Targets); in a distributed run each rank's loader gives its own images, and an image that
+    several ranks see counts once. dataset: has `annotations` (COCO dict) and `category_ids` (id of label 1, 2, ...).
+    precision: fp32, or bf16/fp16 autocast. iou_types: what to measure; None: boxes, and masks or keypoints where model
+    and data set have them. whole: every image of the data set must come; False: measure on those that do.
+    folder: predictions.json and metrics.json are written there, the former before anything is measured.
+
+    Returns ({iou type: the numbers of coco_metrics}, with "per_class": {iou type: {name: numbers}} beside them) on
+    every rank, and the COCO results on rank 0 (an empty list elsewhere). The model's training mode is as it was before.
+    """
+    device = torch.device(device)
+    found, kinds = predict(model, loader, dataset.category_ids, device, precision, paste, progress)
+    shards = _gather((found, kinds))
+    outcome: list = [None]
+    results: list[dict] = []
+    if shards is not None:  # rank 0
+        try:
+            by_image = {image: entries for shard, _ in shards for image, entries in shard.items()}
+            truth = select_images(dataset.annotations, by_image, whole)
+            results = [entry for image in truth["images"] for entry in by_image[image["id"]]]
+            if folder is not None:
+                write_json(Path(folder) / "predictions.json", results)
+            if iou_types is None:
+                iou_types = measurable(truth, set().union(*(kinds for _, kinds in shards)))
+            outcome = [measure(truth, results, iou_types, evaluator, per_class)]
+            if folder is not None:
+                write_json(Path(folder) / "metrics.json", outcome[0], indent=1)
+        except Exception as error:  # the other ranks wait for the outcome: they must not wait for ever
+            outcome = [error]
+    if _world() > 1:
+        distributed.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0], results
+
+
+def predict(
+    model: nn.Module,
+    loader: Iterable,
+    category_ids: Sequence[int | None],
+    device: torch.device,
+    precision: str = "fp32",
+    paste: str = "aligned",
+    progress: bool = True,
+) -> tuple[dict[int, list[dict]], set[str]]:
+    """COCO results by image id for all images of `loader`, and the IoU types that the model predicts."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    dtype = PRECISIONS[precision]
+    results: dict[int, list[dict]] = {}
+    kinds = {"bbox"}
+    bar = tqdm(loader, desc="evaluate", unit="batch", disable=not progress or _rank() > 0, leave=False, file=sys.stderr)
+    with eval_mode(model), torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+        for batch, _ in bar:
+            detections = model(to_device(batch, device))
+            kinds |= {k for k, v in (("segm", detections.masks), ("keypoints", detections.keypoints)) if v is not None}
+            results |= {image: [] for image in batch.image_ids.tolist()}
+            for entry in detections_to_coco(detections, batch, category_ids, paste=paste):
+                results[entry["image_id"]].append(entry)
+    return results, kinds
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module):
+    """The model in evaluation mode; afterwards each of its modules is as it was, frozen ones included."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def select_images(annotations: dict, seen: Collection[int], whole: bool) -> dict:
+    """The annotations of the images that were seen; ValueError if that must be all of them and is not."""
+    missing = [image["id"] for image in annotations["images"] if image["id"] not in seen]
+    if whole and missing:
+        total = len(annotations["images"])
+        raise ValueError(f"the loader left out {len(missing)} of {total} images, ids {missing[:5]} among them")
+    if not missing:
+        return annotations
+    return {
+        "images": [image for image in annotations["images"] if image["id"] in seen],
+        "annotations": [a for a in annotations["annotations"] if a["image_id"] in seen],
+        "categories": annotations["categories"],
+    }
+
+
+def measurable(annotations: dict, predicted: set[str]) -> list[str]:
+    """Those of the predicted IoU types that every object of the data set has the truth for; the others are logged."""
+    kinds = [kind for kind in ("bbox", "segm", "keypoints") if kind in predicted]
+    for kind, field in (("segm", "segmentation"), ("keypoints", "keypoints")):
+        lacking = sum(not annotation.get(field) for annotation in annotations["annotations"])
+        if kind in kinds and lacking:
+            log.warning("%s is not measured: %d objects of the data set have no %r", kind, lacking, field)
+            kinds.remove(kind)
+    return kinds
+
+
+def measure(annotations: dict, results: list[dict], iou_types: Sequence[str], evaluator: str, per_class: bool) -> dict:
+    """The layout of metrics.json: {iou type: numbers} and, if asked for, {"per_class": {iou type: {name: numbers}}}."""
+    metrics = {kind: coco_metrics(annotations, results, kind, evaluator, per_class) for kind in iou_types}
+    if per_class:
+        metrics["per_class"] = {kind: metrics[kind].pop("per_class") for kind in iou_types}
+    return metrics
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def _world() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _rank() -> int:
+    return distributed.get_rank() if _world() > 1 else 0
+
+
+def _gather(value) -> list | None:
+    """The values of all ranks on rank 0, None elsewhere."""
+    if _world() == 1:
+        return [value]
+    values = [None] * _world() if _rank() == 0 else None
+    distributed.gather_object(value, values)
+    return values
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+TITLES = {"bbox": "box", "segm": "mask", "boundary": "boundary", "keypoints": "keypoint"}
+
+
+def summary_table(metrics: dict) -> str:
+    """One row per IoU type, in percent."""
+    rows = [
+        [TITLES[kind]] + [percent(values.get(c, values.get("AR"))) for c in COLUMNS]
+        for kind, values in metrics.items()
+        if kind in TITLES
+    ]
+    return table(["", *COLUMNS], rows)
+
+
+def class_table(metrics: dict, annotations: dict) -> str:
+    """One row per class: how many objects and images hold it, then AP, AP50, AP75 of each IoU type, in percent."""
+    kinds = [kind for kind in metrics["per_class"]]
+    header = ["class", "images", "objects"] + [f"{TITLES[k]} {c}" for k in kinds for c in COLUMNS[:3]]
+    rows = []
+    for category in sorted(annotations["categories"], key=lambda c: c["id"]):
+        objects = [
+            a["image_id"]
+            for a in annotations["annotations"]
+            if a["category_id"] == category["id"] and not a.get("iscrowd")
+        ]
+        numbers = [percent(metrics["per_class"][k][category["name"]][c]) for k in kinds for c in COLUMNS[:3]]
+        rows.append([category["name"], str(len(set(objects))), str(len(objects)), *numbers])
+    return table(header, rows)
+
+
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None or fraction < 0 else f"{100 * fraction:.1f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text with aligned columns: the first to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells):
+        return "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))).rstrip()
+
+    return "\n".join([line(header), "  ".join("─" * w for w in widths), *map(line, rows)])
