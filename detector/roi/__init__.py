@@ -1,5 +1,6 @@
 """RoI methods: one file each, all behind `RoIOp`, and the extractor that binds one to a feature pyramid."""
 
+from detector.roi.aggregate import GRoIE, SumLevels
 from detector.roi.align import RoIAlign
 from detector.roi.bag import max_bag, weighted_bag
 from detector.roi.base import RoIOp, make_op
@@ -7,18 +8,30 @@ from detector.roi.deformable import DeformableRoIPool
 from detector.roi.extractor import RoIExtractor
 from detector.roi.levels import LEVEL_RULES, assign_levels
 from detector.roi.pool import RoIPool
+from detector.roi.position_sensitive import (
+    DeformablePositionSensitiveRoIPool,
+    PositionSensitiveRoIAlign,
+    PositionSensitiveRoIPool,
+)
+from detector.roi.precise import PreciseRoIPool
 from detector.roi.warp import RoIWarp
 from detector.structures import RoIFeatures
 
 __all__ = [
     "LEVEL_RULES",
+    "DeformablePositionSensitiveRoIPool",
     "DeformableRoIPool",
+    "GRoIE",
+    "PositionSensitiveRoIAlign",
+    "PositionSensitiveRoIPool",
+    "PreciseRoIPool",
     "RoIAlign",
     "RoIExtractor",
     "RoIFeatures",
     "RoIOp",
     "RoIPool",
     "RoIWarp",
+    "SumLevels",
     "assign_levels",
     "make_op",
     "max_bag",

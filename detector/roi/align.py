@@ -59,18 +59,40 @@ class RoIAlign(RoIOp):
     ) -> RoIFeatures:
         check_inputs(features, rois, levels, strides)
         regions = locate(features, rois, levels, strides)
-        y_points, y_counts = self.points(regions.boxes[:, 1], regions.boxes[:, 3], self.output_size[0])
-        x_points, x_counts = self.points(regions.boxes[:, 0], regions.boxes[:, 2], self.output_size[1])
-        y_cells, y_weights = bilinear(y_points, regions.heights[:, None, None])
-        x_cells, x_weights = bilinear(x_points, regions.widths[:, None, None])
         if self.reduction == "max":
-            y = Axis(*(t.flatten(1, 2)[:, :, None, None] for t in (y_cells, y_weights)))
-            x = Axis(*(t.flatten(1, 2)[:, None, :, None] for t in (x_cells, x_weights)))
-            valid = is_point(y_points, y_counts)[:, :, None] & is_point(x_points, x_counts)[:, None]
-            return RoIFeatures(pool_points_max(features, regions, y, x, self.output_size, valid))
-        y = Axis(*(t.flatten(2)[:, :, None, None] for t in (y_cells, mean_weights(y_weights, y_counts))))
-        x = Axis(*(t.flatten(2)[:, None, :, None] for t in (x_cells, mean_weights(x_weights, x_counts))))
-        return RoIFeatures(pool_cells(features, regions, y, x))
+            return RoIFeatures(self.pool_max(features, regions))
+        return RoIFeatures(pool_cells(features, regions, *self.axes(regions)))
+
+    def axes(self, regions: Regions, shift_x: Tensor | None = None, shift_y: Tensor | None = None) -> tuple[Axis, Axis]:
+        """Rows and columns that every bin reads, with weights that give the mean of its points.
+
+        Args:
+            shift_x, shift_y: [R, h, w], by how much each bin is moved, as a part of the RoI's width and height.
+        """
+        x1, y1, x2, y2 = regions.boxes.unbind(1)
+        y, y_counts = self.points(y1, y2, self.output_size[0])
+        x, x_counts = self.points(x1, x2, self.output_size[1])
+        y, x = y[:, :, None], x[:, None]  # [R, h, 1, S], [R, 1, w, S]
+        if shift_x is not None:
+            y = y + (shift_y * (y2 - y1)[:, None, None])[..., None]
+            x = x + (shift_x * (x2 - x1)[:, None, None])[..., None]
+        rows, row_weights = bilinear(y, regions.heights[:, None, None, None])
+        columns, column_weights = bilinear(x, regions.widths[:, None, None, None])
+        row_weights, column_weights = mean_weights(row_weights, y_counts), mean_weights(column_weights, x_counts)
+        return (
+            Axis(rows.flatten(3)[:, :, :, None], row_weights.flatten(3)[:, :, :, None]),
+            Axis(columns.flatten(3)[:, :, :, None], column_weights.flatten(3)[:, :, :, None]),
+        )
+
+    def pool_max(self, features: Sequence[Tensor], regions: Regions) -> Tensor:
+        """[R, C, h, w], the maximum over the points of every bin: every point is a bag of its own."""
+        x1, y1, x2, y2 = regions.boxes.unbind(1)
+        y, y_counts = self.points(y1, y2, self.output_size[0])
+        x, x_counts = self.points(x1, x2, self.output_size[1])
+        valid = is_point(y, y_counts)[:, :, None] & is_point(x, x_counts)[:, None]
+        y = Axis(*(t.flatten(1, 2)[:, :, None, None] for t in bilinear(y, regions.heights[:, None, None])))
+        x = Axis(*(t.flatten(1, 2)[:, None, :, None] for t in bilinear(x, regions.widths[:, None, None])))
+        return pool_points_max(features, regions, y, x, self.output_size, valid)
 
     def points(self, start: Tensor, end: Tensor, bins: int) -> tuple[Tensor, Tensor | int]:
         """Positions [R, bins, S] of the points along one axis, and how many of the S a bin has: [R], or S for all."""

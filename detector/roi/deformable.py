@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from detector.roi.align import RoIAlign, mean_weights
+from detector.roi.align import RoIAlign
 from detector.roi.bag import pool_cells
 from detector.roi.base import RoIOp, check_choice, check_inputs, make_op
-from detector.roi.geometry import Axis, bilinear, locate
+from detector.roi.geometry import Axis, Regions, bilinear, locate
 from detector.structures import RoIFeatures
 
 
@@ -139,30 +139,29 @@ class DeformableRoIPool(RoIOp):
         """[R, C, h, w]: the pooling itself, for given offsets [R, 2, points_h, points_w] and modulation."""
         check_inputs(features, rois, levels, strides)
         regions = locate(features, rois, levels, strides)
-        x1, y1, x2, y2 = regions.boxes.unbind(1)
-        y, y_counts = self.align.points(y1, y2, self.output_size[0])  # [R, h, S]
-        x, x_counts = self.align.points(x1, x2, self.output_size[1])
         shift = self.gamma * offsets.to(regions.boxes.dtype)
-        shift_x = shift[:, 0] * (x2 - x1)[:, None, None]
-        shift_y = shift[:, 1] * (y2 - y1)[:, None, None]
-        if self.per_point:
-            h, w, s = *self.output_size, y.shape[2]
-            y = y.flatten(1)[:, :, None] + shift_y
-            x = x.flatten(1)[:, None] + shift_x
-            y, x = (v.view(-1, h, s, w, s).transpose(2, 3).reshape(-1, h, w, s * s, 1) for v in (y, x))
-        else:  # the points of a bin move together and stay a grid
-            y = (y[:, :, None] + shift_y[..., None])[:, :, :, None]  # [R, h, w, 1, S]
-            x = (x[:, None] + shift_x[..., None])[:, :, :, None]
-        y_cells, y_weights = bilinear(y, regions.heights[:, None, None, None, None])
-        x_cells, x_weights = bilinear(x, regions.widths[:, None, None, None, None])
-        y_weights, x_weights = mean_weights(y_weights, y_counts), mean_weights(x_weights, x_counts)
+        axes = self.point_axes if self.per_point else self.align.axes
+        y, x = axes(regions, shift[:, 0], shift[:, 1])
         if modulation is not None:
-            m = modulation.to(y_weights.dtype)
             if self.per_point:
-                m = m.view(-1, h, s, w, s).transpose(2, 3).flatten(3)
+                modulation = self.group_points(modulation)[..., None]
             else:
-                m = m[..., None]
-            y_weights = y_weights * m[..., None, None]
-        y = Axis(y_cells.flatten(4), y_weights.flatten(4))
-        x = Axis(x_cells.flatten(4), x_weights.flatten(4))
+                modulation = modulation[..., None, None]
+            y = y._replace(weights=y.weights * modulation.to(y.weights.dtype))
         return pool_cells(features, regions, y, x)
+
+    def point_axes(self, regions: Regions, shift_x: Tensor, shift_y: Tensor) -> tuple[Axis, Axis]:
+        """As RoIAlign.axes, for shifts [R, h * s, w * s] of single points: a bin reads s * s groups of 2 x 2 cells."""
+        x1, y1, x2, y2 = regions.boxes.unbind(1)
+        y, _ = self.align.points(y1, y2, self.output_size[0])  # [R, h, s]
+        x, _ = self.align.points(x1, x2, self.output_size[1])
+        y = self.group_points(y.flatten(1)[:, :, None] + shift_y * (y2 - y1)[:, None, None])
+        x = self.group_points(x.flatten(1)[:, None] + shift_x * (x2 - x1)[:, None, None])
+        rows, row_weights = bilinear(y, regions.heights[:, None, None, None])
+        columns, column_weights = bilinear(x, regions.widths[:, None, None, None])
+        return Axis(rows, row_weights / y.shape[3]), Axis(columns, column_weights)
+
+    def group_points(self, values: Tensor) -> Tensor:
+        """[R, h * s, w * s] -> [R, h, w, s * s]."""
+        h, w = self.output_size
+        return values.unflatten(2, (w, -1)).unflatten(1, (h, -1)).transpose(2, 3).flatten(3)

@@ -59,8 +59,7 @@ def bin_ranges(start: Tensor, end: Tensor, bins: int, size: Tensor, quantization
     """
     i = torch.arange(bins + 1, device=start.device)
     known = (start.isfinite() & end.isfinite())[:, None]
-    limit = 2.0**20  # of maps and RoIs, in cells: beyond it float32 no longer counts
-    start, end = (v.nan_to_num(0).clamp(-limit, limit) for v in (start, end))
+    start, end = start.nan_to_num(0), end.nan_to_num(0)
     if quantization == "caffe":
         start, end = round_half_away(start), round_half_away(end)
         bin_size = ((end - start + 1).clamp(min=1) / bins)[:, None]
@@ -68,13 +67,13 @@ def bin_ranges(start: Tensor, end: Tensor, bins: int, size: Tensor, quantization
         low, high = (edges[:-1] * bin_size).floor(), (edges[1:] * bin_size).ceil()
     elif quantization == "floor":
         start, end = start.floor(), end.floor()
-        edges = i * (end - start).clamp(min=0).long()[:, None] // bins
+        edges = (i * (end - start).clamp(min=0)[:, None] / bins).floor()
         low, high = edges[:, :-1], edges[:, 1:]
     else:
         start, end = start.floor(), end.floor()
         bin_size = (end - start).clamp(min=0)[:, None].div(bins).floor()
         low, high = i[:-1] * bin_size, i[1:] * bin_size
-    low, high = ((start[:, None] + v).clamp(min=0).minimum(size[:, None]).int() for v in (low, high))
+    low, high = ((start[:, None] + v).nan_to_num(0).clamp(min=0).minimum(size[:, None]).int() for v in (low, high))
     return low, torch.where(known, high, low)
 
 

@@ -1,0 +1,167 @@
+"""Position-sensitive RoI methods ('R-FCN', Dai et al. 2016, equation 1): every bin reads channels of its own.
+
+    out[d, i, j] = mean over bin (i, j) of channel (d h + i) w + j
+
+so D * h * w channels give D. 'Deformable convolutional networks' (Dai et al. 2017, section 2.2) moves every bin by an
+offset, predicted by a convolution whose result is pooled position-sensitively in turn.
+
+The h * w groups of channels, each a map [N, D, H, W], are laid on top of each other as one tall map [N, D, h*w*H, W];
+bin (i, j) then reads its rows H * (i w + j) further down, and the rest is as in the plain methods.
+Dimensions: N images, R RoIs, D output channels, h x w bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from detector.roi.align import RoIAlign
+from detector.roi.bag import pool_cells
+from detector.roi.base import RoIOp, check_choice, check_inputs
+from detector.roi.geometry import Axis, Regions, locate
+from detector.roi.pool import round_half_away
+from detector.structures import RoIFeatures
+
+
+class PositionSensitive(RoIOp):
+    """What the position-sensitive methods share: a method writes `axes`."""
+
+    def axes(self, regions: Regions) -> tuple[Axis, Axis]:
+        """Which rows and columns every bin reads."""
+        raise NotImplementedError
+
+    def output_channels(self, channels: int) -> int:
+        """C / (h * w); ValueError where that does not divide."""
+        bins = self.output_size[0] * self.output_size[1]
+        if channels % bins:
+            raise ValueError(f"features have {channels} channels, expected a multiple of h * w = {bins}")
+        return channels // bins
+
+    def forward(
+        self, features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]
+    ) -> RoIFeatures:
+        check_inputs(features, rois, levels, strides)
+        regions = locate(features, rois, levels, strides)
+        return RoIFeatures(self.pool(features, regions, *self.axes(regions)))
+
+    def pool(self, features: Sequence[Tensor], regions: Regions, y: Axis, x: Axis) -> Tensor:
+        """[R, D, h, w]: every bin from its own channels."""
+        h, w = self.output_size
+        channels = self.output_channels(features[0].shape[1])
+        tall = [f.unflatten(1, (channels, h * w)).flatten(2, 3) for f in features]
+        group = torch.arange(h * w, dtype=torch.int32, device=y.cells.device).view(1, h, w, 1, 1)
+        rows = y.cells + group * regions.heights.view(-1, 1, 1, 1, 1)
+        y = Axis(rows, y.weights.expand(rows.shape))
+        return pool_cells(tall, regions._replace(heights=regions.heights * (h * w)), y, x)
+
+
+class PositionSensitiveRoIPool(PositionSensitive):
+    """Position-sensitive average pooling of a rounded RoI.
+
+    Args:
+        output_size: int or (h, w); the features need D * h * w channels.
+        quantization: "rfcn", the paper's release: corners rounded in the image, the end pixel included, at least 0.1
+            cells, bins from floor to ceil; or "torchvision": corners rounded on the map, the end excluded, at least one
+            cell, and the last row and column of the map never read.
+
+    Bins without a cell on the map give 0, as do RoIs with NaN or an infinity. Gradients reach the features.
+    """
+
+    def __init__(self, output_size: int | Sequence[int], quantization: str = "rfcn"):
+        super().__init__(output_size)
+        check_choice("quantization", quantization, ("rfcn", "torchvision"))
+        self.quantization = quantization
+
+    def forward(
+        self, features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]
+    ) -> RoIFeatures:
+        check_inputs(features, rois, levels, strides)
+        if self.quantization == "rfcn":
+            corners = round_half_away(rois[:, 1:].detach().to(torch.promote_types(rois.dtype, torch.float32)))
+            rois = torch.cat([rois[:, :1].to(corners), corners[:, :2], corners[:, 2:] + 1], 1)
+        regions = locate(features, rois, levels, strides)
+        return RoIFeatures(self.pool(features, regions, *self.axes(regions)))
+
+    def axes(self, regions: Regions) -> tuple[Axis, Axis]:
+        x1, y1, x2, y2 = regions.boxes.detach().unbind(1)
+        rows, row_weights = self.mean_of_cells(y1, y2, self.output_size[0], regions.heights)
+        columns, column_weights = self.mean_of_cells(x1, x2, self.output_size[1], regions.widths)
+        y = Axis(rows[:, :, None, None], row_weights[:, :, None, None])
+        return y, Axis(columns[:, None, :, None], column_weights[:, None, :, None])
+
+    def mean_of_cells(self, start: Tensor, end: Tensor, bins: int, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Cells [R, bins, K] int32 and their equal weights, 0 past the bin's last cell."""
+        known = (start.isfinite() & end.isfinite())[:, None]
+        start, end = start.nan_to_num(0), end.nan_to_num(0)
+        size, i = size[:, None], torch.arange(bins + 1, device=start.device)
+        if self.quantization == "rfcn":
+            bin_size = ((end - start).clamp(min=0.1) / bins)[:, None]
+            start, limit = start[:, None], size
+            low, high = (i[:-1] * bin_size + start).floor(), (i[1:] * bin_size + start).ceil()
+        else:
+            start, end = round_half_away(start), round_half_away(end)
+            bin_size = ((end - start).clamp(min=1) / bins)[:, None]
+            start, limit = start[:, None], size - 1
+            low, high = (i[:-1] * bin_size).floor() + start, (i[1:] * bin_size).ceil() + start
+        low, high = (v.nan_to_num(0).clamp(min=0).minimum(limit).int() for v in (low, high))
+        count = torch.where(known, high - low, 0).clamp(min=0)[..., None]
+        most = max(1, int(count.max())) if len(count) else 1
+        n = torch.arange(most, dtype=torch.int32, device=start.device)
+        cells = (low[..., None] + n).minimum(size[..., None] - 1)
+        return cells, (n < count).to(start.dtype) / count.clamp(min=1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, quantization={self.quantization!r}"
+
+
+class PositionSensitiveRoIAlign(PositionSensitive):
+    """Position-sensitive RoI Align, the mean of bilinear samples; cell centres at i + 1/2 (aligned).
+
+    Args:
+        output_size: int or (h, w); the features need D * h * w channels.
+        sampling_ratio: points per bin and axis, 0 is adaptive.
+
+    RoIs of odd kinds, and gradients, as in RoIAlign.
+    """
+
+    def __init__(self, output_size: int | Sequence[int], sampling_ratio: int = 2):
+        super().__init__(output_size)
+        self.align = RoIAlign(output_size, sampling_ratio)
+
+    def axes(self, regions: Regions) -> tuple[Axis, Axis]:
+        return self.align.axes(regions)
+
+
+class DeformablePositionSensitiveRoIPool(PositionSensitive):
+    """Deformable position-sensitive RoI pooling: every bin moves by gamma * offset * (width, height) of the RoI.
+
+    Args:
+        output_size: int or (h, w). channels: C of the features, D * h * w.
+        sampling_ratio: points per bin and axis. gamma: scale of the offsets.
+
+    The offsets come from a 1 x 1 convolution `offset_predictor` to 2 * h * w channels, shared by all levels and all
+    output channels, pooled by PositionSensitiveRoIAlign. It starts at zero, and the op as PositionSensitiveRoIAlign.
+    """
+
+    def __init__(self, output_size: int | Sequence[int], channels: int, sampling_ratio: int = 4, gamma: float = 0.1):
+        super().__init__(output_size)
+        self.output_channels(channels)
+        self.align = PositionSensitiveRoIAlign(output_size, sampling_ratio)
+        self.gamma = gamma
+        h, w = self.output_size
+        self.offset_predictor = nn.Conv2d(channels, 2 * h * w, 1)
+        nn.init.zeros_(self.offset_predictor.weight)
+        nn.init.zeros_(self.offset_predictor.bias)
+
+    def forward(
+        self, features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]
+    ) -> RoIFeatures:
+        check_inputs(features, rois, levels, strides)
+        fields = [self.offset_predictor(f) for f in features]
+        offsets = self.align(fields, rois, levels, strides).features
+        regions = locate(features, rois, levels, strides)
+        shift = self.gamma * offsets.to(regions.boxes.dtype)
+        y, x = self.align.align.axes(regions, shift[:, 0], shift[:, 1])
+        return RoIFeatures(self.pool(features, regions, y, x), offsets)
