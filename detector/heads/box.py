@@ -129,8 +129,9 @@ class BoxHead(nn.Module):
         """Draw RoIs from the proposals [N, P] and the ground truth [N, G]: all of them, and the positives alone."""
         boxes, valid = proposals.boxes, proposals.valid
         if self.add_ground_truth:
-            boxes = torch.cat([targets.boxes, boxes], dim=1)
-            valid = torch.cat([targets.valid & ~targets.crowd, valid], dim=1)
+            # Behind the proposals: the order of the draw must not depend on how far the ground truth is padded.
+            boxes = torch.cat([boxes, targets.boxes], dim=1)
+            valid = torch.cat([valid, targets.valid & ~targets.crowd], dim=1)
         matches = match(boxes, targets, self.negative_iou, self.positive_iou)
         verdict = torch.where(valid, matches.verdict, IGNORED)
         drawn = sample(verdict, batch.sample_keys, self.batch_size_per_image, self.positive_fraction, stage=1)

@@ -29,8 +29,10 @@ def weighted_bag(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         table: [cells, C] floating point. indices: [B, K] int32 or int64, 0..cells-1. weights: [B, K] floating point.
     Returns: [B, C] in the dtype of the table, differentiable in the table and the weights.
     """
-    if indices.numel() == 0:
-        return table[:0].expand(0, -1) if len(indices) == 0 else table.new_zeros(len(indices), table.shape[1])
+    if len(indices) == 0:
+        return table[:0] * weights.sum().to(table.dtype)  # both still get a gradient, of zero
+    if indices.shape[1] == 0:
+        return table.new_zeros(len(indices), table.shape[1])
     if choose_path(table, ("triton", "bag")) == "triton":
         from detector.roi.triton_bag import weighted_bag_cuda
 
