@@ -2,9 +2,9 @@
 
     python data/make_shapes.py --out data/shapes
 
-Colour, texture, size and orientation of an object are drawn from the same distributions for every category. Objects hide
-one another and are cut by the image's border; what is annotated is the visible part. The same options give the same
-files, whatever the number of processes.
+Colour, texture, size and orientation of an object are drawn from the same distributions for every category. Objects
+hide one another and are cut by the image's border; what is annotated is the visible part. The same options give the
+same files, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def coverage(rings: list[np.ndarray], size: int) -> np.ndarray:
 
 
 def texture(size: int, colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A pattern [size, size, 3] around the colour: clouds, and sometimes stripes or checks, of any scale and direction."""
+    """A pattern [size, size, 3] around the colour: clouds, and often stripes or checks, of any scale and direction."""
     cells = int(rng.integers(3, 25))
     clouds = cv2.resize(rng.uniform(-1, 1, (cells, cells, 3)).astype(np.float32), (size, size))
     pattern = clouds * rng.uniform(0.05, 0.2)

@@ -1,0 +1,22 @@
+"""COCO-format data sets: annotations, augmentation, sampling and batches."""
+
+from detector.data.annotations import Annotations, read_coco
+from detector.data.coco import CocoDataset, Sample, collate, read_image
+from detector.data.loader import EvaluationSampler, Loader, TrainingSampler, build_dataset, build_loader
+from detector.data.transforms import Pipeline, ResizeShortestEdge
+
+__all__ = [
+    "Annotations",
+    "CocoDataset",
+    "EvaluationSampler",
+    "Loader",
+    "Pipeline",
+    "ResizeShortestEdge",
+    "Sample",
+    "TrainingSampler",
+    "build_dataset",
+    "build_loader",
+    "collate",
+    "read_coco",
+    "read_image",
+]

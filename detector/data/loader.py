@@ -1,0 +1,228 @@
+"""From a configuration to batches: the data set, the order of its samples, and the loader."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from torch.utils.data import DataLoader, Sampler
+
+from detector.data.coco import CocoDataset, collate
+from detector.structures import Batch, Targets
+
+
+def build_dataset(
+    data: Mapping[str, Any],
+    split: str,
+    augment: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    categories: Sequence[str] | None = None,
+) -> CocoDataset:
+    """The data set of one split.
+
+    Args:
+        data: configs/data/*.yaml.
+        split: "train" or "val".
+        augment: configs/augment/*.yaml; its list of the same name is the split's pipeline. None: no transforms.
+        seed: of everything random.
+        categories: names of labels 1, 2, ...: the training set's when the validation set is built, the checkpoint's in
+            evaluation.
+    """
+    files = data[split]
+    transforms = [] if augment is None else [instantiate(step, _convert_="all") for step in augment[split] or []]
+    root = Path(data["root"])
+    return CocoDataset(
+        root / files["images"],
+        root / files["annotations"],
+        transforms,
+        categories=categories,
+        masks=data["masks"],
+        mask_size=data["mask_size"],
+        keep_empty=data["keep_empty"] or split != "train",
+        seed=seed,
+        on_error=data["on_error"],
+        training=split == "train",
+        max_pixels=data["max_pixels"],
+    )
+
+
+class TrainingSampler(Sampler[list[tuple[int, int]]]):
+    """Endless batches of (epoch, index): every epoch is a new permutation, batches run on across epochs.
+
+    The order is a function of (seed, position) alone: the global batches are the same for every world size, and rank r
+    takes the r-th of `world` equal consecutive parts of each. Nothing is dropped.
+
+    Args:
+        aspect_ratios: [I] width / height of the images, or None. Where given, a batch holds only landscape or only
+            portrait images, which saves padding.
+        batch_size: of all ranks together.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        aspect_ratios: np.ndarray | None = None,
+    ):
+        if length < 1:
+            raise ValueError(f"length={length}: the data set is empty")
+        if batch_size < 1 or batch_size % world:
+            raise ValueError(f"batch_size={batch_size} (of all ranks together) must be a multiple of world={world}")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank={rank}: must be in 0..{world - 1}")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.part = slice(batch_size // world * rank, batch_size // world * (rank + 1))
+        self.groups = np.zeros(length, bool) if aspect_ratios is None else np.asarray(aspect_ratios) < 1
+        self.position = 0  # samples that have been used: where the next iteration starts
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position, "epoch": self.position // self.length}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        if state["position"] % self.batch_size:
+            raise ValueError(
+                f"cannot resume at sample {state['position']}: it is no multiple of batch_size={self.batch_size}; "
+                "keep the global batch of the run that is resumed"
+            )
+        self.position = state["position"]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        batches = itertools.chain.from_iterable(map(np.ndarray.tolist, self._epochs()))
+        for batch in batches:
+            yield [tuple(sample) for sample in batch[self.part]]
+
+    def _epochs(self) -> Iterator[np.ndarray]:
+        """Batches [B, batch_size, 2] that are complete within each epoch, from the position on."""
+        skip = self.position // self.batch_size
+        waiting = [np.zeros((0, 2), np.int64)] * 2  # per group: samples for which no batch was left
+        for epoch in itertools.count():
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            samples = np.stack([np.full(self.length, epoch), order], axis=1)
+            batches, completed = [], []
+            for group in range(2):
+                own = np.flatnonzero(self.groups[order] == group)
+                queue = np.concatenate([waiting[group], samples[own]])
+                when = np.concatenate([np.full(len(waiting[group]), -1), own])
+                full = len(queue) // self.batch_size * self.batch_size
+                batches.append(queue[:full].reshape(-1, self.batch_size, 2))
+                completed.append(when[:full][self.batch_size - 1 :: self.batch_size])
+                waiting[group] = queue[full:]
+            turn = np.argsort(np.concatenate(completed))
+            yield np.concatenate(batches)[turn][skip:]
+            skip = max(0, skip - len(turn))
+
+
+class EvaluationSampler(Sampler[list[int]]):
+    """Every sample once. The batches are the same for every world size; rank r takes every world-th of them.
+
+    Landscape and portrait images come in separate batches where `aspect_ratios` are given.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, *, rank: int = 0, world: int = 1, aspect_ratios: np.ndarray | None = None
+    ):
+        if batch_size < 1 or not 0 <= rank < world:
+            raise ValueError(f"batch_size={batch_size} must be positive and rank={rank} in 0..{world - 1}")
+        groups = np.zeros(length, bool) if aspect_ratios is None else np.asarray(aspect_ratios) < 1
+        batches = []
+        for group in (False, True):
+            own = np.flatnonzero(groups == group)
+            batches += [own[start : start + batch_size].tolist() for start in range(0, len(own), batch_size)]
+        self.batches = batches[rank::world]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class Loader:
+    """Batches on the host, made by worker processes that live as long as the loader.
+
+    `sampler.position` counts the samples handed out, not those prepared ahead: `state_dict()` is what a checkpoint needs.
+    """
+
+    def __init__(self, dataset: CocoDataset, sampler: Sampler, workers: int, collate_fn, pin_memory: bool):
+        self.dataset, self.sampler = dataset, sampler
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate_fn,
+            pin_memory=pin_memory,
+            worker_init_fn=_init_worker,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # the loader draws a seed for its workers; leave the global state alone
+        )
+
+    def __iter__(self) -> Iterator[tuple[Batch, Targets]]:
+        for item in self._loader:
+            if isinstance(self.sampler, TrainingSampler):
+                self.sampler.position += self.sampler.batch_size
+            yield item
+
+    def __len__(self) -> int:
+        """Batches of an evaluation; training has no end."""
+        return len(self.sampler)
+
+    def state_dict(self) -> dict[str, int]:
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.sampler.load_state_dict(state)
+
+
+def build_loader(
+    dataset: CocoDataset,
+    batch_size: int,
+    workers: int = 2,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    start_position: int = 0,
+    training: bool = True,
+    group_by_aspect: bool = True,
+    pad_multiple: int = 32,
+    pad_to: Sequence[int] | None = None,
+    pin_memory: bool | None = None,
+) -> Loader:
+    """Batches for training (endless, shuffled) or evaluation (each image once).
+
+    Args:
+        batch_size: training: of all ranks together. Evaluation: of each rank.
+        workers: processes per rank; 0 loads in this process.
+        start_position: training: samples that an earlier run has used.
+        group_by_aspect: separate batches for landscape and portrait images.
+        pad_multiple, pad_to: see `collate`.
+        pin_memory: by default where CUDA is available.
+    """
+    ratios = dataset.image_sizes[:, 1] / dataset.image_sizes[:, 0] if group_by_aspect else None
+    where = {"rank": rank, "world": world, "aspect_ratios": ratios}
+    if training:
+        sampler = TrainingSampler(len(dataset), batch_size, seed=seed, **where)
+        sampler.load_state_dict({"position": start_position})
+    else:
+        sampler = EvaluationSampler(len(dataset), batch_size, **where)
+    collate_fn = partial(collate, multiple=pad_multiple, size=None if pad_to is None else tuple(pad_to))
+    return Loader(
+        dataset, sampler, workers, collate_fn, torch.cuda.is_available() if pin_memory is None else pin_memory
+    )
+
+
+def _init_worker(worker: int) -> None:
+    cv2.setNumThreads(0)  # the processes are the parallelism
+    torch.set_num_threads(1)

@@ -1,0 +1,186 @@
+"""Augmentation: any albumentations pipeline, with boxes, labels and outlines kept in step.
+
+A box carries its object's index through the pipeline, outlines travel as keypoints. Afterwards an object with an outline
+gets the box around what is left of it, other boxes are taken as albumentations returns them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise it asks the internet for newer versions
+
+import albumentations as A
+import cv2
+import numpy as np
+
+from detector.data.masks import Outlines, visible_bounds
+
+# albumentations moves keypoints as pixel centres (a flip is x -> width - 1 - x), but these transforms scale them as if
+# the centre of pixel 0 were its corner: half a pixel off at factor 2, more at larger factors.
+_SCALING = (
+    A.RandomScale,
+    A.LongestMaxSize,
+    A.SmallestMaxSize,
+    A.Resize,
+    A.RandomSizedCrop,
+    A.RandomResizedCrop,
+    A.RandomSizedBBoxSafeCrop,
+    A.CropAndPad,
+)
+# These move keypoints otherwise than pixels, so outlines would slip off their objects.
+_UNFAITHFUL = (A.ThinPlateSpline, A.RandomGridShuffle, A.Mosaic)
+
+
+class Transformed(NamedTuple):
+    """What comes out of a `Pipeline`."""
+
+    image: np.ndarray  # [H, W, 3] uint8
+    boxes: np.ndarray  # [G, 4] float32, inside the image
+    outlines: Outlines
+    kept: np.ndarray  # [G] index of each remaining object among those that went in, ascending
+
+
+class Pipeline:
+    """A list of albumentations transforms as one function of image, objects and seed.
+
+    Args:
+        transforms: applied in turn; they must leave a uint8 RGB image (the model normalises).
+        min_size: objects narrower or lower than this many pixels after the transforms are dropped.
+    """
+
+    def __init__(self, transforms: Sequence[A.BasicTransform | A.BaseCompose] = (), min_size: float = 1.0):
+        if min_size <= 0:
+            raise ValueError(f"min_size={min_size}: must be positive")
+        self.min_size = min_size
+        self.compose = A.Compose(
+            [A.NoOp(), *transforms],  # a pipeline without geometric transforms would warn
+            bbox_params=A.BboxParams("pascal_voc"),
+            keypoint_params=A.KeypointParams("xy", remove_invisible=False),
+        )
+        for transform in _leaves(self.compose):
+            if isinstance(transform, _UNFAITHFUL):
+                raise ValueError(
+                    f"augmentation {type(transform).__name__}: its keypoints do not follow its pixels, so masks would slip "
+                    "off their objects; use another transform"
+                )
+            if isinstance(transform, _SCALING):
+                transform._key2func["keypoints"] = _scaled_as_centres(transform.apply_to_keypoints)
+
+    def __call__(
+        self, image: np.ndarray, boxes: np.ndarray | None = None, outlines: Outlines | None = None, seed: int = 0
+    ) -> Transformed:
+        """Transform an image [H, W, 3] uint8 with its boxes [G, 4] and outlines. The same seed gives the same result."""
+        if boxes is None:
+            boxes = np.zeros((0, 4), np.float32)
+        if outlines is None:
+            outlines = Outlines(np.zeros((0, 2)), np.zeros(1, int), np.zeros(0, int), np.zeros(len(boxes), bool))
+        data = {"image": image}
+        if len(boxes):
+            data["bboxes"] = np.column_stack([boxes, np.arange(len(boxes))]).astype(np.float32)
+        if len(outlines.points):
+            data["keypoints"] = np.asarray(outlines.points, np.float32) - np.float32(0.5)
+        self.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        data = self.compose(**data)
+
+        image = data["image"]
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(
+                f"the augmentation turned the image into {image.dtype} {list(image.shape)}; it must stay uint8 [H, W, 3]: "
+                "leave out Normalize, ToFloat, ToGray with one channel and ToTensorV2 (the model normalises)"
+            )
+        height, width = image.shape[:2]
+        result = np.full((len(boxes), 4), -1.0)
+        if len(boxes):
+            rows = data["bboxes"]
+            result[rows[:, 4].astype(int)] = rows[:, :4]
+        if len(outlines.points):
+            points = data["keypoints"][:, :2] + 0.5
+            if len(points) != len(outlines.points):
+                raise ValueError(
+                    f"the augmentation turned {len(outlines.points)} outline points into {len(points)}; transforms that "
+                    "copy or cut away keypoints (such as padding by reflection) cannot be used"
+                )
+            outlines = outlines._replace(points=points)
+            has_rings = outlines.has_rings()
+            result[has_rings] = visible_bounds(outlines, height, width)[has_rings]
+        result[:, 0::2] = result[:, 0::2].clip(0, width)
+        result[:, 1::2] = result[:, 1::2].clip(0, height)
+        keep = (result[:, 2:] - result[:, :2] >= self.min_size).all(axis=1)
+        if not keep.all():
+            outlines = outlines.select(keep)
+        return Transformed(image, result[keep].astype(np.float32), outlines, np.flatnonzero(keep))
+
+
+def _leaves(transform) -> Iterator[A.BasicTransform]:
+    if isinstance(transform, A.BaseCompose):
+        for child in transform.transforms:
+            yield from _leaves(child)
+    else:
+        yield transform
+
+
+def _scaled_as_centres(apply_to_keypoints):
+    def scaled(keypoints, **params):
+        shift = np.zeros(keypoints.shape[1], np.float32)
+        shift[:2] = 0.5
+        return apply_to_keypoints(keypoints + shift, **params) - shift
+
+    return scaled
+
+
+class ResizeShortestEdge(A.DualTransform):
+    """Scale the image so that its shorter side becomes `size`, but its longer side at most `max_size`.
+
+    Args:
+        size: pixels; of several sizes one is drawn for each image.
+        max_size: limit of the longer side; None for no limit.
+        rounding: how sides come to whole pixels: "nearest" as in detectron2 (half up), "floor" as in torchvision.
+        interpolation: OpenCV's constant, bilinear by default.
+    """
+
+    class InitSchema(A.BasicTransform.InitSchema):
+        size: int | list[int]
+        max_size: int | None
+        rounding: str
+        interpolation: int
+
+    def __init__(
+        self,
+        size: int | Sequence[int] = 800,
+        max_size: int | None = 1333,
+        rounding: str = "nearest",
+        interpolation: int = cv2.INTER_LINEAR,
+        p: float = 1.0,
+    ):
+        super().__init__(p=p)
+        self.size = [size] if isinstance(size, int) else list(size)
+        self.max_size, self.rounding, self.interpolation = max_size, rounding, interpolation
+        if not self.size or min(self.size) < 1 or (max_size is not None and max_size < 1):
+            raise ValueError(f"ResizeShortestEdge: size={size} and max_size={max_size} must be positive")
+        if rounding not in ("nearest", "floor"):
+            raise ValueError(f"ResizeShortestEdge: rounding={rounding!r} must be 'nearest' or 'floor'")
+
+    def get_params_dependent_on_data(self, params, data):
+        height, width = params["shape"][:2]
+        scale = self.py_random.choice(self.size) / min(height, width)
+        if self.max_size is not None:
+            scale = min(scale, self.max_size / max(height, width))
+        shift = 0.5 if self.rounding == "nearest" else 0.0
+        # the tiny addition undoes the division's rounding: 800 / 3 * 3 must be 800
+        return {"new": tuple(max(1, int(side * scale + shift + 1e-6)) for side in (height, width))}
+
+    def apply(self, img, new, interpolation, **params):
+        return img if img.shape[:2] == new else cv2.resize(img, new[::-1], interpolation=interpolation)
+
+    def apply_to_bboxes(self, bboxes, **params):
+        return bboxes  # relative to the image's sides
+
+    def apply_to_keypoints(self, keypoints, new, shape, **params):
+        keypoints = keypoints.copy()
+        scale = np.array(new[::-1], np.float32) / np.array(shape[1::-1], np.float32)
+        keypoints[:, :2] = (keypoints[:, :2] + 0.5) * scale - 0.5
+        return keypoints
