@@ -1,0 +1,209 @@
+"""Checkpoints: written so that a crash at any moment loses nothing, read without running code from them.
+
+A checkpoint is a dict of tensors and plain values:
+    format, versions, config, categories, category_ids, iteration, evaluated, nonfinite, metrics, meters,
+    best {metric, value, iteration}, model, ema, optimizer, scheduler, scaler, sampler {position}, rng [one per rank]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from ..config import ConfigError, RunError
+
+FORMAT = "detector checkpoint 1"
+# a run that differs from its checkpoint in one of these is another run; in the others it may go on differently
+IDENTITY = ("seed", "model", "roi", "data", "augment", "optimizer", "training")
+IRRELEVANT = ("name", "run_dir", "resume", "runtime", "evaluation")
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(ConfigError):
+    """The file is not a checkpoint that can be used: the message names it and says what to do."""
+
+
+# ------------------------------------------------------------------------------------------------------------ one file
+
+
+def save(state: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint atomically: whoever reads `path` finds the old file or the new one, never a part of it.
+
+    Raises RunError, the previous file untouched, if the disk is full or not writable.
+    """
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version()}
+    atomically(path, lambda file: torch.save({"format": FORMAT, "versions": versions, **state}, file))
+
+
+def atomically(path: Path, write) -> None:
+    """Call `write(file)` on a temporary file beside `path`, then put it in its place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name itself must survive a power cut
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise RunError(
+            f"{path} could not be written ({error}); {free:.0f} MiB are free there. The previous checkpoint is intact: "
+            "make room and start the same command again, it continues from there"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint without executing anything in it.
+
+    Raises CheckpointError for a file that is missing, truncated, or not a checkpoint of this project.
+    """
+    path = Path(path)
+    if not path.is_file():
+        others = ", ".join(sorted(p.name for p in path.parent.glob("*.pt"))) or "none"
+        raise CheckpointError(f"{path}: there is no such checkpoint (in its folder: {others})")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: not readable as a checkpoint: truncated, damaged or of another program ({reason}). "
+            "Use another file of the run, or resume=none to start anew"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        keys = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(
+            f"{path}: a torch file but no checkpoint of this project (it holds: {keys}). "
+            "detector.weights.load_foreign reads the weights of other libraries"
+        )
+    return state
+
+
+# -------------------------------------------------------------------------------------------------- the files of a run
+
+
+def publish(state: Mapping[str, Any], folder: Path, numbered: bool, best: bool, keep: int) -> None:
+    """Write last.pt, and give the same file the names best.pt and iteration_NNNNNN.pt where asked; keep the newest
+    `keep` numbered ones."""
+    last = folder / "last.pt"
+    save(state, last)
+    if best:
+        duplicate(last, folder / "best.pt")
+    if numbered and keep:
+        duplicate(last, folder / f"iteration_{state['iteration']:07d}.pt")
+        for old in sorted(folder.glob("iteration_*.pt"))[:-keep]:
+            old.unlink()
+
+
+def duplicate(source: Path, target: Path) -> None:
+    """A second name for the same bytes, or a copy where the file system has no links."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        with open(source, "rb") as file:
+            atomically(target, lambda copy: shutil.copyfileobj(file, copy))
+        return
+    os.replace(temporary, target)
+
+
+def find(resume: str, folder: Path) -> dict[str, Any] | None:
+    """The state that `resume` = auto, none or a path asks for; None for a fresh start.
+
+    auto takes the newest checkpoint of the folder that can be read, with a warning for each that cannot.
+    Raises CheckpointError if there are some but none is readable.
+    """
+    if resume == "none":
+        return None
+    if resume != "auto":
+        return load(resume)
+    names = ["last.pt", *sorted((p.name for p in folder.glob("iteration_*.pt")), reverse=True), "best.pt"]
+    paths = [folder / name for name in names if (folder / name).exists()]
+    for path in paths:
+        try:
+            state = load(path)
+        except CheckpointError as error:
+            log.warning("%s", error)
+            continue
+        if path != paths[0]:
+            log.warning("continuing from %s, iteration %d, instead", path, state["iteration"])
+        return state
+    if paths:
+        raise CheckpointError(f"{folder}: none of its {len(paths)} checkpoints can be read; resume=none starts anew")
+    return None
+
+
+def compare_configs(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse to continue a run as another one.
+
+    Raises ConfigError naming the keys if the two differ in what the weights, the data or the steps depend on; warns if
+    they differ elsewhere, as in a longer schedule.
+    """
+    old, new = flatten(stored), flatten(current)
+    differing = [key for key in sorted({*old, *new}) if old.get(key, "absent") != new.get(key, "absent")]
+    differing = [key for key in differing if key.split(".")[0] not in IRRELEVANT]
+    lines = {key: f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}" for key in differing}
+    serious = [lines[key] for key in differing if key.split(".")[0] in IDENTITY]
+    if serious:
+        raise ConfigError(
+            f"the checkpoint is of a run with another configuration ({'; '.join(serious[:8])}). Give the same "
+            "settings, another run_dir, or resume=none to overwrite"
+        )
+    for key in differing:
+        log.warning("continuing with another setting than before: %s", lines[key])
+
+
+def flatten(config: Any, path: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as {dotted key: leaf}."""
+    items = config.items() if isinstance(config, Mapping) else enumerate(config) if isinstance(config, list) else None
+    if items is None:
+        return {path: config}
+    flat = {}
+    for key, value in items:
+        flat |= flatten(value, f"{path}.{key}" if path else str(key))
+    return flat
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run directory for this process; the lock vanishes with the process, however it ends.
+
+    Raises RunError naming the holder if another living process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise RunError(f"{folder} is in use by {holder}; choose another run_dir, or end that one first") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        for stale in folder.glob(".*.tmp"):  # of a process that was killed while writing
+            stale.unlink()
+        yield
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write JSON atomically."""
+    atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))

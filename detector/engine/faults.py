@@ -1,0 +1,87 @@
+"""What can go wrong in the middle of a run, and what is kept then."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import RunError
+from ..structures import Batch, Targets
+from .checkpoint import atomically
+from .distributed import World
+from .settings import Runtime
+from .state import State
+
+log = logging.getLogger(__name__)
+
+
+def on_main(world: World, work: Callable[[], Any]) -> None:
+    """Do `work` on rank 0; if it fails there, all ranks fail with it instead of waiting for ever."""
+    error = None
+    if world.main:
+        try:
+            work()
+        except Exception as problem:
+            error = problem
+    error = world.from_main(error)
+    if error is not None:
+        raise error
+
+
+def nonfinite(
+    state: State,
+    losses: Mapping[str, Tensor],
+    norm: Tensor,
+    micro_batches: Sequence[tuple[Batch, Targets]],
+    dataset: Any,
+    folder: Path,
+    runtime: Runtime,
+    world: World,
+) -> None:
+    """A step gave NaN or infinity on some rank: say where, keep its batch, and skip the step or stop.
+
+    Called on all ranks, before the weights are touched. Raises RunError unless the step may be skipped.
+    """
+    step = state.iteration + 1
+    bad = [f"{name} = {value.item()}" for name, value in losses.items() if not value.isfinite()]
+    if bad or not norm.isfinite():
+        what = ", ".join(bad) if bad else f"the gradient's norm = {norm.item()}, with finite losses"
+        images = [image for batch, _ in micro_batches for image in batch.image_ids.tolist()]
+        names = ", ".join(f"{image} ({file_name(dataset, image)})" for image in images)
+        path = folder / f"nonfinite_{step:07d}_rank{world.rank}.pt"
+        content = {
+            "losses": {name: value.item() for name, value in losses.items()},
+            "batches": [{"batch": cpu(batch), "targets": cpu(targets)} for batch, targets in micro_batches],
+        }
+        atomically(path, lambda file: torch.save(content, file))
+        log.error("step %d is not finite: %s; images %s; the batch is in %s", step, what, names, path)
+    weights = [name for name, value in state.model.state_dict().items() if not value.float().isfinite().all()]
+    if world.any(bool(weights))[0]:
+        raise RunError(f"step {step}: weights are not finite: {', '.join(weights[:5])}; go back to a checkpoint before")
+    state.nonfinite += 1
+    if runtime.on_nonfinite == "stop":
+        raise RunError(
+            f"stopped before step {step}, which is not finite (see above). Lower optimizer.lr, set training.clip_norm, "
+            "look at the saved batch, or set runtime.on_nonfinite=skip; the same command then continues"
+        )
+    if state.nonfinite > runtime.max_nonfinite:
+        raise RunError(
+            f"stopped at step {step}: {state.nonfinite} steps were not finite, runtime.max_nonfinite = "
+            f"{runtime.max_nonfinite} may be skipped"
+        )
+    log.warning("step %d is skipped, %d of at most %d", step, state.nonfinite, runtime.max_nonfinite)
+
+
+def cpu(part: Batch | Targets) -> dict[str, Tensor | None]:
+    return {name: value if value is None else value.cpu() for name, value in part._asdict().items()}
+
+
+def file_name(dataset: Any, image_id: int) -> str:
+    """The file of an image, for messages."""
+    images = dataset.annotations["images"]
+    return next((image["file_name"] for image in images if image["id"] == image_id), "unknown file")

@@ -1,0 +1,218 @@
+"""The training loop: `train` prepares, then repeats forward, backward, update, with evaluation, checkpoints and the
+record in between.
+
+Every rank runs the same lines on its share of each batch. DDP averages the gradients and the model normalises its losses
+over all ranks, so that the number of ranks does not change the curve. What is random is a function of (seed, epoch,
+image), so that an interruption does not change it either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..config import build
+from ..evaluation.evaluator import evaluate, summary_table
+from ..structures import Batch, Targets, to_device
+from . import checkpoint, distributed, faults, setup
+from . import logging as record
+from .distributed import StopRequest, World
+from .settings import Evaluation, Runtime, Training, to_iterations
+from .state import State
+
+log = logging.getLogger(__name__)
+PRECISION = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Run, or continue, the training that `cfg` describes.
+
+    Returns the last value of the metric that the best checkpoint is chosen by, for hyperparameter sweeps.
+    Exits with 128 + signal after SIGTERM, SIGINT or SIGUSR1, the state saved.
+    """
+    runtime: Runtime = build(cfg.runtime, "runtime")
+    training: Training = build(cfg.training, "training")
+    evaluation: Evaluation = build(cfg.evaluation, "evaluation")
+    schedule = build(cfg.schedule, "schedule")
+    world = distributed.start(runtime)
+    folder = Path(cfg.run_dir)
+    with contextlib.ExitStack() as stack:
+        faults.on_main(world, lambda: stack.enter_context(checkpoint.locked(folder)))
+        stop = stack.enter_context(distributed.stop_on_signal())
+        record.start(folder, world)
+        distributed.seed_everything(cfg.seed)
+
+        train_set, val_set = setup.datasets(cfg)
+        per_epoch = max(1, round(len(train_set) / training.batch_size))
+        total = schedule.total(per_epoch)
+        state = State.create(cfg, len(train_set.categories), schedule, per_epoch, training, runtime, world)
+        about = {
+            "config": OmegaConf.to_container(cfg, resolve=True),
+            "categories": list(train_set.categories),
+            "category_ids": list(train_set.category_ids),
+        }
+        found = setup.resume(cfg.resume, folder, state, about, world)
+        if state.iteration >= total and state.evaluated >= total:
+            log.info(
+                "%s is finished: %d iterations. Another run_dir, or a longer schedule, trains more.", folder, total
+            )
+            return setup.chosen(state.metrics, evaluation.metric)
+        journal = record.Journal(folder, world, runtime, training.batch_size, total, state.iteration, state.evaluated)
+        stack.callback(journal.close)
+        if found:
+            journal.load_state_dict(found["meters"])
+        if world.main:
+            (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+
+        model = state.model
+        if runtime.compile:
+            model.compile()
+        if world.size > 1:
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        batches, val_loader = setup.loaders(cfg, train_set, val_set, state, training, runtime, world)
+        save_every = to_iterations(runtime.checkpoint_every, per_epoch, total)
+        evaluate_every = to_iterations(evaluation.every, per_epoch, total) if evaluation.every else total
+
+        def save(best: bool = False) -> None:
+            saved = {**state.state_dict(), **about, "meters": journal.state_dict()}
+            saved["sampler"] = {"position": state.iteration * training.batch_size}
+            saved["rng"] = world.gather(distributed.random_state())
+            numbered = hits(state.iteration, save_every)
+            faults.on_main(world, lambda: checkpoint.publish(saved, folder, numbered, best, runtime.keep))
+
+        state.model.train()
+        while True:
+            if state.evaluated < state.iteration and (
+                state.iteration == total or hits(state.iteration, evaluate_every)
+            ):
+                with journal.paused():
+                    better = measure(state, val_loader, val_set, evaluation, runtime, journal, stop, world)
+                    save(best=better)
+            if state.iteration == total:
+                break
+
+            waiting = time.perf_counter()
+            micro_batches = [next(batches) for _ in range(training.accumulate)]
+            waited = time.perf_counter() - waiting
+            micro_batches = [(to_device(b, world.device), to_device(t, world.device)) for b, t in micro_batches]
+            wanted = hits(state.iteration + 1, runtime.log_every)
+            losses, stats = forward_backward(model, micro_batches, state.scaler, runtime, world, stats=wanted)
+            state.scaler.unscale_(state.optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
+            # the host waits for the device here; all ranks agree on what follows
+            failed, stopping = world.any(not is_finite(losses, norm, state), bool(stop))
+            if failed:
+                faults.nonfinite(state, losses, norm, micro_batches, train_set, folder, runtime, world)
+            else:
+                update(state, norm, training)
+                journal.add(losses, norm, waited)
+            state.optimizer.zero_grad()
+            lr = state.optimizer.param_groups[0]["lr"]
+            state.scheduler.step()
+            state.iteration += 1
+
+            journal.step(state.iteration, state.iteration / per_epoch, lr, stats)
+            ends = state.iteration == total
+            if stopping or ends or hits(state.iteration, save_every) or hits(state.iteration, evaluate_every):
+                save()  # before an evaluation too, which may take long
+            if stopping:
+                log.warning("signal %s: saved after iteration %d; start again to go on", stop.signal, state.iteration)
+                raise SystemExit(stop.exit_code)
+
+        if world.main:
+            setup.finish(state, folder, summary_table(state.metrics))
+        return setup.chosen(state.metrics, evaluation.metric)
+
+
+def forward_backward(
+    model: nn.Module,
+    micro_batches: list[tuple[Batch, Targets]],
+    scaler: torch.amp.GradScaler,
+    runtime: Runtime,
+    world: World,
+    stats: bool,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Add the gradient of the micro-batches' mean loss; returns the mean losses, and statistics of the last one."""
+    dtype = PRECISION[runtime.precision]
+    mean: dict[str, Tensor] = {}
+    for index, (batch, targets) in enumerate(micro_batches, 1):
+        # the ranks exchange gradients once, with the last micro-batch
+        quiet = world.size > 1 and index < len(micro_batches)
+        with model.no_sync() if quiet else contextlib.nullcontext():
+            with torch.autocast(world.device.type, dtype, enabled=dtype is not None):
+                losses, found = model(batch, targets, stats=True) if stats else (model(batch, targets), {})
+            scaler.scale(sum(losses.values()) / len(micro_batches)).backward()
+        for name, loss in losses.items():
+            mean[name] = mean.get(name, 0) + loss.detach().float() / len(micro_batches)
+    return mean, found
+
+
+def is_finite(losses: dict[str, Tensor], norm: Tensor, state: State) -> bool:
+    """Whether the losses and the gradient are; in fp16 the scaler itself skips steps of infinite gradient."""
+    values = list(losses.values()) if state.scaler.is_enabled() else [*losses.values(), norm]
+    return bool(torch.stack(values).isfinite().all())
+
+
+def update(state: State, norm: Tensor, training: Training) -> None:
+    """Clip the gradient and take the optimiser's step."""
+    if training.clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(state.parameters, training.clip_norm, norm)
+    if training.clip_value:
+        torch.nn.utils.clip_grad_value_(state.parameters, training.clip_value)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    if state.ema:
+        state.ema.update(state.model, state.iteration)
+
+
+def measure(
+    state: State,
+    loader: Iterable,
+    dataset,
+    evaluation: Evaluation,
+    runtime: Runtime,
+    journal: record.Journal,
+    stop: StopRequest,
+    world: World,
+) -> bool:
+    """Evaluate the weights that are kept, and record it; is it the best so far?"""
+    world.share_buffers(state.trained)
+    metrics, _ = evaluate(
+        state.trained,
+        unless(stop, loader),
+        dataset,
+        world.device,
+        precision=runtime.precision,
+        evaluator=evaluation.evaluator,
+        per_class=False,
+        progress=journal.interactive,
+    )
+    state.metrics, state.evaluated = metrics, state.iteration
+    journal.evaluation(state.iteration, metrics)
+    value = setup.chosen(metrics, evaluation.metric)
+    log.info("iteration %d:\n%s", state.iteration, summary_table(metrics))
+    better = value > state.best.get("value", float("-inf"))
+    if better:
+        state.best = {"metric": evaluation.metric, "value": value, "iteration": state.iteration}
+    return better
+
+
+def unless(stop: StopRequest, loader: Iterable) -> Iterator:
+    """The loader's items until a stop is requested; an evaluation is not worth finishing then: it is done again."""
+    for item in loader:
+        if stop:
+            log.warning("signal %s: evaluation given up, the checkpoint before it is kept", stop.signal)
+            raise SystemExit(stop.exit_code)
+        yield item
+
+
+def hits(iteration: int, every: int | None) -> bool:
+    return bool(every) and iteration % every == 0
