@@ -156,22 +156,26 @@ def check_annotations(annotations, iou_type: str = "bbox") -> dict:
     names = Counter(c.get("name") for c in data["categories"])
     if repeated := [name for name, count in names.items() if count > 1]:
         raise ValueError(f"{where}: category names must be there and differ; repeated: {repeated[:5]}")
-    field = FIELD[iou_type]
     copies = []
     for i, entry in enumerate(data["annotations"]):
-        label = f"{where}: annotation {entry.get('id', f'at index {i}')}" if isinstance(entry, dict) else where
-        if not isinstance(entry, dict):
-            raise TypeError(f"{where}: annotations[{i}] must be a dict, got {type(entry).__name__}")
-        _check_ids(entry, images, category_ids, label)
-        if field not in entry or entry[field] is None or (field == "segmentation" and not entry[field]):
-            raise ValueError(f"{label} has no {field!r}, which iou_type={iou_type!r} needs")
-        box = _check_box(entry.get("bbox"), label)
+        check_annotation(entry, f"{where}: annotations[{i}]", images, category_ids, iou_type)
         # pycocotools matches by id, where 0 means unmatched and a repeated id loses an object
         entry = {**entry, "id": i + 1, "iscrowd": int(entry.get("iscrowd") or 0)}
-        entry.setdefault("area", box[2] * box[3])
+        entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
         copies.append(entry)
     categories = sorted(data["categories"], key=lambda c: c["id"])
     return {"images": data["images"], "annotations": copies, "categories": categories}
+
+
+def check_annotation(entry, label: str, images, category_ids, iou_type: str = "bbox") -> None:
+    """Raise ValueError or TypeError if one entry of `annotations` cannot be used."""
+    if not isinstance(entry, dict):
+        raise TypeError(f"{label} must be a dict, got {type(entry).__name__}")
+    label, field = f"{label} (id {entry.get('id')})", FIELD[iou_type]
+    _check_ids(entry, images, category_ids, label)
+    if entry.get(field) is None or (field == "segmentation" and not entry[field]):
+        raise ValueError(f"{label} has no {field!r}, which iou_type={iou_type!r} needs")
+    _check_box(entry.get("bbox"), label)
 
 
 def check_predictions(predictions, truth: dict, iou_type: str = "bbox") -> list[dict]:
@@ -197,7 +201,7 @@ def check_predictions(predictions, truth: dict, iou_type: str = "bbox") -> list[
             _check_box(entry["bbox"], label)
         entry = dict(entry)
         if field == "segmentation":
-            entry[field] = _as_rle(entry[field], images[entry["image_id"]], label)
+            entry[field] = as_rle(entry[field], images[entry["image_id"]], label)
         copies.append(entry)
     return copies
 
@@ -233,7 +237,7 @@ def _check_box(box, label: str):
     return box
 
 
-def _as_rle(segmentation, image: dict, label: str) -> dict:
+def as_rle(segmentation, image: dict, label: str) -> dict:
     """Polygons or any RLE as compressed RLE, which is the one form that loadRes takes without a box."""
     if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), (str, bytes)):
         rle = segmentation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import distributed, nn
 from tqdm import tqdm
 
 from ..structures import to_device
-from .coco import coco_metrics
+from .coco import as_rle, check_annotation, coco_metrics, read_json
 from .results import detections_to_coco, write_json
 
 log = logging.getLogger(__name__)
@@ -32,16 +32,15 @@ def evaluate(
     iou_types: Sequence[str] | None = None,
     per_class: bool = True,
     paste: str = "aligned",
-    whole: bool = True,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[dict, list[dict]]:
     """COCO metrics of `model` on `dataset`, and its results.
 
-    loader: yields (Batch, Targets); in a distributed run each rank's loader gives its own images, and an image that
-    several ranks see counts once. dataset: has `annotations` (COCO dict) and `category_ids` (id of label 1, 2, ...).
+    loader: yields (Batch, Targets), all images of the data set; in a distributed run each rank's loader gives its own
+    part, and an image that several ranks see counts once. dataset: a CocoDataset; its annotation file is the truth.
     precision: fp32, or bf16/fp16 autocast. iou_types: what to measure; None: boxes, and masks or keypoints where model
-    and data set have them. whole: every image of the data set must come; False: measure on those that do.
+    and data set have them.
     folder: predictions.json and metrics.json are written there, the former before anything is measured.
 
     Returns ({iou type: the numbers of coco_metrics}, with "per_class": {iou type: {name: numbers}} beside them) on
@@ -55,7 +54,10 @@ def evaluate(
     if shards is not None:  # rank 0
         try:
             by_image = {image: entries for shard, _ in shards for image, entries in shard.items()}
-            truth = select_images(dataset.annotations, by_image, whole)
+            truth = ground_truth(dataset)
+            if missing := [image["id"] for image in truth["images"] if image["id"] not in by_image]:
+                total = len(truth["images"])
+                raise ValueError(f"the loader left out {len(missing)} of {total} images, ids {missing[:5]} among them")
             results = [entry for image in truth["images"] for entry in by_image[image["id"]]]
             if folder is not None:
                 write_json(Path(folder) / "predictions.json", results)
@@ -111,18 +113,31 @@ def eval_mode(model: nn.Module):
             module.training = training
 
 
-def select_images(annotations: dict, seen: Collection[int], whole: bool) -> dict:
-    """The annotations of the images that were seen; ValueError if that must be all of them and is not."""
-    missing = [image["id"] for image in annotations["images"] if image["id"] not in seen]
-    if whole and missing:
-        total = len(annotations["images"])
-        raise ValueError(f"the loader left out {len(missing)} of {total} images, ids {missing[:5]} among them")
-    if not missing:
-        return annotations
+def ground_truth(dataset) -> dict:
+    """COCO annotations of the images of a data set; with its on_error="skip" without entries that cannot be used."""
+    truth = read_json(dataset.annotation_file, "annotation")
+    ids = set(map(int, dataset.image_ids))
+    images = {
+        image["id"]: image for image in truth["images"][::-1] if isinstance(image, dict) and image.get("id") in ids
+    }
+    categories = {category["id"] for category in truth["categories"]}
+
+    def usable(entry: dict) -> bool:
+        if not isinstance(entry, dict) or entry.get("image_id") not in ids:
+            return False  # an image that was left out, unless the id is wrong
+        if dataset.on_error == "raise":
+            return True
+        try:
+            check_annotation(entry, "", images, categories)
+            return not entry.get("segmentation") or bool(as_rle(entry["segmentation"], images[entry["image_id"]], ""))
+        except (ValueError, TypeError):
+            return False
+
+    annotations = [entry for entry in truth["annotations"] if usable(entry)]
     return {
-        "images": [image for image in annotations["images"] if image["id"] in seen],
-        "annotations": [a for a in annotations["annotations"] if a["image_id"] in seen],
-        "categories": annotations["categories"],
+        "images": [images[i] for i in sorted(images)],
+        "annotations": annotations,
+        "categories": truth["categories"],
     }
 
 

@@ -36,8 +36,9 @@ def detections_to_coco(
     """COCO results, best first in each image: image_id, category_id, bbox [x, y, width, height], score, and where the
     model predicts them segmentation (compressed RLE, text counts) and keypoints [x, y, score] * points.
 
-    detections: in pixels of the network's input. category_ids: the id of label 1, 2, ... in the annotation file; labels
-    with id None (categories that the data set does not have) are left out. threshold, paste: see masks.paste_window.
+    detections: in pixels of the network's input. category_ids: the id of label 1, 2, ... in the annotation file;
+    labels of negative id (categories that the data set does not have) are left out. threshold, paste: as in
+    masks.paste_window.
     """
     found = Detections(*(None if t is None else t.float().cpu().numpy() for t in to_original(detections, batch)))
     results = []
@@ -47,7 +48,7 @@ def detections_to_coco(
             label = int(found.labels[n, d])
             if not 1 <= label <= len(category_ids):
                 raise ValueError(f"label {label} of image {image_id} has no category: there are {len(category_ids)}")
-            if category_ids[label - 1] is None:
+            if category_ids[label - 1] < 0:
                 continue
             x1, y1, x2, y2 = found.boxes[n, d].tolist()
             result = {

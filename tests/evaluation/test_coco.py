@@ -224,10 +224,10 @@ def test_predictions_of_the_wrong_kind(case, tmp_path):
         (lambda t: t.pop("images"), "'images' must be a list, got NoneType"),
         (lambda t: t["images"].append(t["images"][0]), r"images: ids must differ; repeated: \[0\]"),
         (lambda t: t["categories"].append({"id": 50, "name": "class 0"}), r"category names .* repeated: \['class 0'\]"),
-        (lambda t: t["annotations"][1].update(image_id=77), "annotation 1: image_id is 77"),
-        (lambda t: t["annotations"][1].update(category_id=77), "annotation 1: category_id is 77"),
-        (lambda t: t["annotations"][1].update(bbox=[0, 0, math.nan, 1]), "annotation 1: bbox is"),
-        (lambda t: t["annotations"][1].pop("bbox"), "annotation 1 has no 'bbox'"),
+        (lambda t: t["annotations"][1].update(image_id=77), r"annotations\[1\] \(id 1\): image_id is 77"),
+        (lambda t: t["annotations"][1].update(category_id=77), r"annotations\[1\] \(id 1\): category_id is 77"),
+        (lambda t: t["annotations"][1].update(bbox=[0, 0, math.nan, 1]), r"annotations\[1\] \(id 1\): bbox is"),
+        (lambda t: t["annotations"][1].pop("bbox"), r"annotations\[1\] \(id 1\) has no 'bbox'"),
     ],
 )
 def test_bad_annotations_are_named(case, change, message):

@@ -41,6 +41,15 @@ class Oracle(nn.Module):
 
 
 class Dataset(SimpleNamespace):
+    """What the evaluation asks of a CocoDataset."""
+
+    def __init__(self, truth, folder):
+        file = folder / "truth.json"
+        file.write_text(json.dumps(truth))
+        ids = [image["id"] for image in truth["images"]]
+        super().__init__(annotation_file=file, image_ids=ids, on_error="raise", truth=truth)
+        self.category_ids = [c["id"] for c in truth["categories"]]
+
     def loader(self, images, batch_size=2):
         for start in range(0, len(images), batch_size):
             ids = torch.tensor(images[start : start + batch_size])
@@ -49,9 +58,9 @@ class Dataset(SimpleNamespace):
 
 
 @pytest.fixture
-def case():
+def case(tmp_path):
     truth, predictions = random_case(3, images=7)
-    return Dataset(annotations=truth, category_ids=[c["id"] for c in truth["categories"]]), Oracle(truth, predictions)
+    return Dataset(truth, tmp_path), Oracle(truth, predictions)
 
 
 def run(dataset, model, images=range(7), **options):
@@ -62,9 +71,9 @@ def test_results_and_metrics_are_those_of_the_stored_predictions(case, tmp_path)
     dataset, model = case
     metrics, results = run(dataset, model, folder=tmp_path)
     boxes = [{k: v for k, v in p.items() if k != "segmentation"} for p in model.predictions]
-    expected = coco_metrics(dataset.annotations, boxes, per_class=True)
+    expected = coco_metrics(dataset.truth, boxes, per_class=True)
     assert metrics["per_class"]["bbox"] == expected.pop("per_class") and metrics["bbox"] == expected
-    assert metrics["segm"] == coco_metrics(dataset.annotations, results, "segm", "pycocotools")
+    assert metrics["segm"] == coco_metrics(dataset.truth, results, "segm", "pycocotools")
     assert json.loads((tmp_path / "predictions.json").read_text()) == results
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
 
@@ -93,18 +102,40 @@ def test_an_image_that_comes_twice_counts_once(case):
     assert run(dataset, model, [0, 1, 2, 3, 4, 5, 6, 0, 1]) == run(dataset, model)
 
 
-def test_missing_images(case, tmp_path):
+def test_missing_images(case):
     dataset, model = case
     with pytest.raises(ValueError, match=r"left out 2 of 7 images, ids \[2, 6\]"):
         run(dataset, model, [0, 1, 3, 4, 5])
-    metrics, results = run(dataset, model, [0, 1, 3, 4, 5], whole=False)
-    assert {r["image_id"] for r in results} <= {0, 1, 3, 4, 5} and metrics != run(dataset, model)[0]
 
 
-def test_masks_are_measured_only_where_all_objects_have_one(case, caplog):
+def test_images_and_entries_that_the_data_set_left_out(case, tmp_path):
     dataset, model = case
-    assert set(run(dataset, Oracle(dataset.annotations, model.predictions, masks=False))[0]) == {"bbox", "per_class"}
-    del dataset.annotations["annotations"][0]["segmentation"]
+    dataset.image_ids = [0, 1, 3, 4, 5]
+    metrics, results = run(dataset, model, dataset.image_ids)
+    kept = [a for a in dataset.truth["annotations"] if a["image_id"] in dataset.image_ids]
+    images = [i for i in dataset.truth["images"] if i["id"] in dataset.image_ids]
+    clean = dataset.truth | {"images": images, "annotations": kept}
+    assert metrics["bbox"] == coco_metrics(clean, results) and {r["image_id"] for r in results} <= set(
+        dataset.image_ids
+    )
+    bad = [
+        {"bbox": [1, 2, -3, 4]},
+        {"category_id": 8},
+        {"image_id": 99},
+        {"segmentation": {"size": [1, 1], "counts": "1"}},
+    ]
+    dirty = Dataset(clean | {"annotations": [kept[0] | b for b in bad] + kept}, tmp_path)
+    with pytest.raises(ValueError, match=r"annotations\[0\].*width and height cannot be negative"):
+        run(dirty, model, dirty.image_ids)
+    dirty.on_error = "skip"
+    assert run(dirty, model, dirty.image_ids) == (metrics, results)
+
+
+def test_masks_are_measured_only_where_all_objects_have_one(case, caplog, tmp_path):
+    dataset, model = case
+    assert set(run(dataset, Oracle(dataset.truth, model.predictions, masks=False))[0]) == {"bbox", "per_class"}
+    del dataset.truth["annotations"][0]["segmentation"]
+    dataset = Dataset(dataset.truth, tmp_path)
     assert set(run(dataset, model, per_class=False)[0]) == {"bbox"}
     assert "segm is not measured: 1 objects of the data set have no 'segmentation'" in caplog.text
 
@@ -120,9 +151,9 @@ def test_tables(case):
     lines = summary_table(metrics).splitlines()
     assert lines[0].split() == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"]
     assert lines[2].split()[:2] == ["box", f"{100 * metrics['bbox']['AP']:.1f}"] and lines[3].startswith("mask")
-    lines = class_table(metrics, dataset.annotations).splitlines()
+    lines = class_table(metrics, dataset.truth).splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines) == 2 + 3
-    objects = [a for a in dataset.annotations["annotations"] if a["category_id"] == 3 and not a["iscrowd"]]
+    objects = [a for a in dataset.truth["annotations"] if a["category_id"] == 3 and not a["iscrowd"]]
     assert lines[2].split()[2:5] == [
         str(len({a["image_id"] for a in objects})),
         str(len(objects)),
@@ -133,7 +164,8 @@ def test_tables(case):
 def worker(rank, init, folder, fail):
     torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
     truth, predictions = random_case(3, images=7)
-    dataset = Dataset(annotations=truth, category_ids=[c["id"] for c in truth["categories"]])
+    (folder / str(rank)).mkdir()
+    dataset = Dataset(truth, folder / str(rank))
     # padded as a sampler does: 7 images on 2 ranks, the last of which is the first again
     images = [[0, 2, 4, 6], [1, 3, 5, 0]][rank] if not fail else [[0], [1]][rank]
     try:
