@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("project", deadline=None)  # shared machines stall
+settings.load_profile("project")
 
 ROOT = Path(__file__).resolve().parents[1]
 

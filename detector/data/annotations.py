@@ -117,9 +117,9 @@ def read_coco(
     Args:
         categories: names of labels 1, 2, ...; by default the file's own, in the order of their ids.
         masks: keep the outlines. A crowd region's outline is never needed: its box is where nothing is learnt.
-        on_error: "raise" stops at records that cannot be right (unknown ids, duplicate ids, numbers that are none, masks
-            of another size); "skip" leaves them out with a warning. Boxes outside the image or of no size occur in
-            COCO itself: they are left out with a warning either way.
+        on_error: "raise" stops at records that cannot be right (unknown ids, duplicate ids, numbers that are none,
+            masks of another size); "skip" leaves them out with a warning. Boxes outside the image or of no size occur
+            in COCO itself: they are left out with a warning either way.
         max_pixels: larger images are refused.
 
     Raises:
@@ -248,32 +248,33 @@ def _read_object(
     if crowd not in (0, 1):
         return problems.error("iscrowd is not 0 or 1", f"{where} iscrowd={crowd!r}")
 
-    rings, even_odd = [], False
-    if record.get("segmentation") and (masks and not crowd or record.get("bbox") is None):
+    segmentation, rings, even_odd = record.get("segmentation"), [], False
+    if isinstance(segmentation, dict) and segmentation.get("size") != [height, width]:
+        size = _short(segmentation.get("size"))
+        return problems.error("mask of another size", f"{where} size={size}, the image has [{height}, {width}]")
+    if segmentation and ((masks and not crowd) or record.get("bbox") is None):
         try:
-            rings, even_odd = _read_rings(record["segmentation"], height, width)
+            rings, even_odd = _read_rings(segmentation, height, width)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             return problems.error("wrong segmentation", f"{where} segmentation: {error}")
         if not rings:
             problems.notice("segmentation without an area, box kept", where)
 
-    if record.get("bbox") is None and rings:
+    bbox = record.get("bbox")
+    if bbox is None and rings:
         box = np.concatenate([np.min([r.min(0) for r in rings], axis=0), np.max([r.max(0) for r in rings], axis=0)])
         x1, y1, x2, y2 = box.tolist()
     else:
-        bbox = record.get("bbox")
         if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_finite, bbox))):
             return problems.error("bbox is not four finite numbers", f"{where} bbox={_short(bbox)}")
         x1, y1, w, h = bbox
         x2, y2 = x1 + w, y1 + h
-        if w <= 0 or h <= 0:
+        if w < 1e-2 or h < 1e-2:
             return problems.notice("bbox of no size, object left out", f"{where} bbox={bbox}")
-    if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
-        return problems.notice("bbox outside the image, object left out", f"{where} bbox={record.get('bbox')}")
+    if x1 > width - 1e-2 or y1 > height - 1e-2 or x2 < 1e-2 or y2 < 1e-2:
+        return problems.notice("bbox outside the image, object left out", f"{where} bbox={bbox}")
     if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1:  # less is rounding
-        problems.notice(
-            "bbox reaches out of the image, clipped", f"{where} bbox={record.get('bbox')} of {width} x {height}"
-        )
+        problems.notice("bbox reaches out of the image, clipped", f"{where} bbox={bbox} of {width} x {height}")
     box = (max(x1, 0), max(y1, 0), min(x2, width), min(y2, height))
     if crowd or not masks:
         rings = []
@@ -283,8 +284,6 @@ def _read_object(
 def _read_rings(segmentation: Any, height: int, width: int) -> tuple[list[np.ndarray], bool]:
     """Rings and whether they fill by the even-odd rule. Raises with what is wrong."""
     if isinstance(segmentation, dict):
-        if segmentation.get("size") != [height, width]:
-            raise ValueError(f"size={_short(segmentation.get('size'))}, the image has [{height}, {width}]")
         return rle_rings(segmentation["counts"], height, width), True
     if not isinstance(segmentation, list):
         raise ValueError(f"{_short(segmentation)} is neither polygons nor run lengths")
@@ -328,7 +327,7 @@ def _starts(groups) -> np.ndarray:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _is_finite(value: Any) -> bool:

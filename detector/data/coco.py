@@ -115,6 +115,8 @@ class CocoDataset(Dataset):
         self.masks, self.mask_size, self.seed = masks, mask_size, seed
         self.on_error, self.training, self.max_pixels = on_error, training, max_pixels
         self.annotations = read_coco(annotations, categories, masks, on_error, max_pixels)
+        if masks and not len(self.annotations.points):
+            logger.warning("%s: masks are wanted, but no object has a segmentation", self.annotation_file)
         usable = self._files_exist()
         if not keep_empty:
             usable &= np.diff(self.annotations.object_starts) > 0
@@ -159,7 +161,7 @@ class CocoDataset(Dataset):
         height, width = self.image_sizes[index]
         if image.shape[:2] != (height, width):
             raise ValueError(
-                f"image {self.image_path(index)} is {image.shape[1]} x {image.shape[0]} (its EXIF orientation applied), "
+                f"image {self.image_path(index)} is {image.shape[1]} x {image.shape[0]} (as its EXIF data turn it), "
                 f"but {self.annotation_file} says width={width} height={height} for image id {self.image_ids[index]}"
             )
         return image

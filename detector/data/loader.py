@@ -152,7 +152,8 @@ class EvaluationSampler(Sampler[list[int]]):
 class Loader:
     """Batches on the host, made by worker processes that live as long as the loader.
 
-    `sampler.position` counts the samples handed out, not those prepared ahead: `state_dict()` is what a checkpoint needs.
+    `sampler.position` counts the samples handed out, not those prepared ahead: `state_dict()` is what a checkpoint
+    needs.
     """
 
     def __init__(self, dataset: CocoDataset, sampler: Sampler, workers: int, collate_fn, pin_memory: bool):

@@ -196,6 +196,6 @@ def fill(outlines: Outlines, windows: np.ndarray, side: int) -> np.ndarray:
 
 
 def mask_windows(boxes: np.ndarray, side: int) -> np.ndarray:
-    """The window [G, 4] of each box [G, 4]: native scale where it fits in S cells, squeezed per axis where it does not."""
+    """The window [G, 4] of each box [G, 4]: native scale where S cells hold it, squeezed per axis where they do not."""
     start = np.floor(boxes[:, :2])
     return np.concatenate([start, np.maximum(start + side, np.ceil(boxes[:, 2:]))], axis=1)

@@ -1,7 +1,7 @@
 """Augmentation: any albumentations pipeline, with boxes, labels and outlines kept in step.
 
-A box carries its object's index through the pipeline, outlines travel as keypoints. Afterwards an object with an outline
-gets the box around what is left of it, other boxes are taken as albumentations returns them.
+A box carries its object's index through the pipeline, outlines travel as keypoints. Afterwards an object with an
+outline gets the box around what is left of it, other boxes are taken as albumentations returns them.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Pipeline:
         for transform in _leaves(self.compose):
             if isinstance(transform, _UNFAITHFUL):
                 raise ValueError(
-                    f"augmentation {type(transform).__name__}: its keypoints do not follow its pixels, so masks would slip "
-                    "off their objects; use another transform"
+                    f"augmentation {type(transform).__name__}: its keypoints do not follow its pixels, so masks would "
+                    "slip off their objects; use another transform"
                 )
             if isinstance(transform, _SCALING):
                 transform._key2func["keypoints"] = _scaled_as_centres(transform.apply_to_keypoints)
@@ -73,7 +73,7 @@ class Pipeline:
     def __call__(
         self, image: np.ndarray, boxes: np.ndarray | None = None, outlines: Outlines | None = None, seed: int = 0
     ) -> Transformed:
-        """Transform an image [H, W, 3] uint8 with its boxes [G, 4] and outlines. The same seed gives the same result."""
+        """Transform an image [H, W, 3] uint8 with its boxes [G, 4] and outlines: a function of its arguments alone."""
         if boxes is None:
             boxes = np.zeros((0, 4), np.float32)
         if outlines is None:
@@ -89,20 +89,20 @@ class Pipeline:
         image = data["image"]
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
-                f"the augmentation turned the image into {image.dtype} {list(image.shape)}; it must stay uint8 [H, W, 3]: "
+                f"the augmentation turned the image into {image.dtype} {list(image.shape)}, not uint8 [H, W, 3]: "
                 "leave out Normalize, ToFloat, ToGray with one channel and ToTensorV2 (the model normalises)"
             )
         height, width = image.shape[:2]
         result = np.full((len(boxes), 4), -1.0)
-        if len(boxes):
-            rows = data["bboxes"]
+        rows = data.get("bboxes", ())
+        if len(rows):  # without its columns where no box is left
             result[rows[:, 4].astype(int)] = rows[:, :4]
         if len(outlines.points):
             points = data["keypoints"][:, :2] + 0.5
             if len(points) != len(outlines.points):
                 raise ValueError(
-                    f"the augmentation turned {len(outlines.points)} outline points into {len(points)}; transforms that "
-                    "copy or cut away keypoints (such as padding by reflection) cannot be used"
+                    f"the augmentation turned {len(outlines.points)} outline points into {len(points)}; transforms "
+                    "that copy or cut away keypoints (such as padding by reflection) cannot be used"
                 )
             outlines = outlines._replace(points=points)
             has_rings = outlines.has_rings()

@@ -1,0 +1,52 @@
+"""Small COCO data sets made for a test."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from detector.data.masks import Outlines
+
+MINIMAL = {
+    "images": [
+        {"id": 7, "file_name": "a.png", "width": 60, "height": 40},
+        {"id": 9, "file_name": "b.png", "width": 40, "height": 60},
+    ],
+    "annotations": [
+        {"id": 1, "image_id": 7, "category_id": 5, "bbox": [5, 6, 20, 10], "iscrowd": 0, "area": 200,
+         "segmentation": [[5, 6, 25, 6, 25, 16, 5, 16]]},
+        {"id": 2, "image_id": 7, "category_id": 2, "bbox": [30, 20, 10, 10], "iscrowd": 0, "area": 100},
+    ],
+    "categories": [{"id": 5, "name": "cat"}, {"id": 2, "name": "dog"}],
+}  # fmt: skip
+
+
+def minimal() -> dict:
+    return copy.deepcopy(MINIMAL)
+
+
+def write(folder: Path, coco: object, name: str = "instances.json") -> Path:
+    """The annotation file, and a random picture for every image that does not exist yet."""
+    path = folder / name
+    path.write_text(coco if isinstance(coco, str) else json.dumps(coco))
+    for image in coco.get("images", []) if isinstance(coco, dict) else []:
+        target = folder / image["file_name"]
+        if not target.exists():
+            pixels = np.random.default_rng(image["id"]).integers(0, 255, (image["height"], image["width"], 3), np.uint8)
+            cv2.imwrite(str(target), pixels)
+    return path
+
+
+def outlines_of(objects: list[list[np.ndarray]], even_odd: bool = False) -> Outlines:
+    """Outlines from a list of rings per object."""
+    rings = [np.asarray(ring, np.float64) for rings in objects for ring in rings]
+    return Outlines(
+        points=np.concatenate(rings) if rings else np.zeros((0, 2)),
+        ring_starts=np.cumsum([0, *map(len, rings)]),
+        ring_objects=np.repeat(np.arange(len(objects)), [len(rings) for rings in objects]).astype(int),
+        even_odd=np.full(len(objects), even_odd),
+    )

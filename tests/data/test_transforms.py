@@ -1,0 +1,217 @@
+"""Boxes, labels and outlines follow the pixels through any pipeline."""
+
+from __future__ import annotations
+
+import albumentations as A
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from detector.data import Pipeline, ResizeShortestEdge
+from detector.data.masks import fill, visible_bounds
+from tests.data.coco_files import outlines_of
+
+HEIGHT, WIDTH = 120, 160
+
+
+def polygon(rng: np.random.Generator, margin: float = 10) -> np.ndarray:
+    corners = rng.integers(4, 9)
+    angle = np.sort(rng.uniform(0, 2 * np.pi, corners))
+    centre = rng.uniform([50, 45], [WIDTH - 50, HEIGHT - 45])
+    return centre + rng.uniform(15, 45 - margin, (corners, 1)) * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+def drawn(outlines, height: int, width: int, fine: int = 1) -> np.ndarray:
+    """[G, H, W] shares of the pixels."""
+    side = max(height, width)
+    windows = np.tile([[0.0, 0.0, side, side]], (len(outlines.even_odd), 1))
+    masks = fill(outlines, windows, side * fine)[:, : height * fine, : width * fine].astype(np.float32)
+    return np.stack([cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA) for mask in masks])
+
+
+def centre_of_mass(image: np.ndarray) -> np.ndarray:
+    image = image.astype(np.float64)
+    rows, columns = np.mgrid[: image.shape[0], : image.shape[1]] + 0.5
+    return np.array([(image * columns).sum(), (image * rows).sum()]) / image.sum()
+
+
+LINEAR = {
+    "flip": A.HorizontalFlip(p=1),
+    "vertical flip": A.VerticalFlip(p=1),
+    "transpose": A.Transpose(p=1),
+    "d4": A.D4(p=1),
+    "quarter turn": A.RandomRotate90(p=1),
+    "rotate": A.Rotate(30, p=1),
+    "affine": A.Affine(scale=(0.5, 1.5), rotate=(-30, 30), shear=(-5, 5), p=1),
+    "perspective": A.Perspective(p=1),
+    "resize": A.Resize(300, 500),
+    "longest side": A.LongestMaxSize(480),
+    "shortest side": A.SmallestMaxSize(360),
+    "shortest edge": ResizeShortestEdge(250, None),
+    "scale": A.RandomScale((1, 2), p=1),
+    "crop": A.RandomCrop(100, 100),
+    "crop and resize": A.RandomSizedCrop((90, 110), (300, 400)),
+    "resized crop": A.RandomResizedCrop((300, 400), scale=(0.6, 1)),
+    "box-safe crop": A.BBoxSafeRandomCrop(p=1),
+    "box-safe resized crop": A.RandomSizedBBoxSafeCrop(300, 400, p=1),
+    "crop or pad": A.CropAndPad(px=20, p=1),
+    "crop, keep size": A.CropAndPad(percent=-0.1, p=1),
+    "pad": A.PadIfNeeded(300, 300),
+    "in sequence": A.Sequential([A.Resize(300, 500), A.HorizontalFlip(p=1), A.RandomCrop(250, 300)]),
+    "one of": A.OneOf([A.Resize(300, 500), A.Resize(60, 80)], p=1),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_outline_and_box_stay_on_the_pixels(name):
+    """Draw a shape, transform the picture, and compare with the transformed outline, to parts of a pixel."""
+    pipeline = Pipeline([LINEAR[name]])
+    for seed in range(6):
+        outlines = outlines_of([[polygon(np.random.default_rng(seed))]])
+        picture = np.repeat(drawn(outlines, HEIGHT, WIDTH, fine=8)[0][..., None] * 255, 3, axis=2).astype(np.uint8)
+        out = pipeline(picture, visible_bounds(outlines, HEIGHT, WIDTH), outlines, seed)
+        height, width = out.image.shape[:2]
+        seen = out.image[..., 0]
+        ours = drawn(out.outlines, height, width)[0]
+        assert np.abs(centre_of_mass(ours) - centre_of_mass(seen)).max() < 0.5
+        rows, columns = np.nonzero(seen > 127)
+        box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        # a sharp corner fades before it ends, the more the larger the picture becomes
+        tolerance = 1.5 * max(1, np.sqrt(seen.size / (HEIGHT * WIDTH))) + 0.5
+        np.testing.assert_allclose(out.boxes[0], box, atol=tolerance)
+
+
+PIPELINES = st.lists(
+    st.sampled_from(
+        [
+            A.HorizontalFlip(),
+            A.VerticalFlip(),
+            A.D4(p=1),
+            A.RandomCrop(60, 70),
+            A.RandomCrop(100, 90, pad_if_needed=True),
+            A.CropAndPad(px=(-30, 30), p=1),
+            A.RandomResizedCrop((90, 120), scale=(0.1, 1)),
+            A.Affine(scale=(0.5, 2), rotate=(-45, 45), translate_percent=0.3, p=1),
+            ResizeShortestEdge([64, 100, 150], 200),
+            A.RandomBrightnessContrast(),
+            A.OneOf([A.Rotate(p=1), A.NoOp(p=1)]),
+        ]
+    ),
+    max_size=4,
+)
+
+
+@given(PIPELINES, st.integers(0, 2**63 - 1))
+def test_boxes_labels_and_masks_stay_in_step(transforms, seed):
+    """Each object has its own shade, so what is left can be told by the pixels."""
+    rng = np.random.default_rng(seed)
+    rings = [rng.uniform(0, 1, 2) * [WIDTH - 40, HEIGHT - 40] + rng.uniform(0, 40, (4, 2)) for _ in range(4)]
+    outlines = outlines_of([[ring] for ring in rings[:3]] + [[]])
+    boxes = visible_bounds(outlines, HEIGHT, WIDTH)
+    boxes[3] = [20, 30, 50, 70]  # an object without an outline
+    image = rng.integers(0, 255, (HEIGHT, WIDTH, 3)).astype(np.uint8)
+    pipeline = Pipeline(transforms)
+    try:
+        out = pipeline(image, boxes, outlines, seed)
+    except A.augmentations.crops.transforms.CropSizeError:
+        return  # an earlier transform has left less than the crop's size
+    height, width = out.image.shape[:2]
+
+    assert len(out.boxes) == len(out.kept) == len(out.outlines.even_odd)
+    assert (np.diff(out.kept) > 0).all() and set(out.kept) <= {0, 1, 2, 3}
+    assert (out.boxes[:, 2:] - out.boxes[:, :2] >= 1 - 1e-4).all()
+    assert (out.boxes >= 0).all() and (out.boxes <= [width, height, width, height]).all()
+    np.testing.assert_array_equal(out.outlines.has_rings(), out.kept < 3)
+    if not len(out.boxes):
+        return
+    for mask, box, index in zip(drawn(out.outlines, height, width), out.boxes, out.kept):
+        rows, columns = np.nonzero(mask)
+        if index < 3 and len(rows):  # a sliver may miss all centres
+            found = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            assert (found[:2] >= box[:2] - 1).all() and (found[2:] <= box[2:] + 1).all()
+            corners = len(out.outlines.points)
+            if corners and mask.sum() > 50:  # no sharp points to miss
+                assert mask.sum() <= np.prod(np.ceil(box[2:]) - np.floor(box[:2]))
+
+    again = pipeline(image, boxes, outlines, seed)
+    np.testing.assert_array_equal(out.image, again.image)
+    np.testing.assert_array_equal(out.boxes, again.boxes)
+
+
+def test_a_box_is_found_around_what_a_crop_leaves():
+    outlines = outlines_of([[[[10, 10], [50, 10], [50, 50]]], [[[60, 60], [90, 60], [90, 90]]]])
+    out = Pipeline([A.Crop(0, 0, 30, 40, p=1)])(
+        np.zeros((100, 100, 3), np.uint8), np.zeros((2, 4)) + [0, 0, 9, 9], outlines
+    )
+    assert out.kept.tolist() == [0]
+    np.testing.assert_allclose(out.boxes, [[10, 10, 30, 30]], atol=1e-4)  # the triangle's edge leaves at (30, 30)
+
+
+def test_small_rests_are_dropped():
+    outlines = outlines_of([[[[10, 10], [50, 10], [50, 50], [10, 50]]]])
+    boxes, image = np.array([[10, 10, 50, 50.0]]), np.zeros((100, 100, 3), np.uint8)
+    crop = A.Crop(0, 0, 14, 100, p=1)
+    assert len(Pipeline([crop], min_size=4)(image, boxes, outlines).boxes) == 1
+    assert len(Pipeline([crop], min_size=4.1)(image, boxes, outlines).boxes) == 0
+
+
+def test_different_seeds_give_different_results():
+    pipeline, image = Pipeline([A.RandomCrop(50, 50)]), np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8)
+    results = {pipeline(image, seed=seed).image.tobytes() for seed in range(10)}
+    assert len(results) == 10
+
+
+def test_global_random_state_plays_no_part():
+    pipeline, image = Pipeline([A.RandomCrop(50, 50)]), np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8)
+    np.random.seed(1)  # noqa: NPY002
+    first = pipeline(image, seed=3).image
+    np.random.seed(2)  # noqa: NPY002
+    np.testing.assert_array_equal(first, pipeline(image, seed=3).image)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "max_size", "rounding", "expected"),
+    [
+        (480, 640, 800, 1333, "nearest", (800, 1067)),
+        (480, 640, 800, 1333, "floor", (800, 1066)),
+        (427, 640, 800, 1333, "nearest", (800, 1199)),
+        (240, 640, 800, 1333, "nearest", (500, 1333)),
+        (640, 480, 800, None, "nearest", (1067, 800)),
+        (3, 7, 800, None, "floor", (800, 1866)),
+        (1000, 10, 5, 100, "nearest", (100, 1)),
+    ],
+)
+def test_shortest_edge(height, width, size, max_size, rounding, expected):
+    pipeline = Pipeline([ResizeShortestEdge(size, max_size, rounding)])
+    out = pipeline(np.zeros((height, width, 3), np.uint8), np.array([[0, 0, width, height]]))
+    assert out.image.shape[:2] == expected
+    np.testing.assert_allclose(out.boxes, [[0, 0, expected[1], expected[0]]], rtol=1e-6)
+
+
+def test_shortest_edge_draws_from_several_sizes():
+    pipeline = Pipeline([ResizeShortestEdge([32, 48, 64], None)])
+    image = np.zeros((20, 30, 3), np.uint8)
+    assert {pipeline(image, seed=seed).image.shape[0] for seed in range(30)} == {32, 48, 64}
+
+
+@pytest.mark.parametrize("settings", [{"size": 0}, {"size": []}, {"max_size": 0}, {"rounding": "up"}])
+def test_shortest_edge_refuses(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        ResizeShortestEdge(**settings)
+
+
+@pytest.mark.parametrize("transform", [A.Normalize(), A.ToFloat(), A.ToGray(num_output_channels=1, p=1)])
+def test_results_that_are_no_uint8_pictures_are_refused(transform):
+    with pytest.raises(ValueError, match="uint8"):
+        Pipeline([transform])(np.zeros((20, 20, 3), np.uint8))
+
+
+def test_transforms_that_lose_the_outlines_are_refused():
+    with pytest.raises(ValueError, match="ThinPlateSpline"):
+        Pipeline([A.OneOf([A.ThinPlateSpline()])])
+    reflecting = Pipeline([A.PadIfNeeded(200, 200, border_mode=cv2.BORDER_REFLECT_101)])
+    outlines = outlines_of([[[[10, 10], [50, 10], [50, 50]]]])
+    with pytest.raises(ValueError, match="outline points"):
+        reflecting(np.zeros((100, 100, 3), np.uint8), np.array([[10, 10, 50, 50]]), outlines)
