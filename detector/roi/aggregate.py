@@ -69,7 +69,7 @@ class GRoIE(SumLevels):
 
 
 class NonLocal(nn.Module):
-    """x + W softmax(q k / sqrt(C / 2)) v over the bins (Wang et al. 2018, non-local); W starts at 0."""
+    """x + W softmax(q k / sqrt(C / 2)) v over the bins, from W = 0 ('Non-local neural networks', Wang et al. 2018)."""
 
     def __init__(self, channels: int):
         super().__init__()

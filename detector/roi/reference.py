@@ -1,0 +1,243 @@
+"""Every RoI method as its paper's equation, in plain loops and float64: to be read, and to test the fast code by.
+
+A function pools one RoI from one map: `feature` is [C, H, W] float64, `box` is (x1, y1, x2, y2) in image pixels, `size`
+is (h, w), and the result is [C, h, w]. `over_rois` applies one to a whole batch. The cell in row v and column u is
+feature[:, v, u].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import ceil, floor, isfinite, log2, sqrt
+
+import torch
+from torch import Tensor
+
+
+def over_rois(
+    function: Callable[..., Tensor],
+    features: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    strides: Sequence[float],
+    *per_roi: Tensor,
+    **settings,
+) -> Tensor:
+    """`function` for every RoI [R, 5] on the map of its image and level, with row r of the `per_roi` tensors."""
+    results = []
+    for r in range(len(rois)):
+        image, *box = rois[r].tolist()
+        feature = features[levels[r]][int(image)].double()
+        extra = [t[r].double() for t in per_roi]
+        results.append(function(feature, box, strides[levels[r]], *extra, **settings))
+    return torch.stack(results)
+
+
+def assign_level(
+    box: Sequence[float], strides: Sequence[int], canonical_level: int = 4, canonical_size: float = 224
+) -> int:
+    """FPN's equation 1: k = floor(k0 + log2(sqrt(w h) / 224)), as an index into the strides."""
+    x1, y1, x2, y2 = box
+    level = floor(canonical_level + log2(sqrt((x2 - x1) * (y2 - y1)) / canonical_size))
+    return min(max(level - int(log2(strides[0])), 0), len(strides) - 1)
+
+
+def bilinear(feature: Tensor, y: float, x: float) -> Tensor:
+    """Mask R-CNN, figure 3: the four cells around (x, y), each weighted by its nearness. [C].
+
+    0 more than one cell away from the outermost cells; within that cell, the value at the edge.
+    """
+    _, height, width = feature.shape
+    if not (-1 <= y <= height and -1 <= x <= width):  # NaN ends here too
+        return feature.new_zeros(feature.shape[0])
+    y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
+    value = feature.new_zeros(feature.shape[0])
+    for v in {floor(y), ceil(y)}:
+        for u in {floor(x), ceil(x)}:
+            value = value + (1 - abs(y - v)) * (1 - abs(x - u)) * feature[:, v, u]
+    return value
+
+
+def round_half_away(value: float) -> int:
+    """C's round."""
+    return floor(value + 0.5) if value >= 0 else ceil(value - 0.5)
+
+
+def roi_pool(feature: Tensor, box: Sequence[float], stride: float, size: tuple[int, int], quantization: str) -> Tensor:
+    """Fast R-CNN, section 2.1: the maximum over the cells of a bin; the three ways to round of pool.py."""
+    channels, height, width = feature.shape
+    out = feature.new_zeros(channels, *size)
+    if not all(map(isfinite, box)):
+        return out
+    x1, y1, x2, y2 = (c / stride for c in box)
+
+    def cells(start: float, end: float, bins: int, i: int, limit: int) -> range:
+        if quantization == "caffe":
+            start, end = round_half_away(start), round_half_away(end)
+            bin_size = max(end - start + 1, 1) / bins
+            first, last = start + floor(i * bin_size), start + ceil((i + 1) * bin_size)
+        elif quantization == "floor":
+            start, end = floor(start), floor(end)
+            extent = max(end - start, 0)
+            first, last = start + i * extent // bins, start + (i + 1) * extent // bins
+        else:
+            start, end = floor(start), floor(end)
+            bin_size = max(end - start, 0) // bins
+            first, last = start + i * bin_size, start + (i + 1) * bin_size
+        return range(min(max(first, 0), limit), min(max(last, 0), limit))
+
+    for i in range(size[0]):
+        for j in range(size[1]):
+            rows, columns = cells(y1, y2, size[0], i, height), cells(x1, x2, size[1], j, width)
+            if len(rows) and len(columns):
+                out[:, i, j] = torch.stack([feature[:, v, u] for v in rows for u in columns]).amax(0)
+    return out
+
+
+def roi_align(
+    feature: Tensor,
+    box: Sequence[float],
+    stride: float,
+    offsets: Tensor | None = None,
+    modulation: Tensor | None = None,
+    *,
+    size: tuple[int, int],
+    sampling_ratio: int = 2,
+    aligned: bool = True,
+    reduction: str = "avg",
+    placement: str = "centre",
+    gamma: float = 0.1,
+) -> Tensor:
+    """Mask R-CNN, section 3; with offsets, Deformable ConvNets, equations 5 and 6; with modulation, v2's equation 2.
+
+    offsets: [2, h, w] (dx, dy), one per bin, or [2, h * s, w * s], one per point. modulation: [h, w] or [h * s, w * s].
+    """
+    h, w = size
+    x1, y1, x2, y2 = (c / stride - (0.5 if aligned else 0) for c in box)
+    width, height = x2 - x1, y2 - y1
+    if not aligned:
+        width, height = max(width, 1), max(height, 1)
+    out = feature.new_zeros(feature.shape[0], h, w)
+    if not (isfinite(width) and isfinite(height)):
+        return out
+    rows = sampling_ratio or max(ceil(height / h), 0)
+    columns = sampling_ratio or max(ceil(width / w), 0)
+    for i in range(h):
+        for j in range(w):
+            values = []
+            for n in range(rows):
+                for m in range(columns):
+                    far = 0.5 if placement == "centre" else 1
+                    y = y1 + i * height / h + (n + far) * height / h / rows
+                    x = x1 + j * width / w + (m + far) * width / w / columns
+                    weight = 1
+                    per_bin = offsets is None or offsets.shape[1:] == size
+                    at = (i, j) if per_bin else (i * rows + n, j * columns + m)
+                    if offsets is not None:
+                        x += gamma * width * float(offsets[0][at])
+                        y += gamma * height * float(offsets[1][at])
+                    if modulation is not None:
+                        weight = modulation[at]
+                    values.append(weight * bilinear(feature, y, x))
+            if values:
+                points = torch.stack(values)
+                out[:, i, j] = points.mean(0) if reduction == "avg" else points.amax(0)
+    return out
+
+
+def roi_warp(
+    feature: Tensor, box: Sequence[float], stride: float, size: tuple[int, int], sampling_ratio: int = 1
+) -> Tensor:
+    """Mask R-CNN's account of RoI Warp: the corners rounded as in RoI pooling, then bilinear samples."""
+    if not all(map(isfinite, box)):
+        return feature.new_zeros(feature.shape[0], *size)
+    x1, y1, x2, y2 = (round_half_away(c / stride) for c in box)
+    box = (x1, y1, max(x2, x1) + 1, max(y2, y1) + 1)
+    return roi_align(feature, box, 1, size=size, sampling_ratio=sampling_ratio)
+
+
+def precise_roi_pool(
+    feature: Tensor, box: Sequence[float], stride: float, size: tuple[int, int], aligned: bool = False
+) -> Tensor:
+    """IoU-Net, equation 6: the integral of the interpolated map over a bin, divided by the bin's area.
+
+    Between four cells the map is bilinear, and the mean of a bilinear function over a rectangle is its value at the
+    centre. So cut the bin at the whole numbers and add up area times value there. Outside the map the cells are 0.
+    """
+    channels, height, width = feature.shape
+    out = feature.new_zeros(channels, *size)
+    x1, y1, x2, y2 = (c / stride - (0.5 if aligned else 0) for c in box)
+    if not (x2 > x1 and y2 > y1 and all(map(isfinite, box))):
+        return out
+    padded = torch.nn.functional.pad(feature, (1, 1, 1, 1))  # the map falls to 0 within one cell
+
+    def pieces(low: float, high: float, limit: int) -> list[tuple[float, float]]:
+        low, high = max(low, -1), min(high, limit)
+        cuts = [low, *range(floor(low) + 1, ceil(high)), high]
+        return [(a, b) for a, b in zip(cuts, cuts[1:]) if b > a]
+
+    bin_h, bin_w = (y2 - y1) / size[0], (x2 - x1) / size[1]
+    for i in range(size[0]):
+        for j in range(size[1]):
+            for top, bottom in pieces(y1 + i * bin_h, y1 + (i + 1) * bin_h, height):
+                for left, right in pieces(x1 + j * bin_w, x1 + (j + 1) * bin_w, width):
+                    centre = bilinear(padded, (top + bottom) / 2 + 1, (left + right) / 2 + 1)
+                    out[:, i, j] += (bottom - top) * (right - left) * centre / (bin_h * bin_w)
+    return out
+
+
+def position_sensitive(
+    feature: Tensor, box: Sequence[float], stride: float, *per_roi: Tensor, method: Callable[..., Tensor], **settings
+) -> Tensor:
+    """R-FCN, equation 1: bin (i, j) of output channel d comes from channel (d h + i) w + j. [C / (h w), h, w]."""
+    h, w = settings["size"]
+    plain = method(feature, box, stride, *per_roi, **settings)  # every channel in every bin
+    out = plain.new_zeros(len(plain) // (h * w), h, w)
+    for d in range(len(out)):
+        for i in range(h):
+            for j in range(w):
+                out[d, i, j] = plain[(d * h + i) * w + j, i, j]
+    return out
+
+
+def average_pool(
+    feature: Tensor, box: Sequence[float], stride: float, size: tuple[int, int], quantization: str
+) -> Tensor:
+    """The pooling of R-FCN's equation 1, before it picks channels: the mean over the cells of a bin.
+
+    "rfcn" rounds in the image and includes the end pixel; "torchvision" rounds on the map and never reads its last row
+    and column.
+    """
+    channels, height, width = feature.shape
+    out = feature.new_zeros(channels, *size)
+    if not all(map(isfinite, box)):
+        return out
+
+    def cells(start: float, end: float, bins: int, i: int, limit: int) -> range:
+        if quantization == "rfcn":
+            start, end = round_half_away(start) / stride, (round_half_away(end) + 1) / stride
+            bin_size = max(end - start, 0.1) / bins
+            first, last = floor(start + i * bin_size), ceil(start + (i + 1) * bin_size)
+        else:
+            start, end = round_half_away(start / stride), round_half_away(end / stride)
+            bin_size = max(end - start, 1) / bins
+            first, last = start + floor(i * bin_size), start + ceil((i + 1) * bin_size)
+            limit -= 1
+        return range(min(max(first, 0), limit), min(max(last, 0), limit))
+
+    x1, y1, x2, y2 = box
+    for i in range(size[0]):
+        for j in range(size[1]):
+            rows, columns = cells(y1, y2, size[0], i, height), cells(x1, x2, size[1], j, width)
+            if len(rows) and len(columns):
+                out[:, i, j] = torch.stack([feature[:, v, u] for v in rows for u in columns]).mean(0)
+    return out
+
+
+def sum_levels(features: Sequence[Tensor], rois: Tensor, strides: Sequence[float], **settings) -> Tensor:
+    """RoI Align of every RoI on every level, summed."""
+    total = 0
+    for level in range(len(features)):
+        levels = torch.full((len(rois),), level)
+        total = total + over_rois(roi_align, features, rois, levels, strides, **settings)
+    return total
