@@ -8,8 +8,8 @@
     torchrun --nproc-per-node=2 train.py              on two GPUs, or two CPU processes
     python train.py --cfg job                         show the configuration
 
-Start the same command again to continue an interrupted run (`resume=auto`). Exit codes: 0 done, 1 failed, 2 a setting or
-the data cannot work, 128 + n stopped by signal n with everything saved.
+Start the same command again to continue an interrupted run (`resume=auto`). Exit codes: 0 done, 1 failed, 2 a setting
+or the data cannot work, 128 + n stopped by signal n with everything saved.
 """
 
 from __future__ import annotations

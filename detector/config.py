@@ -317,8 +317,16 @@ def culprit(config_name: str, overrides: Sequence[str]) -> str | None:
         if override.is_add() or key.startswith("hydra"):
             continue
         if key not in names:
+            if key.rpartition(".")[2] in arguments_of(known, key.rpartition(".")[0]):
+                return f"{text}: {key} has no value yet; add one with +{text}"
             return f"{text}: there is no {key!r}{near(key, names)}"
     return None
+
+
+def arguments_of(cfg: DictConfig, path: str) -> list[str]:
+    """What the callable of the node at `path` takes."""
+    target = OmegaConf.select(cfg, f"{path}._target_") if path else None
+    return list(inspect.signature(find_target(target, path)).parameters) if target else []
 
 
 def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:

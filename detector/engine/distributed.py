@@ -98,16 +98,16 @@ def start(runtime: Runtime) -> World:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch. The loader's workers and the RoI sampling derive theirs from (seed, epoch, image)."""
+    """Seed python, numpy and torch; loader and RoI sampling derive what they need from (seed, epoch, image)."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:
     """The state of all generators of this rank, as tensors and plain values."""
     version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     numpy_state = [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached]
     return {
@@ -123,7 +123,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

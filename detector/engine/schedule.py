@@ -3,8 +3,8 @@
 Each is a pure function of the iteration. Warm-up is linear from `warmup_factor` to 1 (Goyal et al. 2017, "Accurate,
 Large Minibatch SGD"), then
     Step       f(t) = gamma ^ (number of milestones <= t)
-    Cosine     f(t) = e + (1 - e) (1 + cos(pi u)) / 2,  u = (t - warmup) / (T - warmup)   (Loshchilov & Hutter 2017, "SGDR")
-    OneCycle   rises and falls by half a cosine              (Smith & Topin 2018, "Super-Convergence")
+    Cosine     f(t) = e + (1 - e) (1 + cos(pi u)) / 2,  u = (t - warmup) / (T - warmup)   (Loshchilov & Hutter, SGDR)
+    OneCycle   rises and falls by half a cosine                                (Smith & Topin 2018, Super-Convergence)
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class OneCycle(Schedule):
-    """Half a cosine up from `start_factor` to 1 at `peak`, half a cosine down to `final_factor`. No separate warm-up."""
+    """Half a cosine up from `start_factor` to 1 at `peak`, and another down to `final_factor`."""
 
     peak: Length = 0.3
     start_factor: float = 0.04

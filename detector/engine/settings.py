@@ -19,7 +19,11 @@ def require(ok: bool, name: str, value: Any, wanted: str) -> None:
 
 
 def to_iterations(length: Length, per_epoch: int, total: int | None = None, name: str = "length") -> int:
-    """A length in iterations. `per_epoch`: iterations in an epoch. `total`: what a share refers to, None if not allowed.
+    """A length in iterations.
+
+    Args:
+        per_epoch: iterations in an epoch.
+        total: what a share refers to; None where shares make no sense.
 
     Raises ValueError, naming `name`, for what is not a length.
     """

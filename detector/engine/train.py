@@ -1,9 +1,9 @@
 """The training loop: `train` prepares, then repeats forward, backward, update, with evaluation, checkpoints and the
 record in between.
 
-Every rank runs the same lines on its share of each batch. DDP averages the gradients and the model normalises its losses
-over all ranks, so that the number of ranks does not change the curve. What is random is a function of (seed, epoch,
-image), so that an interruption does not change it either.
+Every rank runs the same lines on its share of each batch. DDP averages the gradients and the model normalises its
+losses over all ranks, so that the number of ranks does not change the curve. What is random is a function of (seed,
+epoch, image), so that an interruption does not change it either.
 """
 
 from __future__ import annotations

@@ -1,0 +1,134 @@
+"""A run that takes seconds: the real program on the tiny shapes data set, with a model of 0.1 M parameters."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+
+from detector.config import CONFIGS, check
+from detector.engine.train import train
+
+ROOT = CONFIGS.parent
+TINY = [
+    "experiment=none",
+    "schedule=cosine",
+    "model.backbone.depth=10",
+    "+model.backbone.width=8",
+    "model.backbone.norm=batch_norm",
+    "model.backbone.frozen_stages=0",
+    "model.neck.out_channels=16",
+    "model.rpn.anchor_sizes=[[8],[16],[32],[64],[128]]",
+    "model.rpn.post_nms_top_n=[60,60]",
+    "model.box_head.trunk.fc_channels=[32]",
+    "model.box_head.batch_size_per_image=32",
+    "model.mask_head.trunk.conv_channels=[16]",
+    "model.mask_head.upsample_channels=16",
+    "schedule.max_epochs=null",
+    "schedule.max_iterations=8",
+    "schedule.warmup=2",
+    "training.batch_size=4",
+    "training.reference_batch=null",
+    "evaluation.batch_size=4",
+    "runtime.device=cpu",
+    "runtime.threads=1",
+    "runtime.workers=0",
+    "runtime.log_every=1",
+    "runtime.tensorboard=false",
+]
+
+
+@pytest.fixture
+def config(shapes_tiny, tmp_path):
+    """config(*overrides) -> the checked configuration of a tiny run in tmp_path/run."""
+
+    def make(*overrides: str):
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = hydra.compose(
+                "train", [*TINY, f"data.root={shapes_tiny}", f"run_dir={tmp_path / 'run'}", *overrides]
+            )
+        check(cfg)
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def run(config):
+    """run(*overrides): train in this process; returns the run's folder."""
+
+    def go(*overrides: str) -> Path:
+        cfg = config(*overrides)
+        train(cfg)
+        return Path(cfg.run_dir)
+
+    return go
+
+
+class Program:
+    """`python train.py` on the tiny run, in a process of its own."""
+
+    def __init__(self, arguments: list[str], ranks: int = 1, environment: dict[str, str] | None = None):
+        launcher = [sys.executable]
+        if ranks > 1:
+            launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", "--standalone"]
+        self.process = subprocess.Popen(
+            [*launcher, str(ROOT / "train.py"), *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        )
+        self.output = ""
+
+    def wait_for(self, text: str) -> None:
+        """Read the output up to a line that contains `text`."""
+        for line in self.process.stdout:
+            self.output += line
+            if text in line:
+                return
+        raise AssertionError(f"{text!r} never appeared in:\n{self.output}")
+
+    def stop(self, number: int) -> int:
+        self.process.send_signal(number)
+        return self.end()
+
+    def end(self) -> int:
+        """The exit code; `output` is complete then."""
+        self.output += self.process.communicate(timeout=120)[0]
+        return self.process.returncode
+
+
+@pytest.fixture
+def program(shapes_tiny, tmp_path):
+    """program(*overrides, ranks=1) -> a started Program; killed at the end of the test at the latest."""
+    started: list[Program] = []
+
+    def start(*overrides: str, **options) -> Program:
+        arguments = [*TINY, f"data.root={shapes_tiny}", f"run_dir={tmp_path / 'run'}", *overrides]
+        started.append(Program(arguments, **options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            one.process.send_signal(signal.SIGKILL)
+            one.process.communicate()
+
+
+def curve(folder: Path) -> dict[int, dict[str, float]]:
+    """iteration -> its losses, from log.jsonl."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    keys = ("grad_norm", "lr")
+    return {
+        line["iteration"]: {k: v for k, v in line.items() if k.startswith("loss") or k in keys}
+        for line in lines
+        if "metrics" not in line
+    }

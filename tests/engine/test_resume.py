@@ -1,0 +1,120 @@
+"""An interrupted run ends with the losses and weights of the undisturbed one, to the bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from detector.engine import checkpoint
+from tests.engine.conftest import curve
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder / "last.pt")["model"]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert curve(a) == curve(b)
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+FULL = ["training.ema_decay=0.9", "optimizer=adamw", "optimizer.lr=1e-3", "augment=symmetry"]
+FULL += ["schedule.max_iterations=9"]
+
+
+def test_continues_in_mid_epoch_to_the_bit(run, tmp_path):
+    """Six iterations make an epoch; the run is cut after iteration 4, with log lines every third iteration."""
+    common = [*FULL, "runtime.log_every=3", "runtime.checkpoint_every=2"]
+    whole = run(*common, f"run_dir={tmp_path / 'whole'}")
+    part = run(*common, f"run_dir={tmp_path / 'part'}")
+    for name in ("last.pt", "best.pt", "iteration_0000006.pt", "iteration_0000008.pt"):
+        (part / name).unlink()
+    state = checkpoint.load(whole / "iteration_0000006.pt")
+    checkpoint.save({k: v for k, v in state.items() if k not in ("format", "versions")}, part / "last.pt")
+    run(*common, f"run_dir={part}")
+    assert_same_run(whole, part)
+    assert set(curve(part)) == {3, 6, 9}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_at_random_moments(program, run, tmp_path, number):
+    """Killed again and again wherever it happens to be, also while a checkpoint is written."""
+    common = [*FULL, "runtime.checkpoint_every=1", "evaluation.every=4", "runtime.workers=1"]
+    run(*common, f"run_dir={tmp_path / 'whole'}")
+    seed = random.randrange(1000)
+    draw = random.Random(seed)
+    kills = 0
+    while True:
+        attempt = program(*common, f"run_dir={tmp_path / 'part'}")
+        if kills < 2:
+            attempt.wait_for(" in")  # training into, continuing in
+            time.sleep(draw.uniform(0, 1.5))
+        code = attempt.stop(number) if kills < 2 and attempt.process.poll() is None else attempt.end()
+        if code == 0:
+            break
+        assert code == (-number if number == signal.SIGKILL else 128 + number), (seed, code, attempt.output)
+        kills += 1
+    assert_same_run(tmp_path / "whole", tmp_path / "part")
+
+
+def test_sigterm_saves_the_step_at_hand(program, tmp_path):
+    running = program("schedule.max_iterations=500")
+    running.wait_for("3/500")
+    assert running.stop(signal.SIGTERM) == 143, running.output
+    assert "saved after iteration" in running.output
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert state["iteration"] == max(curve(tmp_path / "run")) >= 3
+    assert state["sampler"]["position"] == 4 * state["iteration"]
+
+
+def test_truncated_last_checkpoint_falls_back(run, tmp_path, caplog):
+    folder = run("runtime.checkpoint_every=3")
+    before = curve(folder)
+    state = checkpoint.load(folder / "iteration_0000006.pt")
+    data = (folder / "last.pt").read_bytes()
+    (folder / "best.pt").unlink()
+    (folder / "last.pt").unlink()
+    (folder / "last.pt").write_bytes(data[: len(data) // 2])
+    run("runtime.checkpoint_every=3")
+    text = (folder / "train.log").read_text()
+    assert "last.pt: not readable as a checkpoint" in text
+    assert f"iteration_0000006.pt, iteration {state['iteration']}, instead" in text
+    assert curve(folder) == before
+
+
+def test_finished_run_says_so(run, tmp_path):
+    folder = run()
+    stamp = os.stat(folder / "last.pt").st_mtime_ns
+    run()
+    assert "is finished: 8 iterations" in (folder / "train.log").read_text()
+    assert os.stat(folder / "last.pt").st_mtime_ns == stamp
+
+
+def test_longer_schedule_goes_on(run):
+    folder = run("schedule.max_iterations=4")
+    run("schedule.max_iterations=6")
+    assert list(curve(folder)) == [1, 2, 3, 4, 5, 6]
+    assert "schedule.max_iterations: 4 -> 6" in (folder / "train.log").read_text()
+
+
+@pytest.mark.parametrize("override", ["seed=1", "optimizer.lr=0.5", "model.box_head.beta=0.5", "training.batch_size=2"])
+def test_another_configuration_is_refused_by_key(run, override):
+    run("schedule.max_iterations=2", "schedule.warmup=0")
+    with pytest.raises(ValueError, match=f"another configuration.*{override.split('=')[0]}: .* -> "):
+        run("schedule.max_iterations=2", "schedule.warmup=0", override)
+
+
+def test_resume_none_starts_anew_and_a_path_continues_elsewhere(run, tmp_path):
+    folder = run("schedule.max_iterations=3")
+    run("schedule.max_iterations=3", "resume=none")
+    assert list(curve(folder)) == [1, 2, 3]
+    other = run("schedule.max_iterations=5", f"resume={folder / 'last.pt'}", f"run_dir={tmp_path / 'other'}")
+    assert list(curve(other)) == [4, 5]
