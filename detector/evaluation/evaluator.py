@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -90,7 +89,8 @@ def predict(
     dtype = PRECISIONS[precision]
     results: dict[int, list[dict]] = {}
     kinds = {"bbox"}
-    bar = tqdm(loader, desc="evaluate", unit="batch", disable=not progress or _rank() > 0, leave=False, file=sys.stderr)
+    quiet = None if progress and _rank() == 0 else True  # None: where nobody watches
+    bar = tqdm(loader, desc="evaluate", unit="batch", disable=quiet, leave=False)
     with eval_mode(model), torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
         for batch, _ in bar:
             detections = model(to_device(batch, device))

@@ -1,0 +1,58 @@
+"""What eval.py does: a checkpoint and a data set in, tables and files out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+
+from ..config import config_errors
+from ..data import build_dataset, build_loader
+from ..engine import distributed
+from ..engine.settings import Runtime
+from ..predict import load, merge
+from .evaluator import class_table, evaluate, ground_truth, summary_table
+from .results import write_json
+
+
+def evaluate_checkpoint(cfg: DictConfig) -> dict:
+    """Evaluate `cfg.checkpoint` as configs/eval.yaml says; returns the metrics.
+
+    Writes predictions.json (COCO results), metrics.json, table.txt and about.json (which checkpoint, which annotations)
+    into the output folder. Categories are matched by name: a data set with a category that the model does not know is
+    refused, what the model finds of a category that the data set does not have is left out.
+    """
+    changes = OmegaConf.to_container(cfg, resolve=True)
+    with config_errors("runtime"):
+        runtime = Runtime(device=cfg.device, precision=cfg.precision, workers=cfg.workers, threads=cfg.threads)
+    world = distributed.start(runtime)
+    model = load(cfg.checkpoint, world.device, changes["model"])
+    data = merge(model.config["data"], changes["data"])
+    with config_errors("data"):
+        dataset = build_dataset(data, "val", model.config["augment"], categories=model.categories)
+        padding = {key: data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
+        ranks = {"rank": world.rank, "world": world.size}
+        loader = build_loader(dataset, cfg.batch_size, cfg.workers, training=False, **ranks, **padding)
+    folder = Path(cfg.output) if cfg.output else Path(cfg.checkpoint).parent / f"eval_{Path(cfg.checkpoint).stem}"
+    metrics, results = evaluate(
+        model,
+        loader,
+        dataset,
+        world.device,
+        precision=cfg.precision,
+        evaluator=cfg.evaluator,
+        iou_types=cfg.iou_types and list(cfg.iou_types),
+        paste=cfg.paste,
+        folder=folder,
+    )
+    if world.main:
+        about = {"checkpoint": str(cfg.checkpoint), "annotations": str(dataset.annotation_file), "settings": changes}
+        write_json(folder / "about.json", about, indent=1)
+        summary, classes = summary_table(metrics), class_table(metrics, ground_truth(dataset))
+        (folder / "table.txt").write_text(f"{summary}\n\n{classes}\n", encoding="utf-8")
+        print(f"\n{summary}\n\n{classes if len(dataset.categories) <= 100 else 'per class: see table.txt'}\n")
+        print(f"{len(dataset)} images, {len(results)} detections; {folder}: metrics.json, predictions.json, table.txt")
+    if world.size > 1:
+        dist.destroy_process_group()
+    return metrics

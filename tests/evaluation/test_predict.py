@@ -1,0 +1,172 @@
+"""detector.load, model.predict and predict.py."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from hotcoco import COCO
+from hotcoco import mask as rle_tools
+from PIL import Image
+
+import detector
+from detector.config import ConfigError, RunError, compose
+from detector.data import read_image
+from detector.engine import checkpoint as checkpoints
+from detector.predict import find_images, merge, predict_batch, predict_files, validation_transforms
+
+
+@pytest.fixture
+def model(checkpoint):
+    return detector.load(checkpoint)
+
+
+@pytest.fixture
+def photo(shapes_tiny):
+    return sorted((shapes_tiny / "val").iterdir())[0]
+
+
+def test_load(model, state):
+    assert not model.training and not model.box_head.training
+    assert model.categories == state["categories"] and model.category_ids == [1, 2, 4, 5, 8]
+    assert all(torch.equal(v, state["model"][k]) for k, v in model.state_dict().items())
+
+
+def test_load_takes_the_average_and_changes(state):
+    averaged = {k: v + 1 if v.is_floating_point() else v for k, v in state["model"].items()}
+    model = detector.load(
+        state | {"ema": averaged}, changes={"box_head": {"score_threshold": 0.9, "nms_threshold": None}}
+    )
+    assert torch.equal(model.box_head.predictor.class_logits.bias, averaged["box_head.predictor.class_logits.bias"])
+    assert model.box_head.score_threshold == 0.9 and model.box_head.nms_threshold == 0.5
+
+
+def test_load_refuses_what_cannot_work(state, tmp_path):
+    with pytest.raises(ConfigError, match="there is no such checkpoint"):
+        detector.load(tmp_path / "none.pt")
+    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(ConfigError, match=r"cut.pt: not readable as a checkpoint"):
+        detector.load(tmp_path / "cut.pt")
+    checkpoints.save(state | {"categories": state["categories"][:3]}, tmp_path / "other.pt")
+    with pytest.raises(ConfigError, match=r"(?s)other.pt: the weights do not fit.*size mismatch for box_head"):
+        detector.load(tmp_path / "other.pt")
+    config = copy.deepcopy(state["config"])
+    config["model"]["backbone"]["_target_"] = "os.system"
+    with pytest.raises(ConfigError, match="not a part of a model"):
+        detector.load(state | {"config": config})
+
+
+@pytest.mark.parametrize(
+    "step, message",
+    [
+        ({"_target_": "albumentations.CenterCrop", "height": 32, "width": 32}, "must only resize"),
+        ({"_target_": "albumentations.HorizontalFlip", "p": 1.0}, "must only resize"),
+        ({"_target_": "subprocess.run", "args": ["true"]}, "is not a transform"),
+        ({"_target_": "albumentations.Resize", "height": -1, "width": 9}, "augment.val"),
+    ],
+)
+def test_validation_transforms_that_cannot_be_undone(step, message):
+    with pytest.raises(ConfigError, match=message):
+        validation_transforms({"augment": {"val": [step]}})
+    assert validation_transforms(
+        {"augment": {"val": [{"_target_": "albumentations.Resize", "height": 90, "width": 70}]}}
+    )
+
+
+def test_merge():
+    base = {"a": 1, "b": {"c": 2, "d": [1]}}
+    assert merge(base, {"a": None, "b": {"c": 3, "e": None}}) == {"a": 1, "b": {"c": 3, "d": [1]}}
+    assert base == {"a": 1, "b": {"c": 2, "d": [1]}} and merge(base, {"x": {"y": None}}) == base
+
+
+def test_predict_gives_whole_masks_in_pixels_of_the_image(model, photo):
+    image = read_image(photo)
+    found = model.predict(image)
+    count, (height, width) = len(found.boxes), image.shape[:2]
+    assert (
+        count == 20
+        and found.valid.all()
+        and found.masks.shape == (count, height, width)
+        and found.masks.dtype == torch.bool
+    )
+    assert (found.boxes[:, :2] >= 0).all() and (found.boxes[:, 2:] <= torch.tensor([width, height])).all()
+    assert found.boxes[:, 2].max() > 0.9 * width  # not the network's 128 px
+    assert (found.scores.diff() <= 0).all() and set(found.labels.tolist()) <= set(range(1, 6))
+    for mask, (x1, y1, x2, y2) in zip(found.masks.numpy(), found.boxes.numpy()):
+        rows, columns = np.nonzero(mask)
+        if len(rows):
+            assert (
+                x1 <= columns.min() + 0.5
+                and columns.max() + 0.5 <= x2
+                and y1 <= rows.min() + 0.5
+                and rows.max() + 0.5 <= y2
+            )
+    assert all(a is None or torch.equal(a, b) for a, b in zip(found, model.predict(str(photo))))
+
+
+def test_threshold_and_batches(model, photo):
+    image = read_image(photo)
+    every = model.predict(image)
+    score = every.scores[4].item()
+    assert len(model.predict(image, threshold=score).boxes) == 5 and len(model.predict(image, threshold=1.1).boxes) == 0
+    for one in predict_batch(model, [image, image]):
+        torch.testing.assert_close(one.boxes, every.boxes, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("image", [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 3)), [[1]]])
+def test_images_of_the_wrong_kind(model, image):
+    with pytest.raises(TypeError, match=r"image must be a path or a uint8 array \[H, W, 3\] in RGB order, got"):
+        model.predict(image)
+
+
+def test_one_pixel_and_empty_images(model):
+    assert model.predict(np.zeros((1, 1, 3), np.uint8)).boxes.shape[1] == 4
+    with pytest.raises(ValueError, match="image is empty"):
+        model.predict(np.zeros((0, 5, 3), np.uint8))
+
+
+def test_find_images(tmp_path):
+    for name in ("b.JPG", "a.png", "deep/c.jpeg", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [p.name for p in find_images(str(tmp_path))] == ["a.png", "b.JPG", "c.jpeg"]
+    assert [p.name for p in find_images(f"{tmp_path}/*.txt")] == ["notes.txt"]
+    assert [p.name for p in find_images([f"{tmp_path}/a.png", str(tmp_path)])] == ["a.png", "b.JPG", "c.jpeg"]
+    with pytest.raises(
+        ConfigError, match=r"images: 'nowhere/\*.jpg' is no file, no folder with images, and matches nothing"
+    ):
+        find_images("nowhere/*.jpg")
+
+
+def test_predict_files(checkpoint, photo, tmp_path, capsys):
+    folder, output = tmp_path / "images", tmp_path / "out"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.jpg", "b.jpg", "deep/a.jpg"):
+        (folder / name).write_bytes(photo.read_bytes())
+    (folder / "cut.jpg").write_bytes(photo.read_bytes()[:500])
+    options = [
+        f"checkpoint={checkpoint}",
+        f"images={folder}",
+        f"output={output}",
+        "threshold=0.0",
+        "batch_size=2",
+        "device=cpu",
+    ]
+    assert predict_files(compose("predict", options)) == 1
+    message = capsys.readouterr()
+    assert "cut.jpg cannot be read" in message.err and "in 3 images, 1 files unreadable" in message.out
+    pictures = sorted(p.relative_to(output).as_posix() for p in output.rglob("*.png"))
+    assert pictures == ["a.jpg.png", "b.jpg.png", "deep/a.jpg.png"]
+    assert max(Image.open(output / pictures[0]).size) >= 800
+    found = COCO(str(output / "predictions.json"))  # COCO tools can read it
+    assert len(found.imgs) == 3 and set(found.cats) == {1, 2, 4, 5, 8}
+    annotations = json.loads((output / "predictions.json").read_text())["annotations"]
+    expected = detector.load(checkpoint).predict(photo)
+    first = [a for a in annotations if a["image_id"] == 1]
+    assert [a["score"] for a in first] == pytest.approx(expected.scores.tolist(), abs=1e-5)
+    np.testing.assert_array_equal(rle_tools.decode(first[0]["segmentation"]), expected.masks[0].numpy())
+    with pytest.raises(RunError, match="none of the 1 files could be read"):
+        predict_files(compose("predict", [*options[:1], f"images={folder}/cut.jpg", *options[2:]]))

@@ -1,0 +1,88 @@
+"""eval.py: a checkpoint and a data set in, the same numbers out however they are computed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from detector.config import CONFIGS, ConfigError, compose
+from detector.evaluation import coco_metrics
+from detector.evaluation.run import evaluate_checkpoint
+
+
+def options(checkpoint, **more):
+    fixed = {"checkpoint": checkpoint, "device": "cpu", "workers": 0, "batch_size": 4, "threads": 1}
+    return [f"{key}={value}" for key, value in (fixed | more).items()]
+
+
+def test_evaluation_of_a_checkpoint(checkpoint, shapes_tiny, tmp_path, capsys):
+    metrics = evaluate_checkpoint(compose("eval", options(checkpoint)))
+    folder = checkpoint.parent / "eval_run"
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    truth = shapes_tiny / "annotations" / "instances_val.json"
+    for kind in ("bbox", "segm"):
+        assert metrics[kind] == coco_metrics(truth, folder / "predictions.json", kind, "pycocotools")
+    assert len(json.loads((folder / "predictions.json").read_text())) == 8 * 20
+    assert json.loads((folder / "about.json").read_text())["annotations"] == str(truth)
+    table = (folder / "table.txt").read_text()
+    assert table.strip() in capsys.readouterr().out and "triangle" in table
+    other = evaluate_checkpoint(
+        compose("eval", options(checkpoint, evaluator="pycocotools", output=tmp_path / "other"))
+    )
+    assert other == metrics
+
+
+def test_another_data_set_and_other_thresholds(checkpoint, shapes_tiny, tmp_path):
+    truth = json.loads((shapes_tiny / "annotations" / "instances_val.json").read_text())
+    truth["categories"] = [c | {"id": c["id"] + 100} for c in truth["categories"]]  # mapped by name, not by id
+    truth["annotations"] = [a | {"category_id": a["category_id"] + 100} for a in truth["annotations"]]
+    moved = tmp_path / "moved.json"
+    moved.write_text(json.dumps(truth))
+    first = evaluate_checkpoint(compose("eval", options(checkpoint)))
+    changed = {"data.val.annotations": moved, "output": tmp_path / "other"}
+    assert evaluate_checkpoint(compose("eval", options(checkpoint, **changed))) == first
+    changed["model.box_head.detections_per_image"] = 3
+    evaluate_checkpoint(compose("eval", options(checkpoint, **changed)))
+    assert len(json.loads((tmp_path / "other" / "predictions.json").read_text())) == 8 * 3
+
+
+def test_a_data_set_of_other_categories(checkpoint, shapes_tiny, tmp_path):
+    truth = json.loads((shapes_tiny / "annotations" / "instances_val.json").read_text())
+    truth["categories"][0]["name"] = "cat"
+    (tmp_path / "cats.json").write_text(json.dumps(truth))
+    with pytest.raises(ConfigError, match=r"data: .*cats.json: categories \['cat'\] are not among those of"):
+        evaluate_checkpoint(compose("eval", options(checkpoint, **{"data.val.annotations": tmp_path / "cats.json"})))
+
+
+def script(*arguments, launcher=()):
+    command = [sys.executable, *launcher, "eval.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_files_of_one(checkpoint, tmp_path):
+    arguments = options(checkpoint, batch_size=2)
+    one = script(*arguments, f"output={tmp_path / 'one'}")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
+    two = script(*arguments, f"output={tmp_path / 'two'}", launcher=[*launcher, "--rdzv-endpoint=localhost:0"])
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    for name in ("metrics.json", "predictions.json", "table.txt"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("evaluator=coco", "evaluator = 'coco'"),
+        ("iou_types=[box]", "iou_types"),
+        ("batchsize=3", "did you mean batch_size"),
+        ("checkpoint=gone.pt", "gone.pt: there is no such checkpoint"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_code_2(checkpoint, change, message):
+    result = script(*options(checkpoint), change)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
