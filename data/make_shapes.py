@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from detector.data.masks import ring_area, trace_rings
+from detector.data.masks import Outlines, fill, ring_area, trace_rings
 
 # COCO's own category ids have gaps, so these have too.
 CATEGORIES = {1: "ellipse", 2: "triangle", 4: "rectangle", 5: "star", 8: "ring"}
@@ -59,75 +60,95 @@ def fitted(rings: list[np.ndarray], longer_side: float, centre: np.ndarray) -> l
     return [(ring - (low + high) / 2) * (longer_side / (high - low).max()) + centre for ring in rings]
 
 
-def coverage(rings: list[np.ndarray], size: int) -> np.ndarray:
-    """Share of each pixel [size, size] inside the rings (even-odd), for smooth edges."""
-    fine, shift = 4, 8
-    canvas = np.zeros((size * fine, size * fine), np.uint8)
-    # fillPoly's integer coordinates are pixel centres
-    points = [np.round((ring * fine - 0.5) * (1 << shift)).astype(np.int32) for ring in rings]
-    cv2.fillPoly(canvas, points, 255, shift=shift)
-    return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA) / np.float32(255)
+def coverage(rings: list[np.ndarray], corner: np.ndarray, side: int) -> np.ndarray:
+    """Share of each pixel [side, side] from `corner` on that lies inside the rings (even-odd), for smooth edges."""
+    starts = np.cumsum([0, *map(len, rings)])
+    outlines = Outlines(np.concatenate(rings), starts, np.zeros(len(rings), int), np.ones(1, bool))
+    fine = fill(outlines, np.concatenate([corner, corner + side])[None], 4 * side)[0]
+    return cv2.resize(fine * np.float32(1), (side, side), interpolation=cv2.INTER_AREA)
 
 
-def texture(size: int, colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A pattern [size, size, 3] around the colour: clouds, and often stripes or checks, of any scale and direction."""
-    cells = int(rng.integers(3, 25))
-    clouds = cv2.resize(rng.uniform(-1, 1, (cells, cells, 3)).astype(np.float32), (size, size))
-    pattern = clouds * rng.uniform(0.05, 0.2)
-    y, x = np.mgrid[:size, :size].astype(np.float32) / size
-    turn, waves = rng.uniform(0, np.pi), rng.uniform(3, 20)
-    along = np.sin(2 * np.pi * waves * (x * math.cos(turn) + y * math.sin(turn)))
-    across = np.sin(2 * np.pi * waves * (y * math.cos(turn) - x * math.sin(turn)))
-    wave = rng.choice(3)
-    if wave:
-        stripes = along if wave == 1 else along * across
-        pattern = pattern + stripes[..., None] * rng.uniform(-0.15, 0.15, 3).astype(np.float32)
-    return (colour + pattern + rng.normal(0, 0.02, (size, size, 3))).astype(np.float32)
+def texture(side: int, colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A pattern [side, side, 3] around the colour: clouds, and often stripes or checks, of any scale and direction."""
+    cells = 2 + int(side / rng.uniform(6, 60))
+    clouds = cv2.resize(rng.uniform(-1, 1, (cells, cells, 3)).astype(np.float32), (side, side))
+    pattern = clouds * rng.uniform(0.05, 0.2) + rng.normal(0, 0.02, (side, side, 3))
+    y, x = np.mgrid[:side, :side]
+    turn, period, kind = rng.uniform(0, np.pi), rng.uniform(8, 60), rng.choice(["plain", "stripes", "checks"])
+    waves = np.sin(2 * np.pi / period * (x * math.cos(turn) + y * math.sin(turn)))
+    if kind == "checks":
+        waves *= np.sin(2 * np.pi / period * (y * math.cos(turn) - x * math.sin(turn)))
+    if kind != "plain":
+        pattern += waves[..., None] * rng.uniform(-0.15, 0.15, 3)
+    return (colour + pattern).astype(np.float32)
 
 
-def draw(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[dict]]:
-    """One image [size, size, 3] uint8 and its objects: dicts with category_id, rings, full and visible mask, crowd."""
+@dataclass
+class Object:
+    category: int
+    crowd: bool
+    rings: list[np.ndarray]
+    area: float  # with the hidden part
+    colour: np.ndarray
+    mask: np.ndarray  # [size, size] bool, inside the image
+    visible: np.ndarray  # what later objects leave of it
+
+
+def draw(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Object]]:
+    """One image [size, size, 3] uint8 and its objects."""
     ground = rng.uniform(0.15, 0.85, 3)
     image = texture(size, ground, rng)
-    objects: list[dict] = []
+    objects: list[Object] = []
     if rng.random() < EMPTY_SHARE:
         return to_uint8(image), objects
     sides = size * np.exp(rng.uniform(math.log(SMALLEST), math.log(LARGEST), 1 + rng.poisson(3)))
-    crowd = rng.random() < CROWD_SHARE
     for side in sorted(sides, reverse=True):  # small ones in front
         category = int(rng.choice(list(CATEGORIES)))
         shape = outline(CATEGORIES[category], rng)
         for _ in range(10):
-            rings = fitted(shape, side, rng.uniform(0, size, 2))
-            if paint(image, rings, category, False, objects, ground, rng):
+            if paint(image, fitted(shape, side, rng.uniform(0, size, 2)), category, False, objects, ground, rng):
                 break
-    if crowd:
+    if rng.random() < CROWD_SHARE:
         category, centre = int(rng.choice(list(CATEGORIES))), rng.uniform(0.25, 0.75, 2) * size
-        rings = []
-        for place in rng.permutation([(i, j) for i in (-1.5, -0.5, 0.5, 1.5) for j in (-1, 0, 1)])[:9]:
-            rings += fitted(outline(CATEGORIES[category], rng), 0.05 * size, centre + place * 0.055 * size)
-        paint(image, rings, category, True, objects, ground, rng)
+        places = rng.permutation([(i, j) for i in (-1.5, -0.5, 0.5, 1.5) for j in (-1, 0, 1)])[:9]
+        members = [fitted(outline(CATEGORIES[category], rng), 0.05 * size, centre + 0.055 * size * p) for p in places]
+        paint(image, [ring for member in members for ring in member], category, True, objects, ground, rng)
     return to_uint8(image), objects
 
 
-def paint(image, rings, category, crowd, objects, ground, rng) -> bool:
+def paint(
+    image: np.ndarray,
+    rings: list[np.ndarray],
+    category: int,
+    crowd: bool,
+    objects: list[Object],
+    ground: np.ndarray,
+    rng: np.random.Generator,
+) -> bool:
     """Put an object in front of the others, unless it or one of them would be hidden too much."""
-    alpha = coverage(rings, len(image))
-    mask = alpha >= 0.5
-    whole = sum(abs(ring_area(ring)) * (1 if i == 0 or crowd else -1) for i, ring in enumerate(rings))
-    if mask.sum() < (0.3 if crowd else MIN_VISIBLE) * whole:
+    points = np.concatenate(rings)
+    low = np.floor(points.min(0)).clip(0).astype(int)
+    high = np.ceil(points.max(0)).clip(max=len(image)).astype(int)
+    if (low >= high).any():
         return False
-    if any((seen["visible"] & ~mask).sum() < MIN_VISIBLE * seen["whole"] for seen in objects):
+    region, side = np.s_[low[1] : high[1], low[0] : high[0]], int((high - low).max())
+    cut = np.s_[: high[1] - low[1], : high[0] - low[0]]
+    alpha = coverage(rings, low, side)[cut]
+    mask = np.zeros(image.shape[:2], bool)
+    mask[region] = alpha >= 0.5
+    area = sum(abs(ring_area(ring)) * (1 if i == 0 or crowd else -1) for i, ring in enumerate(rings))
+    if mask.sum() < (0.3 if crowd else MIN_VISIBLE) * area:
         return False
+    if any((seen.visible & ~mask).sum() < MIN_VISIBLE * seen.area for seen in objects):
+        return False
+    others = np.array([ground, *(seen.colour for seen in objects if (seen.visible & mask).any())])
     colour = rng.uniform(0, 1, 3)
-    while np.linalg.norm(colour - ground) < MIN_CONTRAST:
+    while np.linalg.norm(colour - others, axis=1).min() < MIN_CONTRAST:
         colour = rng.uniform(0, 1, 3)
-    image += alpha[..., None] * (texture(len(image), colour, rng) - image)
+    image[region] += alpha[..., None] * (texture(side, colour, rng)[cut] - image[region])
     for seen in objects:
-        seen["visible"] &= ~mask
-    objects.append(
-        {"category_id": category, "rings": rings, "whole": whole, "mask": mask, "visible": mask.copy(), "crowd": crowd}
-    )
+        seen.visible &= ~mask
+    objects.append(Object(category, crowd, rings, area, colour, mask, mask.copy()))
     return True
 
 
@@ -135,27 +156,27 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
     return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def annotation(item: dict, size: int, rng: np.random.Generator) -> dict:
-    """COCO's record of an object: a polygon where one can tell the visible part, run lengths otherwise."""
-    visible, rings = item["visible"], item["rings"]
+def annotation(item: Object, size: int, rng: np.random.Generator) -> dict:
+    """COCO's record of an object: polygons where they can tell the visible part, run lengths otherwise."""
+    visible, rings = item.visible, item.rings
     points = np.concatenate(rings)
     has_hole = len(rings) > 1
-    if (visible != item["mask"]).any() or points.min() < 0 or points.max() > size:
+    if (visible != item.mask).any() or points.min() < 0 or points.max() > size:
         rings = trace_rings(visible)
         has_hole = min(map(ring_area, rings)) < 0
     rle = coco_mask.encode(np.asfortranarray(visible, np.uint8))
-    if item["crowd"]:  # as COCO has it: not compressed
+    if item.crowd:  # as COCO has it: not compressed
         runs = np.flatnonzero(np.diff(visible.ravel("F"), prepend=False, append=not visible[-1, -1]))
         segmentation = {"size": [size, size], "counts": np.diff(runs, prepend=0).tolist()}
     elif has_hole or rng.random() < RLE_SHARE:
         segmentation = {"size": [size, size], "counts": rle["counts"].decode()}
     else:
-        segmentation = [ring.round(2).astype(float).round(2).ravel().tolist() for ring in rings]
+        segmentation = [ring.astype(float).round(2).ravel().tolist() for ring in rings]
     return {
-        "category_id": item["category_id"],
+        "category_id": item.category,
         "bbox": coco_mask.toBbox(rle).tolist(),
         "area": int(visible.sum()),
-        "iscrowd": int(item["crowd"]),
+        "iscrowd": int(item.crowd),
         "segmentation": segmentation,
     }
 

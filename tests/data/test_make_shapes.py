@@ -1,0 +1,104 @@
+"""The generated data set."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+
+from detector.data import CocoDataset
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def make_shapes():
+    spec = importlib.util.spec_from_file_location("make_shapes", ROOT / "data" / "make_shapes.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["make_shapes"] = module  # its processes ask for it by name
+    spec.loader.exec_module(module)
+    return module.make_shapes
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_same_whatever_the_number_of_processes(make_shapes, tmp_path):
+    for name, options in {"a": {"processes": 1}, "b": {"processes": 3}, "c": {"seed": 1}}.items():
+        make_shapes(tmp_path / name, train=20, val=3, size=64, **options)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") != contents(tmp_path / "c")
+    assert len(contents(tmp_path / "a")) == 25
+
+
+@pytest.mark.parametrize("option", ["train", "val", "size"])
+def test_wrong_options(make_shapes, tmp_path, option):
+    with pytest.raises(ValueError, match=f"{option}=0"):
+        make_shapes(tmp_path, **{option: 0})
+
+
+@pytest.fixture(scope="module")
+def sample(make_shapes, tmp_path_factory):
+    """300 images: enough for every rare thing."""
+    out = tmp_path_factory.mktemp("shapes")
+    make_shapes(out, train=300, val=1, size=96)
+    return out
+
+
+def test_what_it_promises(sample):
+    coco = COCO(sample / "annotations" / "instances_train.json")
+    annotations = coco.dataset["annotations"]
+    kinds = {type(a["segmentation"]) for a in annotations}
+    longer = [max(a["bbox"][2:]) for a in annotations if not a["iscrowd"]]
+    per_category = np.bincount([a["category_id"] for a in annotations])
+    assert kinds == {list, dict}
+    assert 0 < sum(a["iscrowd"] for a in annotations) < 0.02 * len(annotations)
+    assert 0 < sum(not coco.imgToAnns[i] for i in coco.imgs) < 0.1 * len(coco.imgs)
+    assert max(longer) > 10 * min(longer)
+    assert (np.sort(per_category)[-5:] > 0.15 * len(annotations)).all() and (per_category > 0).sum() == 5
+    assert any(len(a["segmentation"]) > 1 for a in annotations if isinstance(a["segmentation"], list))  # cut in two
+
+
+def test_annotations_are_consistent_and_visible(sample):
+    coco = COCO(sample / "annotations" / "instances_train.json")
+    for image_id in list(coco.imgs)[:80]:
+        image = cv2.imread(str(sample / "train" / coco.imgs[image_id]["file_name"]))
+        assert image.shape == (96, 96, 3)
+        masks = [coco.annToMask(a).astype(bool) for a in coco.imgToAnns[image_id]]
+        assert not masks or np.sum(masks, axis=0).max() <= 2  # visible parts do not overlap, outlines may by a pixel
+        for a, mask in zip(coco.imgToAnns[image_id], masks):
+            rows, columns = np.nonzero(mask)
+            box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            x, y, w, h = a["bbox"]
+            np.testing.assert_allclose([x, y, x + w, y + h], box, atol=1)
+            assert mask.sum() == pytest.approx(a["area"], rel=0.1, abs=12)
+
+
+def test_reads_without_a_warning(sample, caplog):
+    for split in ("train", "val"):
+        data = CocoDataset(sample / split, sample / "annotations" / f"instances_{split}.json")
+        assert data.categories == ["ellipse", "triangle", "rectangle", "star", "ring"]
+        assert data[0].image.shape == (96, 96, 3)
+    assert not caplog.records
+
+
+def test_colour_tells_nothing_about_the_category(sample):
+    """Mean colour of the objects of each category: equal up to chance."""
+    coco = COCO(sample / "annotations" / "instances_train.json")
+    colours = {category: [] for category in coco.cats}
+    for a in coco.dataset["annotations"]:
+        image = cv2.imread(str(sample / "train" / coco.imgs[a["image_id"]]["file_name"]))
+        colours[a["category_id"]].append(image[coco.annToMask(a).astype(bool)].mean(0) / 255)
+    means = np.array([np.mean(group, axis=0) for group in colours.values()])
+    fewest = min(map(len, colours.values()))
+    assert np.ptp(means, axis=0).max() < 5 * 0.3 / np.sqrt(fewest)
+
+
+def test_json_is_plain_coco(sample):
+    coco = json.loads((sample / "annotations" / "instances_val.json").read_text())
+    assert set(coco) == {"info", "images", "annotations", "categories"}
+    assert set(coco["annotations"][0]) == {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"}
