@@ -9,7 +9,7 @@ walk over the cells that a bin touches, not over the four corners of every sampl
 cells (2 x 2 points in a bin of 2 x 2 cells touch 9, not 16), and adaptive sampling costs no more than fixed. The maps
 are read channels_last, where the C values of a cell are contiguous.
 
-Dimensions: N images, L levels, R RoIs, C channels, h x w bins; the tile of one program is BINS x CHANNELS.
+Dimensions: N images, L levels, R RoIs, C channels, h x w bins; the tile of one program is ROWS bins by CHANNELS.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from detector.roi.base import check_inputs
-from detector.roi.triton_bag import BAGS, Accumulator, scatter, tile_channels
+from detector.roi.triton_bag import Accumulator, grid, scatter, tile
 
 # Adaptive sampling puts the points at most one and more than half a cell apart: at most four of them lie within one
 # cell of a given cell; one more covers rounding.
@@ -54,7 +54,7 @@ def _sampling(start, extent, bins, SAMPLES: tl.constexpr):
 
 @triton.jit
 def _walk(axis):
-    """The first cell [BINS] that the points touch along an axis, and the number of cells to walk over from there."""
+    """The first cell [ROWS] that the points touch along an axis, and the number of cells to walk over from there."""
     cells, start, step, points = axis
     span = step * (points - 1)
     low = start + 0.5 * step + tl.minimum(span, 0.0)
@@ -65,9 +65,10 @@ def _walk(axis):
 
 @triton.jit
 def _weight(cell, axis, SAMPLES: tl.constexpr):
-    """Weight [BINS] of a cell in the mean over the points start + (p + 1/2) step, and its derivative by `start`.
+    """Weight [ROWS] of a cell, summed over the points start + (p + 1/2) step, and its derivative by `start`.
 
-    A point up to one cell beyond the outermost cells reads the edge value; further out, and at NaN, it reads 0.
+    A point up to one cell beyond the outermost cells reads the edge value; further out, and at NaN, it reads 0. Points
+    are clamped into the map, so a cell outside of it has weight 0 and is never read.
     """
     cells, start, step, points = axis
     weight = tl.zeros_like(start)
@@ -81,27 +82,27 @@ def _weight(cell, axis, SAMPLES: tl.constexpr):
         read = (first + i < points) & (position >= -1) & (position <= cells)
         inner = read & (position >= 0) & (position < cells - 1)
         position = tl.minimum(tl.maximum(position, 0.0), cells - 1.0)
-        low = tl.floor(position)
-        upper = position - low
-        weight += tl.where(read & (cell == low), 1 - upper, 0.0) + tl.where(read & (cell == low + 1), upper, 0.0)
-        slope += tl.where(inner & (cell == low + 1), 1.0, 0.0) - tl.where(inner & (cell == low), 1.0, 0.0)
-    count = tl.maximum(points, 1)
-    return weight / count, slope / count
+        distance = cell - tl.where(read, position, FAR)
+        weight += tl.maximum(1 - tl.abs(distance), 0.0)
+        right = (distance > 0) & (distance <= 1)
+        left = (distance > -1) & (distance <= 0)
+        slope += tl.where(inner & right, 1.0, 0.0) - tl.where(inner & left, 1.0, 0.0)
+    return weight, slope
 
 
 @triton.jit
 def _bins(
     rois, levels, offsets, images, heights, widths, scales, gamma, bins_h, bins_w,
-    SAMPLES: tl.constexpr, ALIGNED: tl.constexpr, BINS: tl.constexpr,
+    SAMPLES: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The bins [BINS] of this program: where they lie and how their points are spread along y and x.
+    """The bins [ROWS] of this program: where they lie and how their points are spread along y and x.
 
     Whatever `rois` and `levels` hold, the level and the image are ones that exist.
     """
     bins = bins_h * bins_w
-    tiles = tl.cdiv(bins, BINS)
+    tiles = tl.cdiv(bins, ROWS)
     roi = (tl.program_id(0) // tiles).to(tl.int64)
-    bin = tl.program_id(0) % tiles * BINS + tl.arange(0, BINS)
+    bin = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     live = bin < bins
 
     level = tl.minimum(tl.maximum(tl.load(levels + roi), 0), len(scales) - 1).to(tl.int32)
@@ -128,17 +129,18 @@ def _bins(
         top += gamma * extent_y * tl.load(offset + bins, mask=live, other=0).to(tl.float32)
     axis_y = height, top, step_y, points_y
     axis_x = width, left, step_x, points_x
-    return roi, bin, live, level, image, axis_y, axis_x, extent_y, extent_x
+    share = 1.0 / tl.maximum(points_y.to(tl.float32) * points_x, 1.0)  # of one point in the mean of its bin
+    return roi, bin, live, level, image, axis_y, axis_x, share, extent_y, extent_x
 
 
 @triton.jit
 def _forward(
     features, heights, widths, scales, rois, levels, offsets, modulation, out, images, channels, bins_h, bins_w, gamma,
     SAMPLES: tl.constexpr, ALIGNED: tl.constexpr,
-    BINS: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    roi, bin, live, level, image, axis_y, axis_x, _, _ = _bins(
-        rois, levels, offsets, images, heights, widths, scales, gamma, bins_h, bins_w, SAMPLES, ALIGNED, BINS
+    roi, bin, live, level, image, axis_y, axis_x, share, _, _ = _bins(
+        rois, levels, offsets, images, heights, widths, scales, gamma, bins_h, bins_w, SAMPLES, ALIGNED, ROWS
     )
     height, width = axis_y[0], axis_x[0]
     place = roi * bins_h * bins_w + bin
@@ -147,17 +149,18 @@ def _forward(
     table = _pick(features, level) + image.to(tl.int64) * height * width * channels + channel[None, :]
     first_y, count_y = _walk(axis_y)
     first_x, count_x = _walk(axis_x)
-    total = tl.zeros((BINS, CHANNELS), tl.float32)
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
     for step_y in range(count_y):
         y = first_y + step_y
-        weight_y, _ = _weight(y, axis_y, SAMPLES)
+        weight_y = _weight(y, axis_y, SAMPLES)[0]
         for step_x in range(count_x):
             x = first_x + step_x
-            weight_x, _ = _weight(x, axis_x, SAMPLES)
-            weight = tl.where((y < height) & (x < width), weight_y * weight_x, 0.0)
+            weight_x = _weight(x, axis_x, SAMPLES)[0]
+            weight = weight_y * weight_x
             rows = (y * width + x).to(tl.int64) * channels
             value = tl.load(table + rows[:, None], mask=inside & (weight != 0)[:, None], other=0)
             total += weight[:, None] * value.to(tl.float32)
+    total *= share
     if modulation is not None:
         total *= tl.load(modulation + place, mask=live, other=0).to(tl.float32)[:, None]
     tl.store(out + (place * channels)[:, None] + channel[None, :], total, mask=inside)
@@ -167,11 +170,11 @@ def _forward(
 def _features_gradient(
     grad, sums, unit, heights, widths, scales, rois, levels, offsets, modulation, images, channels, bins_h, bins_w,
     gamma, SAMPLES: tl.constexpr, ALIGNED: tl.constexpr,
-    FIXED_POINT: tl.constexpr, BINS: tl.constexpr, CHANNELS: tl.constexpr,
+    FIXED_POINT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Spread the gradient of every bin over the cells that it read; `sums` is one table for the cells of all levels."""
-    roi, bin, live, level, image, axis_y, axis_x, _, _ = _bins(
-        rois, levels, offsets, images, heights, widths, scales, gamma, bins_h, bins_w, SAMPLES, ALIGNED, BINS
+    roi, bin, live, level, image, axis_y, axis_x, share, _, _ = _bins(
+        rois, levels, offsets, images, heights, widths, scales, gamma, bins_h, bins_w, SAMPLES, ALIGNED, ROWS
     )
     height, width = axis_y[0], axis_x[0]
     place = roi * bins_h * bins_w + bin
@@ -182,18 +185,18 @@ def _features_gradient(
         before = tl.where(i < level, images, 0).to(tl.int64)
         first_cell += before * _pick(heights, i).to(tl.int32) * _pick(widths, i).to(tl.int32)
     table = sums + first_cell * channels + channel[None, :]
-    value = tl.load(grad + (place * channels)[:, None] + channel[None, :], mask=inside, other=0).to(tl.float32)
+    value = tl.load(grad + (place * channels)[:, None] + channel[None, :], mask=inside, other=0).to(tl.float32) * share
     if modulation is not None:
         value *= tl.load(modulation + place, mask=live, other=0).to(tl.float32)[:, None]
     first_y, count_y = _walk(axis_y)
     first_x, count_x = _walk(axis_x)
     for step_y in range(count_y):
         y = first_y + step_y
-        weight_y, _ = _weight(y, axis_y, SAMPLES)
+        weight_y = _weight(y, axis_y, SAMPLES)[0]
         for step_x in range(count_x):
             x = first_x + step_x
-            weight_x, _ = _weight(x, axis_x, SAMPLES)
-            weight = tl.where((y < height) & (x < width), weight_y * weight_x, 0.0)
+            weight_x = _weight(x, axis_x, SAMPLES)[0]
+            weight = weight_y * weight_x
             rows = (y * width + x).to(tl.int64) * channels
             scatter(table + rows[:, None], weight[:, None] * value, inside & (weight != 0)[:, None], unit, FIXED_POINT)
 
@@ -203,11 +206,11 @@ def _offsets_gradient(
     grad, features, heights, widths, scales, rois, levels, offsets, modulation, offsets_grad, modulation_grad,
     images, channels, bins_h, bins_w, gamma,
     SAMPLES: tl.constexpr, ALIGNED: tl.constexpr,
-    BINS: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """d out / d offset moves the sampling points: the derivative of the weights, scaled by gamma and the extent."""
-    roi, bin, live, level, image, axis_y, axis_x, extent_y, extent_x = _bins(
-        rois, levels, offsets, images, heights, widths, scales, gamma, bins_h, bins_w, SAMPLES, ALIGNED, BINS
+    roi, bin, live, level, image, axis_y, axis_x, share, extent_y, extent_x = _bins(
+        rois, levels, offsets, images, heights, widths, scales, gamma, bins_h, bins_w, SAMPLES, ALIGNED, ROWS
     )
     height, width = axis_y[0], axis_x[0]
     bins = bins_h * bins_w
@@ -215,16 +218,16 @@ def _offsets_gradient(
     table = _pick(features, level) + image.to(tl.int64) * height * width * channels
     first_y, count_y = _walk(axis_y)
     first_x, count_x = _walk(axis_x)
-    by_y = tl.zeros((BINS,), tl.float32)
-    by_x = tl.zeros((BINS,), tl.float32)
-    by_modulation = tl.zeros((BINS,), tl.float32)
+    by_y = tl.zeros((ROWS,), tl.float32)
+    by_x = tl.zeros((ROWS,), tl.float32)
+    by_modulation = tl.zeros((ROWS,), tl.float32)
     for first_channel in range(0, channels, CHANNELS):
         channel = first_channel + tl.arange(0, CHANNELS)
         inside = live[:, None] & (channel < channels)[None, :]
         # The sums of cells with the derived weights; one reduction over the channels at the end, not one per cell.
-        plain = tl.zeros((BINS, CHANNELS), tl.float32)
-        moved_y = tl.zeros((BINS, CHANNELS), tl.float32)
-        moved_x = tl.zeros((BINS, CHANNELS), tl.float32)
+        plain = tl.zeros((ROWS, CHANNELS), tl.float32)
+        moved_y = tl.zeros((ROWS, CHANNELS), tl.float32)
+        moved_x = tl.zeros((ROWS, CHANNELS), tl.float32)
         for step_y in range(count_y):
             y = first_y + step_y
             weight_y, slope_y = _weight(y, axis_y, SAMPLES)
@@ -244,45 +247,49 @@ def _offsets_gradient(
         by_y += tl.sum(value * moved_y, axis=1)
         by_x += tl.sum(value * moved_x, axis=1)
         by_modulation += tl.sum(value * plain, axis=1)
+    factor = share
     if modulation is not None:
-        factor = tl.load(modulation + place, mask=live, other=0).to(tl.float32)
-        by_y *= factor
-        by_x *= factor
-        tl.store(modulation_grad + place, by_modulation, mask=live)
+        factor *= tl.load(modulation + place, mask=live, other=0).to(tl.float32)
+        tl.store(modulation_grad + place, share * by_modulation, mask=live)
     if offsets is not None:
         offset = offsets_grad + roi * 2 * bins + bin
-        tl.store(offset, gamma * extent_x * by_x, mask=live)
-        tl.store(offset + bins, gamma * extent_y * by_y, mask=live)
+        tl.store(offset, gamma * extent_x * factor * by_x, mask=live)
+        tl.store(offset + bins, gamma * extent_y * factor * by_y, mask=live)
 
 
-def _arguments(
-    shapes: Sequence[Sequence[int]], rois: Tensor, levels: Tensor, offsets: Tensor | None, modulation: Tensor | None,
-    scales: Sequence[float], bins_h: int, bins_w: int, sampling_ratio: int, aligned: bool, gamma: float,
-) -> dict:  # fmt: skip
-    """What every kernel takes. Map sizes travel as floats: Triton would compile anew for integers of other factors."""
+# The arguments that all ops share, `sampling` below: what is read where, and how.
+SAMPLING = (
+    "Tensor rois, Tensor levels, Tensor? offsets, Tensor? modulation, float[] scales, SymInt[] bins, "
+    "int sampling_ratio, bool aligned, float gamma"
+)
+
+
+def _launch(kernel, shapes: Sequence[Sequence[int]], sampling: tuple, channel_tiles: bool = True, **tensors) -> None:
+    """Run a kernel over the bins of all RoIs, and over the channels unless the kernel loops over them itself.
+
+    Map sizes travel as floats: Triton would compile a kernel anew for integers with other factors.
+    """
+    rois, levels, offsets, modulation, scales, (bins_h, bins_w), sampling_ratio, aligned, gamma = sampling
     images, channels = shapes[0][:2]
-    return {
-        "heights": tuple(float(shape[2]) for shape in shapes),
-        "widths": tuple(float(shape[3]) for shape in shapes),
-        "scales": tuple(scales),
-        "rois": rois.contiguous(),
-        "levels": levels.contiguous(),
-        "offsets": None if offsets is None else offsets.contiguous(),
-        "modulation": None if modulation is None else modulation.contiguous(),
-        "images": images,
-        "channels": channels,
-        "bins_h": bins_h,
-        "bins_w": bins_w,
-        "gamma": gamma,
-        "SAMPLES": sampling_ratio,
-        "ALIGNED": aligned,
-        "BINS": BAGS,
-        "CHANNELS": tile_channels(channels),
-    }
-
-
-def _tiles(rois: Tensor, bins_h: int, bins_w: int) -> int:
-    return len(rois) * triton.cdiv(bins_h * bins_w, BAGS)
+    tiles = len(rois) * grid(bins_h * bins_w, channels)[0], grid(1, channels)[1] if channel_tiles else 1
+    kernel[tiles](
+        heights=tuple(float(shape[2]) for shape in shapes),
+        widths=tuple(float(shape[3]) for shape in shapes),
+        scales=tuple(scales),
+        rois=rois.contiguous(),
+        levels=levels.contiguous(),
+        offsets=None if offsets is None else offsets.contiguous(),
+        modulation=None if modulation is None else modulation.contiguous(),
+        images=images,
+        channels=channels,
+        bins_h=bins_h,
+        bins_w=bins_w,
+        gamma=gamma,
+        SAMPLES=sampling_ratio,
+        ALIGNED=aligned,
+        **tensors,
+        **tile(channels),
+    )
 
 
 def _cells_first(x: Tensor) -> Tensor:
@@ -290,117 +297,99 @@ def _cells_first(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-@torch.library.custom_op("detector::roi_align", mutates_args=())
-def _roi_align(
-    features: Sequence[Tensor], rois: Tensor, levels: Tensor, offsets: Tensor | None, modulation: Tensor | None,
-    scales: Sequence[float], bins_h: int, bins_w: int, sampling_ratio: int, aligned: bool, gamma: float,
-) -> Tensor:  # fmt: skip
-    out = _empty_output(features, rois, bins_h, bins_w)
+def _levels(shapes: Sequence[int]) -> list[Sequence[int]]:
+    """[N, C, H, W] of every level, from one list."""
+    return [shapes[i : i + 4] for i in range(0, len(shapes), 4)]
+
+
+@torch.library.custom_op("detector::roi_align", mutates_args=(), schema=f"(Tensor[] features, {SAMPLING}) -> Tensor")
+def _roi_align(features, *sampling):
+    out = _empty_output(features, *sampling)
     if out.numel():
         shapes = [f.shape for f in features]
-        settings = _arguments(
-            shapes, rois, levels, offsets, modulation, scales, bins_h, bins_w, sampling_ratio, aligned, gamma
-        )
-        grid = _tiles(rois, bins_h, bins_w), triton.cdiv(settings["channels"], settings["CHANNELS"])
-        _forward[grid](features=tuple(_cells_first(f) for f in features), out=out, **settings)
+        _launch(_forward, shapes, sampling, features=tuple(_cells_first(f) for f in features), out=out)
     return out
 
 
 @_roi_align.register_fake
-def _(features, rois, levels, offsets, modulation, scales, bins_h, bins_w, sampling_ratio, aligned, gamma):
-    return _empty_output(features, rois, bins_h, bins_w)
-
-
-def _empty_output(features: Sequence[Tensor], rois: Tensor, bins_h: int, bins_w: int) -> Tensor:
-    shape = (rois.shape[0], features[0].shape[1], bins_h, bins_w)
+def _empty_output(features, rois, levels, offsets, modulation, scales, bins, *_):
     first = features[0]
+    shape = (rois.shape[0], first.shape[1], *bins)
     return torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("detector::roi_align_features_gradient", mutates_args=())
-def _roi_align_features_gradient(
-    grad: Tensor, shapes: Sequence[int], rois: Tensor, levels: Tensor, offsets: Tensor | None,
-    modulation: Tensor | None, scales: Sequence[float], bins_h: int, bins_w: int, sampling_ratio: int, aligned: bool,
-    gamma: float,
-) -> Tensor:  # fmt: skip
-    """Gradients of all levels as one table [cells, C]; `shapes` are the levels' [N, C, H, W] in one list."""
-    shapes = [shapes[i : i + 4] for i in range(0, len(shapes), 4)]
+@torch.library.custom_op(
+    "detector::roi_align_features_gradient",
+    mutates_args=(),
+    schema=f"(Tensor grad, SymInt[] shapes, {SAMPLING}) -> Tensor",
+)
+def _roi_align_features_gradient(grad, shapes, *sampling):
+    """The gradients of all levels as one table [cells, C]."""
+    shapes, modulation = _levels(shapes), sampling[3]
     cells, channels = sum(n * h * w for n, _, h, w in shapes), shapes[0][1]
     if grad.numel() == 0:
         return grad.new_zeros(cells, channels)
-    largest = grad.abs().amax().float() * (1 if modulation is None else modulation.abs().amax())
-    total = Accumulator(cells, channels, largest, terms=len(rois) * bins_h * bins_w)
-    settings = _arguments(
-        shapes, rois, levels, offsets, modulation, scales, bins_h, bins_w, sampling_ratio, aligned, gamma
-    )
-    grid = _tiles(rois, bins_h, bins_w), triton.cdiv(channels, settings["CHANNELS"])
-    _features_gradient[grid](
-        grad=_cells_first(grad), sums=total.sums, unit=total.scale, FIXED_POINT=total.fixed_point, **settings
-    )
+    terms = grad.numel() // channels  # one per bin at most, for the weights of a bin sum up to 1
+    total = Accumulator(cells, channels, terms, grad, modulation)
+    _launch(
+        _features_gradient, shapes, sampling,
+        grad=_cells_first(grad), sums=total.sums, unit=total.scale, FIXED_POINT=total.fixed_point,
+    )  # fmt: skip
     return total.result(grad.dtype)
 
 
 @_roi_align_features_gradient.register_fake
-def _(grad, shapes, rois, levels, offsets, modulation, scales, bins_h, bins_w, sampling_ratio, aligned, gamma):
-    cells = sum(shapes[i] * shapes[i + 2] * shapes[i + 3] for i in range(0, len(shapes), 4))
-    return grad.new_empty(cells, shapes[1])
+def _(grad, shapes, *_):
+    shapes = _levels(shapes)
+    return grad.new_empty(sum(n * h * w for n, _, h, w in shapes), shapes[0][1])
 
 
-@torch.library.custom_op("detector::roi_align_offsets_gradient", mutates_args=())
-def _roi_align_offsets_gradient(
-    grad: Tensor, features: Sequence[Tensor], rois: Tensor, levels: Tensor, offsets: Tensor | None,
-    modulation: Tensor | None, scales: Sequence[float], bins_h: int, bins_w: int, sampling_ratio: int, aligned: bool,
-    gamma: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of the offsets [R, 2, h, w] and the modulation [R, h, w]; of no elements for the one that is None."""
-    offsets_grad, modulation_grad = _empty_gradients(grad, offsets, modulation)
+@torch.library.custom_op(
+    "detector::roi_align_offsets_gradient",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor[] features, {SAMPLING}) -> (Tensor, Tensor)",
+)
+def _roi_align_offsets_gradient(grad, features, *sampling):
+    """Gradients of the offsets and of the modulation; without elements for the one that is None."""
+    offsets_grad, modulation_grad = _empty_gradients(grad, features, *sampling)
     if grad.numel() == 0:
         return offsets_grad.zero_(), modulation_grad.zero_()
-    shapes = [f.shape for f in features]
-    settings = _arguments(
-        shapes, rois, levels, offsets, modulation, scales, bins_h, bins_w, sampling_ratio, aligned, gamma
-    )
-    _offsets_gradient[(_tiles(rois, bins_h, bins_w),)](
+    _launch(
+        _offsets_gradient, [f.shape for f in features], sampling, channel_tiles=False,
         grad=_cells_first(grad), features=tuple(_cells_first(f) for f in features),
-        offsets_grad=offsets_grad, modulation_grad=modulation_grad, **settings,
+        offsets_grad=offsets_grad, modulation_grad=modulation_grad,
     )  # fmt: skip
     return offsets_grad, modulation_grad
 
 
 @_roi_align_offsets_gradient.register_fake
-def _(grad, features, rois, levels, offsets, modulation, scales, bins_h, bins_w, sampling_ratio, aligned, gamma):
-    return _empty_gradients(grad, offsets, modulation)
-
-
-def _empty_gradients(grad: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(grad.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+def _empty_gradients(grad, features, rois, levels, offsets, modulation, *_):
+    return tuple(grad.new_empty(0) if x is None else x.new_empty(x.shape) for x in (offsets, modulation))
 
 
 def _save(ctx, inputs, output):
-    features, rois, levels, offsets, modulation, *ctx.settings = inputs
+    features, *sampling = inputs
     ctx.shapes = [size for f in features for size in f.shape]
-    sampled = offsets is not None or modulation is not None  # only then the gradients need the features
-    ctx.levels = len(features)
-    ctx.save_for_backward(rois, levels, offsets, modulation, *(features if sampled else ()))
+    ctx.settings = sampling[4:]
+    sampled = sampling[2] is not None or sampling[3] is not None  # only their gradients need the features
+    ctx.save_for_backward(*sampling[:4], *(features if sampled else ()))
 
 
 def _backward(ctx, grad):
     rois, levels, offsets, modulation, *features = ctx.saved_tensors
+    sampling = rois, levels, offsets, modulation, *ctx.settings
     needs_features, _, _, needs_offsets, needs_modulation, *_ = ctx.needs_input_grad
-    features_grad, offsets_grad, modulation_grad = [None] * ctx.levels, None, None
+    shapes = _levels(ctx.shapes)
+    features_grad, offsets_grad, modulation_grad = [None] * len(shapes), None, None
     if any(needs_features):
-        table = _roi_align_features_gradient(grad, ctx.shapes, rois, levels, offsets, modulation, *ctx.settings)
-        shapes = [ctx.shapes[i : i + 4] for i in range(0, len(ctx.shapes), 4)]
+        table = _roi_align_features_gradient(grad, ctx.shapes, *sampling)
         parts = table.split([n * h * w for n, _, h, w in shapes])
         features_grad = [part.view(n, h, w, c).permute(0, 3, 1, 2) for part, (n, c, h, w) in zip(parts, shapes)]
     if needs_offsets or needs_modulation:
-        offsets_grad, modulation_grad = _roi_align_offsets_gradient(
-            grad, features, rois, levels, offsets, modulation, *ctx.settings
-        )
-    return (
-        features_grad, None, None, offsets_grad if needs_offsets else None,
-        modulation_grad if needs_modulation else None, *(None for _ in ctx.settings),
-    )  # fmt: skip
+        offsets_grad, modulation_grad = _roi_align_offsets_gradient(grad, features, *sampling)
+    offsets_grad = offsets_grad if needs_offsets else None
+    modulation_grad = modulation_grad if needs_modulation else None
+    return features_grad, None, None, offsets_grad, modulation_grad, *(None for _ in ctx.settings)
 
 
 _roi_align.register_autograd(_backward, setup_context=_save)
@@ -453,7 +442,6 @@ def roi_align_fused(
                 f"{name} must be {list(shape)} on {rois.device}, got {list(tensor.shape)} on {tensor.device}"
             )
     scales = [1 / stride for stride in strides]
-    out = _roi_align(
-        list(features), rois.detach(), levels, offsets, modulation, scales, h, w, sampling_ratio, aligned, gamma
-    )
+    rois = rois.detach()
+    out = _roi_align(list(features), rois, levels, offsets, modulation, scales, [h, w], sampling_ratio, aligned, gamma)
     return avg_pool2d(out, points) if points > 1 else out

@@ -7,7 +7,7 @@ Sums are accumulated in float32 whatever the dtype of the table (float32, bfloat
 with PyTorch: they work under torch.compile and in CUDA graphs, for they never wait for the device and all shapes follow
 from the shapes of the input.
 
-Dimensions: T cells in the table, C channels, B bags of K entries; a program handles a tile of BAGS x CHANNELS.
+Dimensions: T cells in the table, C channels, B bags of K entries; a program handles a tile of ROWS bags by CHANNELS.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BAGS = 8  # per tile
+ROWS, CHANNELS = 4, 256  # the tile of one program
 
 
 @triton.jit
-def _tile(bags, channels, BAGS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Bags [BAGS] and channels [CHANNELS] of this program, which of the bags exist, and the tile's places in [B, C]."""
-    bag = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
+def _tile(bags, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Bags [ROWS] and channels [CHANNELS] of this program, which of the bags exist, and the tile's places in [B, C]."""
+    bag = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     live = bag < bags
     return bag, channel, live, bag[:, None] * channels + channel[None, :], live[:, None] & (channel < channels)[None, :]
@@ -33,17 +33,17 @@ def _tile(bags, channels, BAGS: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _entry(indices, bag, live, k, entries, cells):
-    """Entry k of the bags: cell [BAGS], and whether it exists."""
+    """Entry k of the bags: cell [ROWS], and whether it exists."""
     cell = tl.load(indices + bag * entries + k, mask=live, other=-1).to(tl.int64)
     return cell, live & (cell >= 0) & (cell < cells)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bags", "entries", "cells"])
 def _bag_forward(
-    table, indices, weights, out, bags, entries, cells, channels, BAGS: tl.constexpr, CHANNELS: tl.constexpr
+    table, indices, weights, out, bags, entries, cells, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    bag, channel, live, place, inside = _tile(bags, channels, BAGS, CHANNELS)
-    total = tl.zeros((BAGS, CHANNELS), tl.float32)
+    bag, channel, live, place, inside = _tile(bags, channels, ROWS, CHANNELS)
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
     for k in range(entries):
         cell, valid = _entry(indices, bag, live, k, entries, cells)
         weight = tl.load(weights + bag * entries + k, mask=valid, other=0).to(tl.float32)
@@ -52,12 +52,12 @@ def _bag_forward(
     tl.store(out + place, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bags", "entries", "cells"])
 def _bag_table_gradient(
     grad, indices, weights, table_grad, scale, bags, entries, cells, channels,
-    FIXED_POINT: tl.constexpr, BAGS: tl.constexpr, CHANNELS: tl.constexpr,
+    FIXED_POINT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    bag, channel, live, place, inside = _tile(bags, channels, BAGS, CHANNELS)
+    bag, channel, live, place, inside = _tile(bags, channels, ROWS, CHANNELS)
     value = tl.load(grad + place, mask=inside, other=0).to(tl.float32)
     for k in range(entries):
         cell, valid = _entry(indices, bag, live, k, entries, cells)
@@ -66,15 +66,15 @@ def _bag_table_gradient(
         scatter(table_grad + rows, weight[:, None] * value, inside & valid[:, None], scale, FIXED_POINT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bags", "entries", "cells"])
 def _bag_weights_gradient(
-    grad, table, indices, weights_grad, bags, entries, cells, channels, BAGS: tl.constexpr, CHANNELS: tl.constexpr
+    grad, table, indices, weights_grad, bags, entries, cells, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    bag = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
+    bag = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = bag < bags
     for k in range(entries):
         cell, valid = _entry(indices, bag, live, k, entries, cells)
-        product = tl.zeros((BAGS, CHANNELS), tl.float32)
+        product = tl.zeros((ROWS, CHANNELS), tl.float32)
         for first in range(0, channels, CHANNELS):
             channel = first + tl.arange(0, CHANNELS)
             inside = valid[:, None] & (channel < channels)[None, :]
@@ -84,13 +84,13 @@ def _bag_weights_gradient(
         tl.store(weights_grad + bag * entries + k, tl.sum(product, axis=1), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bags", "entries", "cells"])
 def _max_forward(
-    table, indices, out, winners, bags, entries, cells, channels, BAGS: tl.constexpr, CHANNELS: tl.constexpr
+    table, indices, out, winners, bags, entries, cells, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    bag, channel, live, place, inside = _tile(bags, channels, BAGS, CHANNELS)
-    best = tl.full((BAGS, CHANNELS), float("-inf"), tl.float32)
-    winner = tl.full((BAGS, CHANNELS), -1, tl.int64)
+    bag, channel, live, place, inside = _tile(bags, channels, ROWS, CHANNELS)
+    best = tl.full((ROWS, CHANNELS), float("-inf"), tl.float32)
+    winner = tl.full((ROWS, CHANNELS), -1, tl.int64)
     for k in range(entries):
         cell, valid = _entry(indices, bag, live, k, entries, cells)
         rows = cell[:, None] * channels + channel[None, :]
@@ -116,30 +116,34 @@ class Accumulator:
 
     Float32 atomics sum in whatever order the programs arrive. Integers know no order: under
     torch.use_deterministic_algorithms(True) every term is rounded to a multiple of 1 / scale, the finest that cannot
-    overflow when `terms` terms as large as `largest` (a 0-d tensor) meet in one place. With a million terms that is
-    2^-42 of the largest, finer than float32. It costs twice the memory and slower atomics. A `largest` that is not
-    finite makes every sum not finite.
+    overflow when `terms` terms, each at most the product of the largest of every factor, meet in one place. With a
+    million terms that is 2^-42 of the largest: finer than float32. It costs twice the memory and slower atomics. A
+    factor that is not finite makes every sum not finite.
     """
 
-    def __init__(self, rows: int, channels: int, largest: Tensor, terms: int):
+    def __init__(self, rows: int, channels: int, terms: int, *factors: Tensor | None):
+        device = next(f.device for f in factors if f is not None)
         self.fixed_point = torch.are_deterministic_algorithms_enabled()
-        dtype = torch.int64 if self.fixed_point else torch.float32
-        self.sums = torch.zeros(rows, channels, dtype=dtype, device=largest.device)
-        exponent = torch.floor(62 - log2(max(terms, 1)) - largest.float().log2())
-        self.scale = torch.exp2(exponent.clamp(max=100))
+        self.sums = torch.zeros(rows, channels, dtype=torch.int64 if self.fixed_point else torch.float32, device=device)
+        self.scale = None
+        if self.fixed_point:
+            largest = sum(f.abs().amax().float().log2() for f in factors if f is not None)
+            self.scale = (62 - log2(terms) - largest).floor().clamp(max=100).exp2()
 
     def result(self, dtype: torch.dtype) -> Tensor:
         """The sums [rows, channels]."""
         return (self.sums / self.scale if self.fixed_point else self.sums).to(dtype)
 
 
-def tile_channels(channels: int, elements: int = 2048, rows: int = BAGS) -> int:
-    """Channels of a tile of about `elements` values: a power of two, for that is what Triton handles."""
-    return min(triton.next_power_of_2(channels), max(elements // rows, 16))
+def tile(channels: int) -> dict[str, int]:
+    """Launch settings: eight values per thread, so that bfloat16 is loaded in pieces of 16 bytes, float32 in two."""
+    width = min(triton.next_power_of_2(channels), CHANNELS)
+    return {"ROWS": ROWS, "CHANNELS": width, "num_warps": max(ROWS * width // 256, 1)}
 
 
-def _grid(bags: int, channels: int, tile: int) -> tuple[int, int]:
-    return triton.cdiv(bags, BAGS), triton.cdiv(channels, tile)
+def grid(rows: int, channels: int) -> tuple[int, int]:
+    """Programs for so many rows and channels."""
+    return triton.cdiv(rows, ROWS), triton.cdiv(channels, CHANNELS)
 
 
 @torch.library.custom_op("detector::weighted_bag", mutates_args=())
@@ -147,19 +151,10 @@ def _weighted_bag(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     (bags, entries), (cells, channels) = indices.shape, table.shape
     out = table.new_empty(bags, channels)
     if out.numel():
-        tile = tile_channels(channels)
-        _bag_forward[_grid(bags, channels, tile)](
-            table.contiguous(),
-            indices.contiguous(),
-            weights.contiguous(),
-            out,
-            bags,
-            entries,
-            cells,
-            channels,
-            BAGS,
-            tile,
-        )
+        _bag_forward[grid(bags, channels)](
+            table.contiguous(), indices.contiguous(), weights.contiguous(), out,
+            bags, entries, cells, channels, **tile(channels),
+        )  # fmt: skip
     return out
 
 
@@ -173,11 +168,10 @@ def _table_gradient(grad: Tensor, indices: Tensor, weights: Tensor, cells: int) 
     (bags, entries), channels = indices.shape, grad.shape[1]
     if grad.numel() == 0 or entries == 0:
         return grad.new_zeros(cells, channels)
-    total = Accumulator(cells, channels, grad.abs().amax().float() * weights.abs().amax(), terms=bags * entries)
-    tile = tile_channels(channels)
-    _bag_table_gradient[_grid(bags, channels, tile)](
+    total = Accumulator(cells, channels, bags * entries, grad, weights)
+    _bag_table_gradient[grid(bags, channels)](
         grad.contiguous(), indices.contiguous(), weights.contiguous(), total.sums, total.scale,
-        bags, entries, cells, channels, total.fixed_point, BAGS, tile,
+        bags, entries, cells, channels, total.fixed_point, **tile(channels),
     )  # fmt: skip
     return total.result(grad.dtype)
 
@@ -193,9 +187,9 @@ def _weights_gradient(grad: Tensor, table: Tensor, indices: Tensor, weights: Ten
     if grad.numel() == 0 or entries == 0:
         return torch.zeros_like(weights)
     out = torch.empty_like(weights, memory_format=torch.contiguous_format)
-    _bag_weights_gradient[(triton.cdiv(bags, BAGS),)](
+    _bag_weights_gradient[grid(bags, 1)](
         grad.contiguous(), table.contiguous(), indices.contiguous(), out, bags, entries, cells, channels,
-        BAGS, tile_channels(channels),
+        **tile(channels),
     )  # fmt: skip
     return out
 
@@ -229,10 +223,10 @@ def _max_bag(table: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     out = table.new_empty(bags, channels)
     winners = torch.empty(bags, channels, dtype=torch.int64, device=table.device)
     if out.numel():
-        tile = tile_channels(channels)
-        _max_forward[_grid(bags, channels, tile)](
-            table.contiguous(), indices.contiguous(), out, winners, bags, entries, cells, channels, BAGS, tile
-        )
+        _max_forward[grid(bags, channels)](
+            table.contiguous(), indices.contiguous(), out, winners,
+            bags, entries, cells, channels, **tile(channels),
+        )  # fmt: skip
     return out, winners
 
 
@@ -250,9 +244,12 @@ def _save_max(ctx, inputs, output):
 
 def _backward_max(ctx, grad, _):
     (winners,) = ctx.saved_tensors
+    dtype = grad.dtype
     grad = grad.float().masked_fill(winners < 0, 0)
     total = grad.new_zeros(ctx.cells, grad.shape[1])
-    return (total.scatter_add(0, winners.clamp(min=0), grad) if ctx.cells else total), None
+    if ctx.cells:
+        total = total.scatter_add(0, winners.clamp(min=0), grad)
+    return total.to(dtype), None
 
 
 _max_bag.register_autograd(_backward_max, setup_context=_save_max)
