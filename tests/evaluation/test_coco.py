@@ -284,3 +284,36 @@ def test_boundary_ap_is_the_minimum_of_both_ious():
     small = truth | {"annotations": [truth["annotations"][0] | {"segmentation": rle_of(disc(200, 200, (9, 9), 5))}]}
     predictions[0]["segmentation"] = rle_of(disc(200, 200, (10, 9), 5))
     assert coco_metrics(small, predictions, "boundary") == coco_metrics(small, predictions, "segm")
+
+
+# ---------------------------------------------------------------------------------------------- truth as its own result
+
+# What the data sets' own descriptions say; nuclei: tiles of more than the 100 detections that COCO counts.
+PERFECT = {"nuclei_dsb2018": 0.9901, "bccd": 1.0, "coco_cc_sample": 1.0}
+
+
+def perfect_metrics(file, iou_type):
+    truth, field = json.loads(file.read_text()), "bbox" if iou_type == "bbox" else "segmentation"
+    if not truth["annotations"][0].get(field):
+        pytest.skip("boxes only")
+    results = [
+        {"image_id": a["image_id"], "category_id": a["category_id"], field: a[field], "score": 1.0}
+        for a in truth["annotations"]
+        if not a.get("iscrowd")
+    ]
+    return coco_metrics(truth, results, iou_type, per_class=True)
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+@pytest.mark.parametrize("name", PERFECT)
+def test_real_truth_as_predictions(shared, name, iou_type):
+    metrics = perfect_metrics(shared / "data" / name / "annotations" / "instances_val.json", iou_type)
+    assert metrics["AP"] == pytest.approx(PERFECT[name], abs=1e-4)
+    assert metrics["APl"] == (-1 if name == "nuclei_dsb2018" else pytest.approx(1))
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_shapes_truth_as_predictions(shapes_tiny, iou_type):
+    metrics = perfect_metrics(shapes_tiny / "annotations" / "instances_val.json", iou_type)
+    assert metrics["AP"] == metrics["AR100"] == pytest.approx(1)
+    assert all(v["AP"] == pytest.approx(1) for v in metrics["per_class"].values())
