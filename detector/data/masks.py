@@ -187,12 +187,12 @@ def fill(outlines: Outlines, windows: np.ndarray, side: int) -> np.ndarray:
     row = np.ceil(y - 0.5).clip(0, side).astype(np.int64)
     grid = np.zeros((int(new_layer.sum()), side + 1, side), np.uint8)
     np.add.at(grid.reshape(-1), (layers[rings[edge]] * (side + 1) + row) * side + column, 1)
-    grid = np.cumsum(grid[:, :side], axis=1, dtype=np.uint8) & 1  # wrapping round at 256 keeps the parity
+    for below in range(1, side):  # only the parity counts
+        grid[:, below] ^= grid[:, below - 1]
     masks = np.zeros((len(outlines.even_odd), side, side), np.uint8)
-    if len(grid):
-        owners, first_layers = np.unique(outlines.ring_objects[new_layer], return_index=True)
-        masks[owners] = np.maximum.reduceat(grid, first_layers)
-    return masks
+    for layer, owner in zip(grid, outlines.ring_objects[new_layer]):
+        masks[owner] |= layer[:side]
+    return masks & 1
 
 
 def mask_windows(boxes: np.ndarray, side: int) -> np.ndarray:
