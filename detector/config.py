@@ -152,10 +152,13 @@ def check(cfg: DictConfig, keys: Callable | None = None) -> None:
 
     Raises ConfigError at the first that does not fit, naming its path, its value and near matches.
     """
+    try:
+        tree = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
     for key in sorted(OmegaConf.missing_keys(cfg)):
         if key not in LATER:
             raise ConfigError(f"{key} has no value: give it, for example `{key}=...` on the command line")
-    tree = OmegaConf.to_container(cfg, resolve=True)
     if keys is not None:
         check_arguments(tree, keys, "", "the configuration")
     check_nodes(tree, "")
@@ -191,7 +194,7 @@ def check_arguments(arguments: dict, target: Callable, path: str, name: str) -> 
     except (ValueError, TypeError):
         return  # built-ins without a signature
     try:
-        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        hints = typing.get_type_hints(inspect.unwrap(target.__init__ if inspect.isclass(target) else target))
     except Exception:
         hints = {}  # annotations that only exist for type checkers
     known = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -203,7 +206,8 @@ def check_arguments(arguments: dict, target: Callable, path: str, name: str) -> 
                 continue
             raise ConfigError(f"{where}: {name} has no {key!r}{near(key, known)} It has: {', '.join(known)}")
         default = known[key].default
-        hint = hints.get(key, type(default) if isinstance(default, (bool, int, float, str)) else Any)
+        bare = known[key].annotation is inspect.Parameter.empty and isinstance(default, (bool, int, float, str))
+        hint = hints.get(key, type(default) if bare else Any)
         if value == "???" or value is default or value == default:
             continue
         if not fits(value, hint):

@@ -42,7 +42,11 @@ def save(state: Mapping[str, Any], path: Path) -> None:
 
     Raises RunError, the previous file untouched, if the disk is full or not writable.
     """
-    versions = {"torch": str(torch.__version__), "torchvision": torchvision.__version__, "python": platform.python_version()}
+    versions = {
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+    }
     atomically(path, lambda file: torch.save({"format": FORMAT, "versions": versions, **state}, file))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -136,6 +136,13 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def watch(self, items: Iterable) -> Iterator:
+        """The items, as long as no stop is requested; then the program exits."""
+        for item in items:
+            if self:
+                raise SystemExit(self.exit_code)
+            yield item
 
     @property
     def exit_code(self) -> int:

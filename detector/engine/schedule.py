@@ -93,7 +93,7 @@ class Cosine(Schedule):
 class OneCycle(Schedule):
     """Half a cosine up from `start_factor` to 1 at `peak`, and another down to `final_factor`."""
 
-    peak: Length = 0.3
+    peak: Length = 0.15
     start_factor: float = 0.04
     final_factor: float = 1e-4
 

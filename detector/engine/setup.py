@@ -3,28 +3,76 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+import torch
+from omegaconf import DictConfig, OmegaConf
 
-from ..config import ConfigError, config_errors
-from ..data import build_dataset, build_loader
+from ..config import ConfigError, build, config_errors
+from ..data import build_dataset, build_loader, collate
+from ..evaluation.evaluator import summary_table
+from ..structures import Batch, Targets
 from . import checkpoint
 from .distributed import World, set_random_state
+from .optimizer import build_optimizer
 from .settings import Runtime, Training
 from .state import State
 
 log = logging.getLogger(__name__)
 
 
+def rehearse(cfg: DictConfig, training: Training) -> None:
+    """Build model and optimiser without memory, and look whether there is data: what cannot work is refused at once."""
+    if not Path(cfg.data.root).exists():
+        hint = f"make it with: {cfg.data.prepare}" if cfg.data.prepare else "set data.root to where your data set is"
+        raise ConfigError(f"data.root = {cfg.data.root!r} does not exist; {hint}")
+    if cfg.seed < 0:
+        raise ConfigError(f"seed = {cfg.seed}: must be at least 0")
+    model = OmegaConf.to_container(cfg.model, resolve=True)
+    model["backbone"].pop("weights", None)
+    with torch.device("meta"):
+        skeleton = build(model, "model", num_classes=2)
+    build_optimizer(build(cfg.optimizer, "optimizer"), skeleton, training)
+
+
+def find_checkpoint(cfg: DictConfig, folder: Path, world: World) -> dict[str, Any] | None:
+    """The checkpoint to continue from, None for a fresh start.
+
+    Raises ConfigError if it is of a run with other settings, naming them.
+    """
+    found = checkpoint.find(cfg.resume, folder)
+    if found is None:
+        log.info("training into %s", folder)
+    else:
+        checkpoint.compare_configs(found["config"], OmegaConf.to_container(cfg, resolve=True))
+        log.info("continuing in %s after iteration %d", folder, found["iteration"])
+    if world.main:
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    return found
+
+
+def resume(found: dict[str, Any], state: State, train_set: Any, world: World) -> None:
+    """Put `state` and the random generators where the checkpoint left them."""
+    if found["categories"] != list(train_set.categories):
+        raise ConfigError(f"the checkpoint's categories are {found['categories']}, the data's {train_set.categories}")
+    state.load_state_dict(found)
+    if len(found["rng"]) == world.size:
+        set_random_state(found["rng"][world.rank])
+
+
+def about(cfg: DictConfig, train_set: Any) -> dict[str, Any]:
+    """What a checkpoint tells about its run, for those who use the model."""
+    return {
+        "config": OmegaConf.to_container(cfg, resolve=True),
+        "categories": list(train_set.categories),
+        "category_ids": list(train_set.category_ids),
+    }
+
+
 def datasets(cfg: DictConfig) -> tuple[Any, Any]:
     """The training and the validation set; they must have the same categories."""
-    root = Path(cfg.data.root)
-    if not root.exists():
-        hint = f"make it with: {cfg.data.prepare}" if cfg.data.prepare else "set data.root to where your data set is"
-        raise ConfigError(f"data.root = {str(root)!r} does not exist; {hint}")
     with config_errors("data"):
         train_set = build_dataset(cfg.data, "train", cfg.augment, seed=cfg.seed)
         val_set = build_dataset(cfg.data, "val", cfg.augment, seed=cfg.seed)
@@ -35,8 +83,8 @@ def datasets(cfg: DictConfig) -> tuple[Any, Any]:
 
 def loaders(
     cfg: DictConfig, train_set: Any, val_set: Any, state: State, training: Training, runtime: Runtime, world: World
-) -> tuple[Iterator, Iterable]:
-    """Endless training micro-batches from where the state stands, and the validation batches."""
+) -> tuple[Iterator, Iterable, tuple[Batch, Targets]]:
+    """Endless training micro-batches from where the state stands, the validation batches, and two images to look at."""
     shared = {key: cfg.data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
     shared |= {"workers": runtime.workers, "rank": world.rank, "world": world.size}
     position = state.iteration * training.batch_size
@@ -44,45 +92,19 @@ def loaders(
         batches = build_loader(
             train_set, training.batch_size // training.accumulate, seed=cfg.seed, start_position=position, **shared
         )
-    return iter(batches), build_loader(val_set, cfg.evaluation.batch_size, training=False, **shared)
+    val_loader = build_loader(val_set, cfg.evaluation.batch_size, training=False, **shared)
+    examples = collate([val_set[0], val_set[len(val_set) // 2]], cfg.data.pad_multiple)
+    return iter(batches), val_loader, examples
 
 
-def resume(choice: str, folder: Path, state: State, about: Mapping[str, Any], world: World) -> dict[str, Any] | None:
-    """Put `state` where the chosen checkpoint left it; returns the checkpoint, None for a fresh start.
-
-    Raises ConfigError if it is of another run: other settings, other categories.
-    """
-    saved = checkpoint.find(choice, folder)
-    if saved is None:
-        log.info("training into %s", folder)
-        return None
-    checkpoint.compare_configs(saved["config"], about["config"])
-    if saved["categories"] != about["categories"]:
-        raise ConfigError(f"the checkpoint knows the categories {saved['categories']}, the data {about['categories']}")
-    state.load_state_dict(saved)
-    if len(saved["rng"]) == world.size:
-        set_random_state(saved["rng"][world.rank])
-    log.info("continuing in %s after iteration %d", folder, state.iteration)
-    return saved
-
-
-def chosen(metrics: Mapping[str, Mapping[str, float]], name: str) -> float:
-    """The number that `evaluation.metric` names; auto: mask AP if it was measured, else box AP."""
-    kind, _, key = ("segm" if "segm" in metrics else "bbox", "", "AP") if name == "auto" else name.partition(".")
-    if kind not in metrics or key not in metrics[kind]:
-        known = [f"{kind}.{key}" for kind, numbers in metrics.items() for key in numbers]
-        raise ConfigError(f"evaluation.metric = {name!r}: was not measured; there are {', '.join(known)}")
-    return metrics[kind][key]
-
-
-def finish(state: State, folder: Path, table: str) -> None:
-    """metrics.json, and where to look."""
+def finish(state: State, folder: Path) -> None:
+    """metrics.json, the table, and where to look."""
     checkpoint.write_json(state.metrics, folder / "metrics.json")
     log.info(
-        "finished after %d iterations, best at %d\n%s\n\n"
+        "finished after %d iterations, the best at %d\n%s\n\n"
         "run          %s  (last.pt, best.pt, metrics.json, log.jsonl)\n"
         "curves       tensorboard --logdir %s\n"
         "predictions  python predict.py checkpoint=%s images=PATH",
-        *(state.iteration, state.best["iteration"], table),
+        *(state.iteration, state.best["iteration"], summary_table(state.metrics)),
         *(folder, folder / "tensorboard", folder / "best.pt"),
     )

@@ -11,20 +11,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import build
-from ..evaluation.evaluator import evaluate, summary_table
 from ..structures import Batch, Targets, to_device
 from . import checkpoint, distributed, faults, setup
 from . import logging as record
-from .distributed import StopRequest, World
+from .distributed import World
+from .evaluation import chosen, measure, show
+from .schedule import Schedule
 from .settings import Evaluation, Runtime, Training, to_iterations
 from .state import State
 
@@ -41,7 +41,8 @@ def train(cfg: DictConfig) -> float | None:
     runtime: Runtime = build(cfg.runtime, "runtime")
     training: Training = build(cfg.training, "training")
     evaluation: Evaluation = build(cfg.evaluation, "evaluation")
-    schedule = build(cfg.schedule, "schedule")
+    schedule: Schedule = build(cfg.schedule, "schedule")
+    setup.rehearse(cfg, training)
     world = distributed.start(runtime)
     folder = Path(cfg.run_dir)
     with contextlib.ExitStack() as stack:
@@ -50,39 +51,34 @@ def train(cfg: DictConfig) -> float | None:
         record.start(folder, world)
         distributed.seed_everything(cfg.seed)
 
+        found = setup.find_checkpoint(cfg, folder, world)
         train_set, val_set = setup.datasets(cfg)
         per_epoch = max(1, round(len(train_set) / training.batch_size))
         total = schedule.total(per_epoch)
         state = State.create(cfg, len(train_set.categories), schedule, per_epoch, training, runtime, world)
-        about = {
-            "config": OmegaConf.to_container(cfg, resolve=True),
-            "categories": list(train_set.categories),
-            "category_ids": list(train_set.category_ids),
-        }
-        found = setup.resume(cfg.resume, folder, state, about, world)
+        if found:
+            setup.resume(found, state, train_set, world)
         if state.iteration >= total and state.evaluated >= total:
             log.info(
                 "%s is finished: %d iterations. Another run_dir, or a longer schedule, trains more.", folder, total
             )
-            return setup.chosen(state.metrics, evaluation.metric)
+            return chosen(state.metrics, evaluation.metric)
         journal = record.Journal(folder, world, runtime, training.batch_size, total, state.iteration, state.evaluated)
         stack.callback(journal.close)
         if found:
             journal.load_state_dict(found["meters"])
-        if world.main:
-            (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
 
         model = state.model
         if runtime.compile:
             model.compile()
         if world.size > 1:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        batches, val_loader = setup.loaders(cfg, train_set, val_set, state, training, runtime, world)
+        batches, val_loader, examples = setup.loaders(cfg, train_set, val_set, state, training, runtime, world)
         save_every = to_iterations(runtime.checkpoint_every, per_epoch, total)
         evaluate_every = to_iterations(evaluation.every, per_epoch, total) if evaluation.every else total
 
         def save(best: bool = False) -> None:
-            saved = {**state.state_dict(), **about, "meters": journal.state_dict()}
+            saved = {**setup.about(cfg, train_set), **state.state_dict(), "meters": journal.state_dict()}
             saved["sampler"] = {"position": state.iteration * training.batch_size}
             saved["rng"] = world.gather(distributed.random_state())
             numbered = hits(state.iteration, save_every)
@@ -120,6 +116,9 @@ def train(cfg: DictConfig) -> float | None:
             state.iteration += 1
 
             journal.step(state.iteration, state.iteration / per_epoch, lr, stats)
+            if hits(state.iteration, runtime.pictures_every):
+                with journal.paused():
+                    show(state, examples, train_set.categories, journal, world)
             ends = state.iteration == total
             if stopping or ends or hits(state.iteration, save_every) or hits(state.iteration, evaluate_every):
                 save()  # before an evaluation too, which may take long
@@ -128,8 +127,8 @@ def train(cfg: DictConfig) -> float | None:
                 raise SystemExit(stop.exit_code)
 
         if world.main:
-            setup.finish(state, folder, summary_table(state.metrics))
-        return setup.chosen(state.metrics, evaluation.metric)
+            setup.finish(state, folder)
+        return chosen(state.metrics, evaluation.metric)
 
 
 def forward_backward(
@@ -171,47 +170,6 @@ def update(state: State, norm: Tensor, training: Training) -> None:
     state.scaler.update()
     if state.ema:
         state.ema.update(state.model, state.iteration)
-
-
-def measure(
-    state: State,
-    loader: Iterable,
-    dataset,
-    evaluation: Evaluation,
-    runtime: Runtime,
-    journal: record.Journal,
-    stop: StopRequest,
-    world: World,
-) -> bool:
-    """Evaluate the weights that are kept, and record it; is it the best so far?"""
-    world.share_buffers(state.trained)
-    metrics, _ = evaluate(
-        state.trained,
-        unless(stop, loader),
-        dataset,
-        world.device,
-        precision=runtime.precision,
-        evaluator=evaluation.evaluator,
-        per_class=False,
-        progress=journal.interactive,
-    )
-    state.metrics, state.evaluated = metrics, state.iteration
-    journal.evaluation(state.iteration, metrics)
-    value = setup.chosen(metrics, evaluation.metric)
-    log.info("iteration %d:\n%s", state.iteration, summary_table(metrics))
-    better = value > state.best.get("value", float("-inf"))
-    if better:
-        state.best = {"metric": evaluation.metric, "value": value, "iteration": state.iteration}
-    return better
-
-
-def unless(stop: StopRequest, loader: Iterable) -> Iterator:
-    """The loader's items until a stop is requested; an evaluation is not worth finishing then: it is done again."""
-    for item in loader:
-        if stop:
-            log.warning("signal %s: evaluation given up, the checkpoint before it is kept", stop.signal)
-            raise SystemExit(stop.exit_code)
-        yield item
 
 
 def hits(iteration: int, every: int | None) -> bool:

@@ -50,9 +50,7 @@ def config(shapes_tiny, tmp_path):
 
     def make(*overrides: str):
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            cfg = hydra.compose(
-                "train", [*TINY, f"data.root={shapes_tiny}", f"run_dir={tmp_path / 'run'}", *overrides]
-            )
+            cfg = hydra.compose("train", [*TINY, f"data.root={shapes_tiny}", f"run_dir={tmp_path / 'run'}", *overrides])
         check(cfg)
         return cfg
 

@@ -1,0 +1,80 @@
+"""The model measured and looked at while it trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..config import ConfigError
+from ..evaluation.evaluator import eval_mode, evaluate, summary_table
+from ..structures import Batch, Targets, to_device
+from ..visualize import beside_truth
+from .distributed import StopRequest, World
+from .logging import Journal
+from .settings import Evaluation, Runtime
+from .state import State
+
+log = logging.getLogger(__name__)
+
+
+def measure(
+    state: State,
+    loader: Iterable,
+    dataset: Any,
+    evaluation: Evaluation,
+    runtime: Runtime,
+    journal: Journal,
+    stop: StopRequest,
+    world: World,
+) -> bool:
+    """Evaluate the weights that are kept, and record it. Is it the best so far?
+
+    A stop request ends it: the checkpoint before it is kept, and a resumed run evaluates again.
+    """
+    world.share_buffers(state.trained)
+    metrics, _ = evaluate(
+        state.trained,
+        stop.watch(loader),
+        dataset,
+        world.device,
+        precision=runtime.precision,
+        evaluator=evaluation.evaluator,
+        per_class=False,
+        progress=journal.interactive,
+    )
+    state.metrics, state.evaluated = metrics, state.iteration
+    journal.evaluation(state.iteration, metrics)
+    if state.iteration < journal.total:
+        log.info("iteration %d:\n%s", state.iteration, summary_table(metrics))
+    value = chosen(metrics, evaluation.metric)
+    better = not state.best or value > state.best["value"]
+    if better:
+        state.best = {"metric": evaluation.metric, "value": value, "iteration": state.iteration}
+    return better
+
+
+def chosen(metrics: Mapping[str, Mapping[str, float]], name: str) -> float:
+    """The number that `evaluation.metric` names; auto: mask AP if it was measured, else box AP."""
+    kind, _, key = ("segm" if "segm" in metrics else "bbox", "", "AP") if name == "auto" else name.partition(".")
+    if key not in metrics.get(kind, {}):
+        known = [f"{kind}.{key}" for kind, numbers in metrics.items() for key in numbers]
+        raise ConfigError(f"evaluation.metric = {name!r}: was not measured; there are {', '.join(known)}")
+    return metrics[kind][key]
+
+
+def show(
+    state: State, examples: tuple[Batch, Targets], categories: Sequence[str], journal: Journal, world: World
+) -> None:
+    """Pictures for TensorBoard: what the model finds now in the same few images, beside the truth."""
+    if journal.board is None:
+        return
+    batch, targets = examples
+    with eval_mode(state.trained), torch.inference_mode():
+        detections = state.trained(to_device(batch, world.device))
+    detections = to_device(detections, "cpu")
+    for index in range(len(batch.images)):
+        picture = beside_truth(batch, targets, detections, categories, index)
+        journal.board.add_image(f"predictions/{index}", picture, state.iteration, dataformats="HWC")

@@ -1,0 +1,264 @@
+"""A setting that cannot work ends the program at once, with one line that says which and why."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import hydra
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from torch import nn
+
+from detector import config
+from detector.config import CONFIGS, ConfigError, build, check, check_model_config, explain, fits, near
+from train import Keys
+
+
+def compose(*overrides: str):
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra.compose("train", list(overrides))
+
+
+def complaint(*overrides: str) -> str:
+    """What the program would print for these overrides, '' if nothing is wrong."""
+    try:
+        cfg = compose(*overrides)
+    except Exception as error:
+        return explain(error, "train", overrides)
+    try:
+        check(cfg)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml") if path.stem != "small")
+OPTIONS = [
+    f"{group}={path.stem}"
+    for group in ("optimizer", "schedule", "runtime", "augment", "roi", "model", "data")
+    for path in sorted((CONFIGS / group).glob("*.yaml"))
+    if path.stem not in ("base", "custom")
+]
+
+
+@pytest.mark.parametrize("override", [f"experiment={name}" for name in EXPERIMENTS] + OPTIONS)
+def test_every_configuration_passes(override):
+    assert complaint(*([] if "experiment" in override else ["experiment=none"]), override) == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lrr=1", "there is no 'optimizer.lrr'; did you mean optimizer.lr"),
+        ("trainin.batch_size=4", "there is no 'trainin.batch_size'; did you mean training.batch_size"),
+        ("model.rpn.nms_treshold=0.5", "did you mean model.rpn.nms_threshold"),
+        ("roi=deformabel", "configs/roi has no 'deformabel'; did you mean deformable"),
+        ("roi=pool,algin", "configs/roi has no 'algin'; did you mean align"),
+        ("roi@model.boxhead.roi=pool", "did you mean roi@model.box_head.roi"),
+        ("experiment=quikstart", "did you mean quickstart"),
+        ("optimiser=sgd", "there is no 'optimiser'; did you mean optimizer"),
+        ("optimizer=[", "no viable alternative"),
+        ("+model.backbone.wdth=8", "detector.backbone.ResNet has no 'wdth'; did you mean width?"),
+        ("+optimizer.fusde=true", "optimizer.fusde: torch.optim.* has no 'fusde'; did you mean fused?"),
+        ("model.neck.top=3", "model.neck.top = 3"),
+        ("optimizer.lr=fast", "optimizer.lr = 'fast': torch.optim.* takes float"),
+        ("optimizer.lr=null", "optimizer.lr = None"),
+        ("optimizer.lr=nan", "optimizer.lr = nan"),
+        ("runtime.workers=2.5", "runtime.workers = 2.5: .* takes int here, not float"),
+        ("runtime.workers=true", "runtime.workers = True: .* takes int here, not bool"),
+        ("runtime.precision=fp8", "runtime.precision = 'fp8': .*'fp32', 'bf16', 'fp16'"),
+        ("model.box_head.trunk.fc_channels=[a]", "model.box_head.trunk.fc_channels = "),
+        ("model.backbone=null", "model.backbone = None"),
+        ("model.backbone._target_=detector.backbone.ResNt", "cannot be imported .*did you mean ResNet"),
+        ("data=custom", "data.root has no value"),
+        ("seed=${sed}", "Interpolation key 'sed' not found"),
+    ],
+)
+def test_one_line_names_key_value_and_near_matches(override, message):
+    found = complaint(override)
+    assert re.search(message, found), found
+    assert "\n" not in found.split(" There are:")[0]
+
+
+def test_optional_argument_without_a_value_hints_at_plus():
+    assert complaint("model.backbone.groups=2").endswith("add one with +model.backbone.groups=2")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.batch_size=0", r"training: batch_size = 0: must be at least 1"),
+        ("training.accumulate=3", r"training: accumulate = 3: must be a divisor of batch_size"),
+        ("training.ema_decay=1.0", r"training: ema_decay = 1.0: must be in \(0, 1\)"),
+        ("training.lr_multipliers.backbone=-1", r"training: lr_multipliers.backbone = -1"),
+        ("runtime.device=gpu", r"runtime: device = 'gpu': must be auto, cpu"),
+        ("runtime.checkpoint_every=soon", r"runtime: checkpoint_every = 'soon'"),
+        ("evaluation.metric=box.AP", r"evaluation: metric = 'box.AP'"),
+        ("schedule.max_epochs=3", r"schedule: max_iterations = \d+, max_epochs = 3.*exactly one"),
+        ("schedule.max_iterations=-3", r"schedule: max_iterations = -3: must be above 0"),
+    ],
+)
+def test_ranges_are_prefixed_with_the_path(override, message):
+    cfg = compose(override)
+    check(cfg)
+    node = override.split(".")[0]
+    with pytest.raises(ConfigError, match=message):
+        build(cfg[node], node)
+
+
+class Box:
+    def __init__(self, size: int):
+        if size < 1:
+            raise ValueError(f"size = {size}: must be positive")
+
+
+class Shelf:
+    def __init__(self, box: Box, factory: Callable[[], Box] | None = None):
+        if factory:
+            factory()
+
+
+def test_build_names_the_nested_node():
+    bad = {"_target_": "tests.test_config.Box", "size": 0}
+    with pytest.raises(ConfigError, match=r"^shelf\.box: size = 0"):
+        build({"_target_": "tests.test_config.Shelf", "box": bad}, "shelf")
+    good = {**bad, "size": 1}
+    with pytest.raises(ConfigError, match=r"^shelf: size = 0"):
+        build({"_target_": "tests.test_config.Shelf", "box": good, "factory": {**bad, "_partial_": True}}, "shelf")
+
+
+def test_build_lets_bugs_through():
+    with pytest.raises(ZeroDivisionError):
+        build({"_target_": "operator.truediv", "_args_": [1, 0]}, "bug")
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "answer"),
+    [
+        (1, float, True),
+        (1.0, int, False),
+        (True, int, False),
+        (1, bool, False),
+        ("a", str, True),
+        ("a", Path, True),
+        (None, int | None, True),
+        (None, int, False),
+        ([1, 2], tuple[int, int], True),
+        ([1, 2, 3], tuple[int, int], False),
+        ([1, "a"], Sequence[int], False),
+        ([[1], [2]], Sequence[Sequence[int]], True),
+        ({"a": 1.5}, dict[str, float], True),
+        ({"a": "b"}, dict[str, float], False),
+        ("x", Literal["x", "y"], True),
+        (1, Literal[True], False),
+        ({"_target_": "a.b"}, Callable[[], Any], True),
+        (3, Callable[[], Any], False),
+        ({"_target_": "a.b"}, nn.Module, True),
+        ("resnet", nn.Module, False),
+        ("anything", Any, True),
+    ],
+)
+def test_fits(value, hint, answer):
+    assert fits(value, hint) is answer
+
+
+COMPOSED = OmegaConf.to_container(compose(), resolve=True)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), st.lists))
+def test_no_value_crashes_the_check(value):
+    """Any YAML value for any setting: accepted or refused by name."""
+    for path in ("optimizer.lr", "runtime.workers", "data.pad_to", "training.lr_multipliers"):
+        node, key = path.split(".")
+        cfg = {node: {**COMPOSED[node], key: value}}
+        try:
+            check(OmegaConf.create(cfg), Keys)
+        except ConfigError as error:
+            assert path in str(error)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "builtins.eval",
+        "detector.config.subprocess.run",
+        "torch.hub.load",
+        "torch.nn.modules.module.warnings.warn",
+        "torchvision.datasets.utils.download_url",
+        "detector.model.losses.torch.load",
+        "detector.engine.checkpoint.save",
+    ],
+)
+def test_stored_config_builds_models_only(target):
+    node = {"_target_": "detector.model.TwoStageDetector", "backbone": [{"_target_": target}]}
+    with pytest.raises(ConfigError, match=r"model\.backbone\.0\._target_"):
+        check_model_config(node)
+
+
+@pytest.mark.parametrize("roi", ["align", "deformable", "pool"])
+def test_stored_config_of_our_models_is_trusted(roi):
+    check_model_config(OmegaConf.to_container(compose(f"roi={roi}").model))
+
+
+def test_near():
+    assert near("bacth", ["batch", "x"]) == "; did you mean batch?"
+    assert near("bacth", ["y"]) == "."
+
+
+def folder_of(*overrides: str) -> str:
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = hydra.compose("train", list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    try:
+        return cfg.run_dir
+    finally:
+        HydraConfig.instance().cfg = None
+
+
+def test_run_folders():
+    assert folder_of() == "runs/quickstart"
+    assert folder_of("runtime.workers=0", "resume=none", "experiment=quickstart") == "runs/quickstart"
+    assert folder_of("seed=1", "roi=pool") == folder_of("roi=pool", "seed=1") == "runs/quickstart/roi=pool,seed=1"
+    assert folder_of("roi@model.box_head.roi=warp") == "runs/quickstart/roi@model.box_head.roi=warp"
+    assert folder_of("run_dir=here", "seed=1") == "here"
+    assert folder_of("data.root=/a b/c") == "runs/quickstart/data.root=_a_b_c"
+    long = folder_of(*(f"+training.lr_multipliers.part{i}=0.5" for i in range(20)))
+    assert len(Path(long).name) <= 120
+    assert long == folder_of(*(f"+training.lr_multipliers.part{i}=0.5" for i in range(20)))
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess:
+    script = CONFIGS.parent / "train.py"
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, cwd=CONFIGS.parent)
+
+
+@pytest.mark.parametrize(
+    "override", ["optimizer.lrr=1", "roi=deformabel", "optimizer.lr=fast", "data.root=nowhere", "training.batch_size=0"]
+)
+def test_program_ends_with_code_2_and_no_traceback(override):
+    done = program(override, "runtime.device=cpu", "run_dir=runs/never")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert override.split("=")[0].split(".")[-1] in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+    assert not done.stdout
+
+
+def test_missing_data_set_names_the_command():
+    done = program("data.root=nowhere/shapes", "runtime.device=cpu", "run_dir=runs/never")
+    assert "make it with: python data/make_shapes.py --out nowhere/shapes" in done.stderr
+    assert not (CONFIGS.parent / "runs" / "never").exists()
+
+
+def test_configs_are_where_the_programs_look():
+    assert (config.CONFIGS / "train.yaml").is_file()
