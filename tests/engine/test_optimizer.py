@@ -1,0 +1,103 @@
+"""Parameter groups, learning-rate scaling and the moving average."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from detector.config import ConfigError
+from detector.engine.optimizer import EMA, build_optimizer, parameter_groups
+from detector.engine.settings import Training
+from detector.roi import DeformableRoIPool
+from tests.tiny import tiny_model
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.GroupNorm(2, 4))
+        self.head = nn.ModuleDict({"offset_predictor": nn.Linear(4, 2), "linear": nn.Linear(4, 2)})
+        self.frozen = nn.Linear(1, 1).requires_grad_(False)
+
+
+def by_name(model: nn.Module, groups: list[dict]) -> dict[str, tuple[float, float]]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    pairs = [(names[id(p)], (g["lr"], g["weight_decay"])) for g in groups for p in g["params"]]
+    assert len(pairs) == len(dict(pairs))
+    return dict(pairs)
+
+
+def test_groups():
+    net = Net()
+    training = Training(lr_multipliers={"backbone": 0.5, "offset_predictor": 0.1})
+    found = by_name(net, parameter_groups(net, 1.0, 0.01, training))
+    assert found == {
+        "backbone.0.weight": (0.5, 0.01),
+        "backbone.0.bias": (0.5, 0.0),
+        **{f"backbone.{i}.{name}": (0.5, 0.0) for i in (1, 2) for name in ("weight", "bias")},
+        "head.offset_predictor.weight": (0.1, 0.01),
+        "head.offset_predictor.bias": (0.1, 0.0),
+        "head.linear.weight": (1.0, 0.01),
+        "head.linear.bias": (1.0, 0.0),
+    }
+
+
+@pytest.mark.parametrize(("norms", "biases"), [(True, False), (False, True), (True, True)])
+def test_decay_of_norms_and_biases_by_choice(norms, biases):
+    net = Net()
+    found = by_name(net, parameter_groups(net, 1.0, 0.01, Training(decay_norms=norms, decay_biases=biases)))
+    assert found["backbone.1.weight"][1] == found["backbone.2.bias"][1] == (0.01 if norms else 0.0)
+    assert found["head.linear.bias"][1] == (0.01 if biases else 0.0)
+
+
+def test_offset_predictors_of_the_real_model():
+    roi = partial(DeformableRoIPool, predictor_width=8)
+    model = tiny_model(roi=roi)
+    training = Training(lr_multipliers={"offset_predictor": 0.1, "backbone": 1.0})
+    found = by_name(model, parameter_groups(model, 1.0, 0.01, training))
+    slow = {name for name, (lr, _) in found.items() if lr == 0.1}
+    assert slow == {name for name in found if ".offset_predictor." in name}
+    assert slow
+    assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_multiplier_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"training\.lr_multipliers\.bakbone"):
+        parameter_groups(Net(), 1.0, 0.0, Training(lr_multipliers={"bakbone": 0.1}))
+    parameter_groups(nn.Linear(1, 1), 1.0, 0.0, Training(lr_multipliers={"offset_predictor": 0.1}))
+
+
+@pytest.mark.parametrize(("reference", "expected"), [(16, 0.02 * 4 / 16), (None, 0.02)])
+def test_learning_rate_scales_with_the_batch(reference, expected):
+    factory = partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=1e-4)
+    optimizer = build_optimizer(factory, Net(), Training(batch_size=4, reference_batch=reference))
+    assert {group["lr"] for group in optimizer.param_groups} == {expected}
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.9}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 1e-4}
+
+
+def test_impossible_optimisers():
+    with pytest.raises(ConfigError, match="optimizer: Invalid learning rate: -"):
+        build_optimizer(partial(torch.optim.SGD, lr=-1.0), Net(), Training())
+    with pytest.raises(ConfigError, match="no trainable parameters"):
+        build_optimizer(partial(torch.optim.SGD, lr=1.0), Net().requires_grad_(False), Training())
+
+
+def test_ema_follows_its_formula():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    ema = EMA(model, 0.9)
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    for t in range(200):
+        for value in model.state_dict().values():
+            value.copy_(torch.rand_like(value) if value.is_floating_point() else value + 1)
+        ema.update(model, t)
+        decay = min(0.9, (1 + t) / (10 + t))
+        for key, value in model.state_dict().items():
+            expected[key] = decay * expected[key] + (1 - decay) * value if value.is_floating_point() else value.clone()
+    for key, value in ema.model.state_dict().items():
+        torch.testing.assert_close(value, expected[key])
+    assert not ema.model.training
+    assert not any(p.requires_grad for p in ema.model.parameters())
