@@ -9,14 +9,15 @@ with f the bilinear interpolation of the map. Dimensions: R RoIs, h x w bins, S 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from detector.roi.bag import CHUNK, pool_cells
+from detector.roi.bag import CHUNK, max_of_runs, pool_cells, runs
 from detector.roi.base import RoIOp, check_choice, check_inputs
-from detector.roi.geometry import Axis, Regions, bilinear, locate
+from detector.roi.geometry import Axis, Regions, bilinear, cells_between, locate
 from detector.structures import RoIFeatures
 
 
@@ -60,7 +61,7 @@ class RoIAlign(RoIOp):
         check_inputs(features, rois, levels, strides)
         regions = locate(features, rois, levels, strides)
         if self.reduction == "max":
-            return RoIFeatures(self.pool_max(features, regions))
+            return RoIFeatures(self.pool_points(features, regions))
         return RoIFeatures(pool_cells(features, regions, *self.axes(regions)))
 
     def axes(self, regions: Regions, shift_x: Tensor | None = None, shift_y: Tensor | None = None) -> tuple[Axis, Axis]:
@@ -70,46 +71,46 @@ class RoIAlign(RoIOp):
             shift_x, shift_y: [R, h, w], by how much each bin is moved, as a part of the RoI's width and height.
         """
         x1, y1, x2, y2 = regions.boxes.unbind(1)
-        y, y_counts = self.points(y1, y2, self.output_size[0])
-        x, x_counts = self.points(x1, x2, self.output_size[1])
-        y, x = y[:, :, None], x[:, None]  # [R, h, 1, S], [R, 1, w, S]
+        y, x = self.grid(y1, y2, self.output_size[0]), self.grid(x1, x2, self.output_size[1])
+        y, x = y._replace(first=y.first[:, :, None]), x._replace(first=x.first[:, None])
         if shift_x is not None:
-            y = y + (shift_y * (y2 - y1)[:, None, None])[..., None]
-            x = x + (shift_x * (x2 - x1)[:, None, None])[..., None]
-        rows, row_weights = bilinear(y, regions.heights[:, None, None, None])
-        columns, column_weights = bilinear(x, regions.widths[:, None, None, None])
-        row_weights, column_weights = mean_weights(row_weights, y_counts), mean_weights(column_weights, x_counts)
-        return (
-            Axis(rows.flatten(3)[:, :, :, None], row_weights.flatten(3)[:, :, :, None]),
-            Axis(columns.flatten(3)[:, :, :, None], column_weights.flatten(3)[:, :, :, None]),
-        )
+            y = y._replace(first=y.first + shift_y * (y2 - y1)[:, None, None])
+            x = x._replace(first=x.first + shift_x * (x2 - x1)[:, None, None])
+        return mean_of_points(y, regions.heights), mean_of_points(x, regions.widths)
 
-    def pool_max(self, features: Sequence[Tensor], regions: Regions) -> Tensor:
-        """[R, C, h, w], the maximum over the points of every bin: every point is a bag of its own."""
-        x1, y1, x2, y2 = regions.boxes.unbind(1)
-        y, y_counts = self.points(y1, y2, self.output_size[0])
-        x, x_counts = self.points(x1, x2, self.output_size[1])
-        valid = is_point(y, y_counts)[:, :, None] & is_point(x, x_counts)[:, None]
-        y = Axis(*(t.flatten(1, 2)[:, :, None, None] for t in bilinear(y, regions.heights[:, None, None])))
-        x = Axis(*(t.flatten(1, 2)[:, None, :, None] for t in bilinear(x, regions.widths[:, None, None])))
-        return pool_points_max(features, regions, y, x, self.output_size, valid)
-
-    def points(self, start: Tensor, end: Tensor, bins: int) -> tuple[Tensor, Tensor | int]:
-        """Positions [R, bins, S] of the points along one axis, and how many of the S a bin has: [R], or S for all."""
+    def grid(self, start: Tensor, end: Tensor, bins: int) -> Grid:
+        """The points along one axis of RoIs from `start` to `end` [R]."""
         if self.aligned:
             start, end = start - 0.5, end - 0.5
         size = end - start if self.aligned else (end - start).clamp(min=1)
-        bin_size = (size / bins)[:, None, None]
-        if self.sampling_ratio:
-            counts, most = self.sampling_ratio, self.sampling_ratio
-            per_bin = counts
-        else:
-            counts = (size / bins).detach().ceil().nan_to_num(0, 0, 0).clamp(min=0)
-            most = int(counts.max()) if len(counts) else 1
-            per_bin = counts.clamp(min=1)[:, None, None]
-        i = torch.arange(bins, device=start.device, dtype=start.dtype)[:, None]
-        n = torch.arange(most, device=start.device, dtype=start.dtype) + (0.5 if self.placement == "centre" else 1)
-        return start[:, None, None] + i * bin_size + n * bin_size / per_bin, counts
+        bin_size = size / bins
+        first = start[:, None] + torch.arange(bins, device=start.device) * bin_size[:, None]
+        counts = self.sampling_ratio or bin_size.detach().ceil().clamp(min=0)
+        return Grid(first, bin_size, counts, 0.5 if self.placement == "centre" else 1)
+
+    def pool_points(self, features: Sequence[Tensor], regions: Regions) -> Tensor:
+        """[R, C, h, w], the maximum over the points of every bin.
+
+        First every point is a bag of its own, then the points are a table, and every bin a bag of it. Few RoIs at a
+        time, for there are many more points than bins; the backward pass computes them anew.
+        """
+        x1, y1, x2, y2 = regions.boxes.unbind(1)
+        h, w = self.output_size
+        y, y_there = all_points(self.grid(y1, y2, h), regions.heights)  # [R, h, Sy]
+        x, x_there = all_points(self.grid(x1, x2, w), regions.widths)  # [R, w, Sx]
+
+        def pool(at: slice) -> Tensor:
+            there = y_there[at, :, None, :, None] & x_there[at, None, :, None, :]  # [r, h, w, Sy, Sx]
+            roi, i, j, n, m = there.nonzero(as_tuple=True)
+            own = Regions(*(t[at][roi] for t in regions))
+            y_axis, x_axis = one_point(y[at][roi, i, n], own.heights), one_point(x[at][roi, j, m], own.widths)
+            points = pool_cells(features, own, y_axis, x_axis)
+            counts = there.flatten(3).sum(3).flatten()
+            return max_of_runs(points.flatten(1), counts).view(-1, h, w, features[0].shape[1])
+
+        points = y_there.flatten(1).sum(1) * x_there.flatten(1).sum(1) * features[0].shape[1]
+        parts = [checkpoint(pool, at, use_reentrant=False) for at in runs(points, CHUNK)]
+        return torch.cat(parts).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         return (
@@ -118,40 +119,61 @@ class RoIAlign(RoIOp):
         )
 
 
-def is_point(points: Tensor, counts: Tensor | int) -> Tensor:
-    """[R, S]: which of the S points of every bin exist."""
-    n = torch.arange(points.shape[2], device=points.device)
-    return n < (counts[:, None] if isinstance(counts, Tensor) else torch.full_like(points[:, :1, 0], counts))
+class Grid(NamedTuple):
+    """Points along one axis: point n of a bin lies at first + (n + far) * bin_size / counts."""
+
+    first: Tensor  # [R, ...] where the bins begin, in cells
+    bin_size: Tensor  # [R]
+    counts: Tensor | int  # [R] points per bin, or one number for all
+    far: float  # 1/2 for the centre of a sub-cell, 1 for its end
+
+    def at(self, n: Tensor) -> Tensor:
+        """Positions [R, ..., *] of the points n, [*] or [R, ..., *]."""
+        shape = (-1, *[1] * max(n.ndim - 1, self.first.ndim))
+        counts = self.counts if isinstance(self.counts, int) else self.counts.clamp(min=1).view(shape)
+        first = self.first.reshape(*self.first.shape, *[1] * (len(shape) - self.first.ndim))
+        return first + (n + self.far) * self.bin_size.view(shape) / counts
 
 
-def pool_points_max(
-    features: Sequence[Tensor], regions: Regions, y: Axis, x: Axis, bins: tuple[int, int], valid: Tensor
-) -> Tensor:
-    """Maximum over the points of every bin, [R, C, h, w]; the gradient goes to the first that attains it.
+def mean_of_points(grid: Grid, size: Tensor) -> Axis:
+    """The cells that the points of each bin touch, weighted for the mean: `grid.first` is [R, h or 1, w or 1]."""
+    wide = size.view(-1, 1, 1, 1)
+    if isinstance(grid.counts, int):
+        n = torch.arange(grid.counts, dtype=grid.first.dtype, device=size.device)
+        cells, weights = bilinear(grid.at(n), wide)
+        return Axis(cells.flatten(3)[:, :, :, None], (weights / grid.counts).flatten(3)[:, :, :, None])
+    # Adaptive: points lie more than half a cell and at most one apart, so they touch every cell between the first and
+    # the last, and at most four of them touch the same one. Their number is not bounded, that of a map's cells is.
+    counts = grid.counts.view(-1, 1, 1, 1)
+    ends = torch.cat([torch.zeros_like(counts), counts - 1], 3)
+    lowest, highest = grid.at(ends).detach().clamp(min=0).minimum(wide - 1).int().unbind(3)
+    cells, there, used = cells_between(lowest, (highest + 2).minimum(wide[..., 0]), size)
+    step = grid.bin_size.detach().view(-1, 1, 1, 1) / counts.clamp(min=1)
+    before = ((cells - 1 - grid.first.detach()[..., None]) / step - grid.far).nan_to_num(0).floor().clamp(min=0)
+    n = before[..., None] + torch.arange(5, device=size.device)  # [R, h, w, K, 5]
+    touched, weights = bilinear(grid.at(n), wide[..., None])
+    touches = (touched == cells[..., None, None]) & (n < counts[..., None])[..., None] & there[..., None, None]
+    weights = torch.where(touches, weights, 0).sum((4, 5)) / counts.clamp(min=1)
+    return Axis(cells[:, :, :, None], weights[:, :, :, None], used)
 
-    Args:
-        y, x: one bag per point, [R, h*Sy, 1, 1, 2] and [R, 1, w*Sx, 1, 2]. valid: [R, Sy, Sx], the points that exist.
+
+def all_points(grid: Grid, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions [R, bins, S] of the points, and which exist.
+
+    Where a bin has more points than fit the map, those around the map: the others read 0 like their neighbours here.
     """
-    h, w = bins
-
-    def pool(start: int, stop: int) -> Tensor:
-        part = slice(start, stop)
-        points = pool_cells(features, *(type(t)(*(v[part] for v in t)) for t in (regions, y, x)))
-        points = points.unflatten(3, (w, -1)).unflatten(2, (h, -1)).transpose(3, 4)  # [r, C, h, w, Sy, Sx]
-        points = points.masked_fill(~valid[part, None, None, None], -torch.inf).flatten(4).max(4).values
-        return points.masked_fill(~valid[part].any(2).any(1)[:, None, None, None], 0)
-
-    step = max(1, CHUNK // max(1, y.cells.shape[1] * x.cells.shape[2] * features[0].shape[1]))
-    parts = [
-        checkpoint(pool, i, i + step, use_reentrant=False) for i in range(0, max(1, len(valid)), step)
-    ]  # recomputed in the backward pass: the values of all points would be S^2 times the output
-    return torch.cat(parts)
+    if isinstance(grid.counts, int):
+        positions = grid.at(torch.arange(grid.counts, dtype=grid.first.dtype, device=size.device))
+        return positions, torch.ones_like(positions, dtype=torch.bool)
+    counts = grid.counts[:, None, None]
+    step = grid.bin_size.detach()[:, None] / grid.counts.clamp(min=1)[:, None]
+    before = ((-1 - grid.first.detach()) / step - grid.far).nan_to_num(0).floor().clamp(min=0)
+    before = torch.minimum(before, (counts - 1).clamp(min=0)[..., 0])
+    most = min(int(counts.max()), 2 * int(size.max()) + 5) if len(counts) else 1
+    n = before[..., None] + torch.arange(most, device=size.device)
+    return grid.at(n), n < counts
 
 
-def mean_weights(weights: Tensor, counts: Tensor | int) -> Tensor:
-    """Divide the weights [R, ..., S, 2] of points by the number of points in a bin, dropping those past the count."""
-    if isinstance(counts, int):
-        return weights / counts
-    counts = counts.view(-1, *[1] * (weights.ndim - 1))
-    n = torch.arange(weights.shape[-2], device=weights.device)[:, None]
-    return torch.where(n < counts, weights, 0) / counts.clamp(min=1)
+def one_point(position: Tensor, size: Tensor) -> Axis:
+    """Axis of bags that read one point each, [P]."""
+    return Axis(*(t[:, None, None, None] for t in bilinear(position, size)))

@@ -10,16 +10,18 @@ to offsets, modulation and boxes. On a GPU a Triton kernel does the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from detector.roi.dispatch import choose_path
 from detector.roi.geometry import Axis, Regions, per_level
 
-CHUNK = 1 << 22
-"""Cells read in one call: bounds the indices and weights in memory to about 50 MB, whatever the RoIs."""
+CHUNK = 1 << 23
+"""Cells read in one go: bounds the indices, weights and their sorting in memory to about 200 MB, whatever the RoIs."""
 
 
 def weighted_bag(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -29,16 +31,13 @@ def weighted_bag(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         table: [cells, C] floating point. indices: [B, K] int32 or int64, 0..cells-1. weights: [B, K] floating point.
     Returns: [B, C] in the dtype of the table, differentiable in the table and the weights.
     """
-    if len(indices) == 0:
-        return table[:0] * weights.sum().to(table.dtype)  # both still get a gradient, of zero
-    if indices.shape[1] == 0:
-        return table.new_zeros(len(indices), table.shape[1])
     if choose_path(table, ("triton", "bag")) == "triton":
         from detector.roi.triton_bag import weighted_bag_cuda
 
         return weighted_bag_cuda(table, indices, weights)
     dtype = torch.promote_types(table.dtype, torch.float32)
-    return F.embedding_bag(indices, table.to(dtype), per_sample_weights=weights.to(dtype), mode="sum").to(table.dtype)
+    bags = Bags(indices.reshape(-1).int(), torch.arange(len(indices), device=table.device) * indices.shape[1], None)
+    return _WeightedSum.apply(len(indices), [bags], table.to(dtype), weights.reshape(-1).to(dtype)).to(table.dtype)
 
 
 def max_bag(table: Tensor, indices: Tensor, valid: Tensor) -> Tensor:
@@ -47,14 +46,15 @@ def max_bag(table: Tensor, indices: Tensor, valid: Tensor) -> Tensor:
     The gradient goes to the first cell that attains the maximum.
 
     Args:
-        table: [cells, C]. indices: [B, K] int32 or int64, 0..cells-1. valid: [B, K] bool.
+        table: [cells, C] floating point. indices: [B, K] int32 or int64, 0..cells-1. valid: [B, K] bool.
     Returns: [B, C], differentiable in the table.
     """
-    if indices.numel() == 0:
-        return table[:0].expand(0, -1) if len(indices) == 0 else table.new_zeros(len(indices), table.shape[1])
+    if choose_path(table, ("triton", "bag")) == "triton":
+        from detector.roi.triton_bag import max_bag_cuda
+
+        return max_bag_cuda(table, indices.masked_fill(~valid, -1))[0]
     counts = valid.sum(1)
-    offsets = (counts.cumsum(0) - counts).to(indices.dtype)
-    return F.embedding_bag(indices[valid], table, offsets, mode="max")
+    return _Maximum.apply(len(indices), [Bags(indices[valid].int(), counts.cumsum(0) - counts, None)], table)
 
 
 def as_table(feature: Tensor) -> Tensor:
@@ -63,77 +63,217 @@ def as_table(feature: Tensor) -> Tensor:
 
 
 def pool_cells(features: Sequence[Tensor], regions: Regions, y: Axis, x: Axis) -> Tensor:
-    """Sum of the cells of every bin, each weighted with its row's weight times its column's: [R, C, h, w].
-
-    On the CPU level by level, at most CHUNK cells at a time; on a GPU one table holds all levels, for one launch.
-    """
-    bins = [max(y.cells.shape[d], x.cells.shape[d]) for d in (1, 2)]
-    sizes = [len(f) * f.shape[2] * f.shape[3] for f in features]
-    if features[0].is_cuda and len(features) > 1:
-        table = torch.cat([as_table(f) for f in features])
-        start = per_level(regions.levels, [sum(sizes[:i]) for i in range(len(sizes))], torch.int32)
-        rows = _pool_rows(table, start, regions, y, x, bins)
-    elif len(features) == 1:
-        rows = _pool_rows(as_table(features[0]), torch.zeros_like(regions.images), regions, y, x, bins)
-    else:
-        order = regions.levels.argsort(stable=True)
-        parts = order.split(torch.bincount(regions.levels, minlength=len(features)).tolist())
-        rows = [
-            _pool_rows(as_table(f), torch.zeros_like(part, dtype=torch.int32), *_select(part, regions, y, x), bins)
-            for f, part in zip(features, parts)
-        ]
-        rows = torch.cat(rows).view(len(order), *bins, features[0].shape[1])[order.argsort()]
-    return rows.view(len(y.cells), *bins, features[0].shape[1]).permute(0, 3, 1, 2)
-
-
-def _select(rows: Tensor, regions: Regions, y: Axis, x: Axis) -> tuple[Regions, Axis, Axis]:
-    return Regions(*(t[rows] for t in regions)), Axis(*(t[rows] for t in y)), Axis(*(t[rows] for t in x))
-
-
-def _pool_rows(table: Tensor, start: Tensor, regions: Regions, y: Axis, x: Axis, bins: Sequence[int]) -> Tensor:
-    """[R*h*w, C]: the bags of RoIs whose map begins at row `start` [R] of the table."""
-    start = start + regions.images * regions.heights * regions.widths
-    k = y.cells.shape[3] * y.cells.shape[4] * x.cells.shape[4]
-    parts = []
-    for chunk in torch.arange(len(start)).split(max(1, CHUNK // (bins[0] * bins[1] * k))):
-        at = slice(int(chunk[0]), int(chunk[-1]) + 1) if len(chunk) else slice(0, 0)
-        row = start[at, None, None, None, None] + y.cells[at] * regions.widths[at, None, None, None, None]
-        indices = row[..., :, None] + x.cells[at][..., None, :]
-        weights = y.weights[at][..., :, None] * x.weights[at][..., None, :]
-        parts.append(weighted_bag(table, indices.reshape(-1, k), weights.reshape(-1, k)))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def pool_max(
-    features: Sequence[Tensor], regions: Regions, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Maximum of the cells of every bin, 0 for a bin without cells: [R, C, h, w].
-
-    Args:
-        rows, columns: first cell of every bin and the one past its last, [R, h] and [R, w], within the map.
-    """
-    (top, bottom), (left, right) = rows, columns
-    tall, wide = (bottom - top).amax(1).clamp(min=1), (right - left).amax(1).clamp(min=1)
-    # RoIs of one level and of like size together, so that few of a bag's K places stay empty
-    order = (regions.levels * (1 << 40) + tall.long() * wide).argsort(descending=True)
-    levels, areas = regions.levels[order].tolist(), (tall * wide)[order].tolist()
+    """Sum of the cells of every bin, each weighted with its row's weight times its column's: [R, C, h, w]."""
+    h, w = (max(y.cells.shape[d], x.cells.shape[d]) for d in (1, 2))
     tables = [as_table(f) for f in features]
-    parts, begin = [], 0
-    while begin < len(order):
-        end, level = begin, levels[begin]
-        limit = begin + max(1, CHUNK // (areas[begin] * top.shape[1] * left.shape[1]))
-        while end < min(limit, len(order)) and levels[end] == level and areas[end] * 2 > areas[begin]:
-            end += 1
-        at = order[begin:end]
-        y = top[at, :, None] + torch.arange(int(tall[at].max()), dtype=torch.int32, device=top.device)
-        x = left[at, :, None] + torch.arange(int(wide[at].max()), dtype=torch.int32, device=top.device)
-        valid = (y < bottom[at, :, None])[:, :, None, :, None] & (x < right[at, :, None])[:, None, :, None, :]
-        height, width = features[level].shape[2:]
-        row = regions.images[at, None, None] * height + y.clamp(max=height - 1)
-        indices = (row * width)[:, :, None, :, None] + x.clamp(max=width - 1)[:, None, :, None, :]
-        k = indices.shape[3] * indices.shape[4]
-        parts.append(max_bag(tables[level], indices.reshape(-1, k), valid.reshape(-1, k)))
-        begin = end
-    pooled = torch.cat(parts) if parts else tables[0][:0]
-    pooled = pooled.view(len(order), top.shape[1], left.shape[1], tables[0].shape[1])[order.argsort()]
-    return pooled.permute(0, 3, 1, 2)
+    if choose_path(tables[0], ("triton", "bag")) == "triton":
+        rows = weighted_bag(*_one_table(tables, regions, y, x))
+        return rows.view(-1, h, w, rows.shape[1]).permute(0, 3, 1, 2)
+    dtype = torch.promote_types(tables[0].dtype, torch.float32)
+    tables = [table.to(dtype) for table in tables]
+    parts = []
+    for at in _chunks(regions, y, x):
+        bags, weights = zip(*_level_bags(len(tables), *at))
+        parts.append(_WeightedSum.apply(len(at[0].boxes) * h * w, bags, *tables, *(v.to(dtype) for v in weights)))
+    rows = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(features[0].dtype)
+    return rows.view(-1, h, w, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def pool_max(features: Sequence[Tensor], regions: Regions, y: Axis, x: Axis) -> Tensor:
+    """Maximum of the cells of every bin, those with a positive weight; 0 for a bin without any: [R, C, h, w]."""
+    h, w = (max(y.cells.shape[d], x.cells.shape[d]) for d in (1, 2))
+    tables = [as_table(f) for f in features]
+    if choose_path(tables[0], ("triton", "bag")) == "triton":
+        table, indices, weights = _one_table(tables, regions, y, x)
+        rows = max_bag(table, indices, weights > 0)
+        return rows.view(-1, h, w, rows.shape[1]).permute(0, 3, 1, 2)
+    parts = []
+    for at in _chunks(regions, y, x):
+        bags = [_drop(b, weights) for b, weights in _level_bags(len(tables), *at)]
+        parts.append(_Maximum.apply(len(at[0].boxes) * h * w, bags, *tables))
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return rows.view(-1, h, w, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def max_of_runs(table: Tensor, counts: Tensor) -> Tensor:
+    """Maximum per column over runs of `counts` [B] successive rows of the table [rows, C], 0 over none: [B, C]."""
+    everything = torch.arange(len(table), dtype=torch.int32, device=table.device)
+    return _Maximum.apply(len(counts), [Bags(everything, counts.cumsum(0) - counts, None)], table)
+
+
+class Bags(NamedTuple):
+    """The bags that read one table, one after another."""
+
+    indices: Tensor  # [entries] int32
+    offsets: Tensor  # [B] where each bag begins
+    rows: Tensor | None  # [B] int64, the rows of the result that they make; None if all in order
+
+    def owners(self) -> Tensor:
+        """[entries], the row of the result that each entry counts into."""
+        ends = torch.cat([self.offsets[1:], self.offsets.new_tensor([len(self.indices)])])
+        rows = torch.arange(len(self.offsets), device=ends.device) if self.rows is None else self.rows
+        return rows.repeat_interleave(ends - self.offsets, output_size=len(self.indices))
+
+
+class _WeightedSum(torch.autograd.Function):
+    """out[b] = sum of weights[e] * table[indices[e]] over the entries e of bag b, for L tables with bags of their own.
+
+    The gradient of a bag is a bag: a cell's is the weighted sum of the gradients of the bins that read it.
+    """
+
+    @staticmethod
+    def forward(ctx, count: int, bags: Sequence[Bags], *tables_and_weights: Tensor) -> Tensor:
+        ctx.bags = bags
+        ctx.save_for_backward(*tables_and_weights)
+        tables, weights = tables_and_weights[: len(bags)], tables_and_weights[len(bags) :]
+        sums = [_embedding_bag(t, b.indices, b.offsets, w) for t, b, w in zip(tables, bags, weights)]
+        return _gather(count, bags, sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        levels, saved = len(ctx.bags), ctx.saved_tensors
+        tables, weights = saved[:levels], saved[levels:]
+        table_grads, weight_grads = [None] * levels, [None] * levels
+        grad = grad.contiguous()
+        for level, (bags, table, weight) in enumerate(zip(ctx.bags, tables, weights)):
+            owners = bags.owners()
+            if ctx.needs_input_grad[2 + level]:
+                cells, order = bags.indices.sort(stable=True)
+                starts = torch.searchsorted(cells, torch.arange(len(table), dtype=torch.int32, device=cells.device))
+                table_grads[level] = _embedding_bag(grad, owners[order].int(), starts, weight[order])
+            if ctx.needs_input_grad[2 + levels + level]:
+                weight_grads[level] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                    grad, table, bags.indices, bags.offsets.int(), owners.int(), 0
+                )
+        return None, None, *table_grads, *weight_grads
+
+
+class _Maximum(torch.autograd.Function):
+    """out[b] = maximum of table[indices[e]] over the entries e of bag b, for L tables with bags of their own."""
+
+    @staticmethod
+    def forward(ctx, count: int, bags: Sequence[Bags], *tables: Tensor) -> Tensor:
+        ctx.bags, ctx.shapes, ctx.winners = bags, [table.shape for table in tables], []
+        maxima = []
+        for table, b in zip(tables, bags):
+            if len(b.indices) == 0:
+                maxima.append(table.new_zeros(len(b.offsets), table.shape[1]))
+                ctx.winners.append(None)
+                continue
+            value, _, size, winner = torch.embedding_bag(table, b.indices, b.offsets.int(), mode=2)
+            maxima.append(value)
+            ctx.winners.append((winner, size > 0))
+        return _gather(count, bags, maxima)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        table_grads = []
+        for bags, shape, winners in zip(ctx.bags, ctx.shapes, ctx.winners):
+            table_grads.append(grad.new_zeros(shape))
+            if winners is not None:
+                winner, some = winners
+                won = grad if bags.rows is None else grad[bags.rows]
+                table_grads[-1].scatter_add_(0, winner.long() * some[:, None], won * some[:, None])
+        return None, None, *table_grads
+
+
+def _embedding_bag(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    if len(offsets) == 0 or len(table) == 0:
+        return table.new_zeros(len(offsets), table.shape[1])
+    return F.embedding_bag(indices, table, offsets.int(), mode="sum", per_sample_weights=weights)
+
+
+def _gather(count: int, bags: Sequence[Bags], parts: list[Tensor]) -> Tensor:
+    """The levels' results in the order of the RoIs."""
+    if bags[0].rows is None:
+        return parts[0]
+    out = parts[0].new_empty(count, parts[0].shape[1])
+    for b, part in zip(bags, parts):
+        out.index_copy_(0, b.rows, part)
+    return out
+
+
+def runs(costs: Tensor, limit: int) -> list[slice]:
+    """Cut a list of costs [R] into runs that add up to at most `limit`, or hold a single one; at least one run."""
+    begins, room = [0], limit
+    for i, cost in enumerate(costs.tolist()):
+        if cost > room and i > begins[-1]:
+            begins.append(i)
+            room = limit
+        room -= cost
+    return [slice(a, b) for a, b in zip(begins, [*begins[1:], len(costs)])]
+
+
+def _chunks(regions: Regions, y: Axis, x: Axis) -> list[tuple[Regions, Axis, Axis]]:
+    """Runs of RoIs that read at most CHUNK cells together, but at least one RoI each."""
+    bins = max(y.cells.shape[1], x.cells.shape[1]) * max(y.cells.shape[2], x.cells.shape[2]) * y.cells.shape[3]
+    reads = _used(y).long() * _used(x) * bins
+    return [
+        tuple(type(whole)(*(t if t is None else t[at] for t in whole)) for whole in (regions, y, x))
+        for at in runs(reads, CHUNK)
+    ]
+
+
+def _used(axis: Axis) -> Tensor:
+    return torch.full_like(axis.cells[:, 0, 0, 0, 0], axis.cells.shape[4]) if axis.used is None else axis.used
+
+
+def _level_bags(levels: int, regions: Regions, y: Axis, x: Axis) -> list[tuple[Bags, Tensor]]:
+    """For each level the bags of its RoIs and the weights of their entries, RoIs with as many cells together."""
+    h, w = (max(y.cells.shape[d], x.cells.shape[d]) for d in (1, 2))
+    kind = regions.levels << 40 | _used(y).long() << 20 | _used(x)
+    bins = torch.arange(h * w, device=kind.device)
+    found = [[] for _ in range(levels)]
+    kinds, which = kind.unique(return_inverse=True)
+    for i, value in enumerate(kinds.tolist()):
+        at = slice(None) if len(kinds) == 1 else (which == i).nonzero()[:, 0]
+        tall, wide = value >> 20 & 0xFFFFF, value & 0xFFFFF
+        rows = None if len(kinds) == 1 and levels == 1 else torch.arange(len(kind), device=kind.device)[at]
+        found[value >> 40].append(
+            (
+                *_expand(
+                    Regions(*(t[at] for t in regions)),
+                    Axis(y.cells[at][..., :tall], y.weights[at][..., :tall]),
+                    Axis(x.cells[at][..., :wide], x.weights[at][..., :wide]),
+                ),
+                None if rows is None else (rows[:, None] * (h * w) + bins).flatten(),
+            )
+        )
+    none = kind.new_zeros(0)
+    empty = none.int()[:, None], y.weights.flatten()[:0, None], none
+    return [_join(groups or [empty]) for groups in found]
+
+
+def _join(groups: list[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[Bags, Tensor]:
+    """Bags of several lengths, given as indices [B, K], weights [B, K] and rows [B], one after another."""
+    indices, weights, rows = zip(*groups)
+    counts = torch.cat([i.new_full((len(i),), i.shape[1], dtype=torch.int64) for i in indices])
+    rows = None if rows[0] is None else torch.cat(rows)
+    bags = Bags(torch.cat([i.flatten() for i in indices]), counts.cumsum(0) - counts, rows)
+    return bags, torch.cat([v.flatten() for v in weights])
+
+
+def _expand(regions: Regions, y: Axis, x: Axis, start: Tensor | int = 0) -> tuple[Tensor, Tensor]:
+    """Indices and weights [B, K] of all bags of some RoIs; `start` is the row of the table where the map begins."""
+    first = (start + regions.images * regions.heights * regions.widths).view(-1, 1, 1, 1, 1)
+    rows = first + y.cells * regions.widths.view(-1, 1, 1, 1, 1)
+    indices = rows[..., :, None] + x.cells[..., None, :]
+    weights = y.weights[..., :, None] * x.weights[..., None, :]
+    k = indices.shape[3] * indices.shape[4] * indices.shape[5]
+    return indices.reshape(-1, k), weights.reshape(-1, k)
+
+
+def _one_table(tables: list[Tensor], regions: Regions, y: Axis, x: Axis) -> tuple[Tensor, Tensor, Tensor]:
+    """All levels as one table, with the indices and weights [B, K] of all bags."""
+    starts = [sum(len(t) for t in tables[:i]) for i in range(len(tables))]
+    start = per_level(regions.levels, starts, torch.int32)
+    return tables[0] if len(tables) == 1 else torch.cat(tables), *_expand(regions, y, x, start)
+
+
+def _drop(bags: Bags, weights: Tensor) -> Bags:
+    """The bags without their entries of weight 0."""
+    keep = weights > 0
+    before = F.pad(keep.cumsum(0), (1, 0))  # entries kept before each
+    return bags._replace(indices=bags.indices[keep], offsets=before[bags.offsets])

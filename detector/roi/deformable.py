@@ -153,10 +153,11 @@ class DeformableRoIPool(RoIOp):
     def point_axes(self, regions: Regions, shift_x: Tensor, shift_y: Tensor) -> tuple[Axis, Axis]:
         """As RoIAlign.axes, for shifts [R, h * s, w * s] of single points: a bin reads s * s groups of 2 x 2 cells."""
         x1, y1, x2, y2 = regions.boxes.unbind(1)
-        y, _ = self.align.points(y1, y2, self.output_size[0])  # [R, h, s]
-        x, _ = self.align.points(x1, x2, self.output_size[1])
-        y = self.group_points(y.flatten(1)[:, :, None] + shift_y * (y2 - y1)[:, None, None])
-        x = self.group_points(x.flatten(1)[:, None] + shift_x * (x2 - x1)[:, None, None])
+        n = torch.arange(self.align.sampling_ratio, device=shift_x.device)
+        y = self.align.grid(y1, y2, self.output_size[0]).at(n).flatten(1)  # [R, h * s]
+        x = self.align.grid(x1, x2, self.output_size[1]).at(n).flatten(1)
+        y = self.group_points(y[:, :, None] + shift_y * (y2 - y1)[:, None, None])
+        x = self.group_points(x[:, None] + shift_x * (x2 - x1)[:, None, None])
         rows, row_weights = bilinear(y, regions.heights[:, None, None, None])
         columns, column_weights = bilinear(x, regions.widths[:, None, None, None])
         return Axis(rows, row_weights / y.shape[3]), Axis(columns, column_weights)

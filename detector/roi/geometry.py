@@ -1,6 +1,6 @@
 """From RoIs in image pixels to cells and weights: the part in which RoI methods differ.
 
-Dimensions: R RoIs, h x w output bins, K cells that one bin reads along one axis, G groups of them.
+Dimensions: R RoIs, h x w output bins, K cells that a bin reads along one axis, G groups of them.
 
 A cell is one pixel of a feature map. Most methods are separable: the weight of a cell in a bin is the weight of its row
 times the weight of its column, so a method is told by two `Axis` values, one for y and one for x.
@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+NOWHERE = -9.0  # a point outside every map, even after rounding up to a cell
+FAR = 1e18  # pixels; products of two such still fit float32
+
 
 class Axis(NamedTuple):
     """Which rows (or columns) every bin reads, and with what weight; sizes of 1 in dimensions 1 and 2 broadcast.
@@ -24,12 +27,13 @@ class Axis(NamedTuple):
 
     cells: Tensor  # [R, h or 1, w or 1, G, K] int32, always inside the map
     weights: Tensor  # the same shape, float32 or float64
+    used: Tensor | None = None  # [R] int, how many of the K matter to the RoI: those past it have weight 0; None: all
 
 
 class Regions(NamedTuple):
     """RoIs in the coordinates of the feature map each of them reads."""
 
-    boxes: Tensor  # [R, 4] (x1, y1, x2, y2) in cells, float32 or float64
+    boxes: Tensor  # [R, 4] (x1, y1, x2, y2) in cells, float32 or float64, finite
     images: Tensor  # [R] int32
     levels: Tensor  # [R] int64
     heights: Tensor  # [R] int32, of the map that the RoI reads
@@ -47,13 +51,16 @@ def per_level(levels: Tensor, values: Sequence[float], dtype: torch.dtype) -> Te
 def locate(features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]) -> Regions:
     """Scale the RoIs to their maps, in float32 (float64 where the features or the RoIs are).
 
-    Batch indices and levels are clamped into their range: nothing is ever read out of bounds.
+    Batch indices and levels are clamped into their range: nothing is ever read out of bounds. A RoI with NaN, an
+    infinity or a coordinate beyond 1e18 pixels is moved to a point outside its map, where every method gives 0.
     """
     dtype = torch.promote_types(torch.promote_types(features[0].dtype, rois.dtype), torch.float32)
-    levels = levels.clamp(0, len(features) - 1)
+    boxes = rois[:, 1:].to(dtype)
+    levels = levels.clamp(0, len(features) - 1).long()
     scale = per_level(levels, [1 / stride for stride in strides], dtype)
+    known = (boxes.abs() < FAR).all(1, keepdim=True)
     return Regions(
-        boxes=rois[:, 1:].to(dtype) * scale[:, None],
+        boxes=torch.where(known, boxes * scale[:, None], NOWHERE),
         images=rois[:, 0].detach().nan_to_num(0).clamp(0, features[0].shape[0] - 1).int(),
         levels=levels,
         heights=per_level(levels, [f.shape[2] for f in features], torch.int32),
@@ -80,3 +87,15 @@ def bilinear(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.stack([1 - upper, upper], -1) * inside[..., None]
     low = low.int()
     return torch.stack([low, torch.minimum(low + 1, last)], -1), weights
+
+
+def cells_between(first: Tensor, last: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The cells from `first` up to but without `last` [R, ...], as [R, ..., K] with K the most of any bin.
+
+    Returns: cells int32, inside a map of `size` [R]; which of the K there are, bool; and the most of each RoI, [R].
+    """
+    counts = (last - first).clamp(min=0)
+    used = counts.flatten(1).amax(1).clamp(min=1)
+    n = torch.arange(int(used.max()) if len(used) else 1, dtype=torch.int32, device=first.device)
+    cells = (first[..., None] + n).clamp(min=0).minimum(size.view(-1, *[1] * first.ndim) - 1)
+    return cells, n < counts[..., None], used

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from detector.roi.bag import pool_max
 from detector.roi.base import RoIOp, check_choice, check_inputs
-from detector.roi.geometry import locate
+from detector.roi.geometry import Axis, cells_between, locate
 from detector.structures import RoIFeatures
 
 QUANTIZATIONS = ("caffe", "floor", "uniform")
@@ -46,7 +46,11 @@ class RoIPool(RoIOp):
         x1, y1, x2, y2 = regions.boxes.detach().unbind(1)
         rows = bin_ranges(y1, y2, self.output_size[0], regions.heights, self.quantization)
         columns = bin_ranges(x1, x2, self.output_size[1], regions.widths, self.quantization)
-        return RoIFeatures(pool_max(features, regions, rows, columns))
+        y_cells, y_there, y_used = cells_between(*rows, regions.heights)
+        x_cells, x_there, x_used = cells_between(*columns, regions.widths)
+        y = Axis(y_cells[:, :, None, None], y_there[:, :, None, None].float(), y_used)
+        x = Axis(x_cells[:, None, :, None], x_there[:, None, :, None].float(), x_used)
+        return RoIFeatures(pool_max(features, regions, y, x))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, quantization={self.quantization!r}"
@@ -55,11 +59,9 @@ class RoIPool(RoIOp):
 def bin_ranges(start: Tensor, end: Tensor, bins: int, size: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
     """First cell of every bin and the one past its last, [R, bins] int32 each, within a map of `size` [R] cells.
 
-    Where the last is not past the first the bin is empty; so are all bins of a RoI with NaN.
+    Where the last is not past the first the bin is empty.
     """
     i = torch.arange(bins + 1, device=start.device)
-    known = (start.isfinite() & end.isfinite())[:, None]
-    start, end = start.nan_to_num(0), end.nan_to_num(0)
     if quantization == "caffe":
         start, end = round_half_away(start), round_half_away(end)
         bin_size = ((end - start + 1).clamp(min=1) / bins)[:, None]
@@ -73,8 +75,8 @@ def bin_ranges(start: Tensor, end: Tensor, bins: int, size: Tensor, quantization
         start, end = start.floor(), end.floor()
         bin_size = (end - start).clamp(min=0)[:, None].div(bins).floor()
         low, high = i[:-1] * bin_size, i[1:] * bin_size
-    low, high = ((start[:, None] + v).nan_to_num(0).clamp(min=0).minimum(size[:, None]).int() for v in (low, high))
-    return low, torch.where(known, high, low)
+    low, high = ((start[:, None] + v).clamp(min=0).minimum(size[:, None]).int() for v in (low, high))
+    return low, high
 
 
 def round_half_away(value: Tensor) -> Tensor:

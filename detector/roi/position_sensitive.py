@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from detector.roi.align import RoIAlign
 from detector.roi.bag import pool_cells
 from detector.roi.base import RoIOp, check_choice, check_inputs
-from detector.roi.geometry import Axis, Regions, locate
+from detector.roi.geometry import Axis, Regions, cells_between, locate
 from detector.roi.pool import round_half_away
 from detector.structures import RoIFeatures
 
@@ -53,7 +53,7 @@ class PositionSensitive(RoIOp):
         tall = [f.unflatten(1, (channels, h * w)).flatten(2, 3) for f in features]
         group = torch.arange(h * w, dtype=torch.int32, device=y.cells.device).view(1, h, w, 1, 1)
         rows = y.cells + group * regions.heights.view(-1, 1, 1, 1, 1)
-        y = Axis(rows, y.weights.expand(rows.shape))
+        y = Axis(rows, y.weights.expand(rows.shape), y.used)
         return pool_cells(tall, regions._replace(heights=regions.heights * (h * w)), y, x)
 
 
@@ -86,31 +86,26 @@ class PositionSensitiveRoIPool(PositionSensitive):
 
     def axes(self, regions: Regions) -> tuple[Axis, Axis]:
         x1, y1, x2, y2 = regions.boxes.detach().unbind(1)
-        rows, row_weights = self.mean_of_cells(y1, y2, self.output_size[0], regions.heights)
-        columns, column_weights = self.mean_of_cells(x1, x2, self.output_size[1], regions.widths)
-        y = Axis(rows[:, :, None, None], row_weights[:, :, None, None])
-        return y, Axis(columns[:, None, :, None], column_weights[:, None, :, None])
+        rows, row_weights, y_used = self.mean_of_cells(y1, y2, self.output_size[0], regions.heights)
+        columns, column_weights, x_used = self.mean_of_cells(x1, x2, self.output_size[1], regions.widths)
+        y = Axis(rows[:, :, None, None], row_weights[:, :, None, None], y_used)
+        return y, Axis(columns[:, None, :, None], column_weights[:, None, :, None], x_used)
 
-    def mean_of_cells(self, start: Tensor, end: Tensor, bins: int, size: Tensor) -> tuple[Tensor, Tensor]:
-        """Cells [R, bins, K] int32 and their equal weights, 0 past the bin's last cell."""
-        known = (start.isfinite() & end.isfinite())[:, None]
-        start, end = start.nan_to_num(0), end.nan_to_num(0)
-        size, i = size[:, None], torch.arange(bins + 1, device=start.device)
+    def mean_of_cells(self, start: Tensor, end: Tensor, bins: int, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cells [R, bins, K] int32, their equal weights, 0 past the bin's last cell, and the cells of a RoI's bins."""
+        i = torch.arange(bins + 1, device=start.device)
         if self.quantization == "rfcn":
             bin_size = ((end - start).clamp(min=0.1) / bins)[:, None]
-            start, limit = start[:, None], size
+            start, limit = start[:, None], size[:, None]
             low, high = (i[:-1] * bin_size + start).floor(), (i[1:] * bin_size + start).ceil()
         else:
             start, end = round_half_away(start), round_half_away(end)
             bin_size = ((end - start).clamp(min=1) / bins)[:, None]
-            start, limit = start[:, None], size - 1
+            start, limit = start[:, None], size[:, None] - 1
             low, high = (i[:-1] * bin_size).floor() + start, (i[1:] * bin_size).ceil() + start
-        low, high = (v.nan_to_num(0).clamp(min=0).minimum(limit).int() for v in (low, high))
-        count = torch.where(known, high - low, 0).clamp(min=0)[..., None]
-        most = max(1, int(count.max())) if len(count) else 1
-        n = torch.arange(most, dtype=torch.int32, device=start.device)
-        cells = (low[..., None] + n).minimum(size[..., None] - 1)
-        return cells, (n < count).to(start.dtype) / count.clamp(min=1)
+        low, high = (v.clamp(min=0).minimum(limit).int() for v in (low, high))
+        cells, there, used = cells_between(low, high, size)
+        return cells, there.to(start.dtype) / there.sum(2, keepdim=True).clamp(min=1), used
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, quantization={self.quantization!r}"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from detector.roi.bag import pool_cells
 from detector.roi.base import RoIOp, check_inputs
-from detector.roi.geometry import Axis, locate
+from detector.roi.geometry import Axis, cells_between, locate
 from detector.structures import RoIFeatures
 
 
@@ -42,31 +42,28 @@ class PreciseRoIPool(RoIOp):
         check_inputs(features, rois, levels, strides)
         regions = locate(features, rois, levels, strides)
         x1, y1, x2, y2 = (regions.boxes - (0.5 if self.aligned else 0)).unbind(1)
-        rows, row_weights = integral(y1, y2, self.output_size[0], regions.heights)
-        columns, column_weights = integral(x1, x2, self.output_size[1], regions.widths)
-        y = Axis(rows[:, :, None, None], row_weights[:, :, None, None])
-        x = Axis(columns[:, None, :, None], column_weights[:, None, :, None])
+        rows, row_weights, y_used = integral(y1, y2, self.output_size[0], regions.heights)
+        columns, column_weights, x_used = integral(x1, x2, self.output_size[1], regions.widths)
+        y = Axis(rows[:, :, None, None], row_weights[:, :, None, None], y_used)
+        x = Axis(columns[:, None, :, None], column_weights[:, None, :, None], x_used)
         return RoIFeatures(pool_cells(features, regions, y, x))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, aligned={self.aligned}"
 
 
-def integral(start: Tensor, end: Tensor, bins: int, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Cells [R, bins, K] int32 and weights: the mean of every cell's kernel over the bins between start and end [R]."""
-    some = start.isfinite() & end.isfinite() & (end > start)
-    start, end = torch.where(some, start, 0), torch.where(some, end, 1)
+def integral(start: Tensor, end: Tensor, bins: int, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cells [R, bins, K] int32, the mean of each one's kernel over the bin, and the most cells of a RoI's bins, [R]."""
+    some = end > start
+    end = torch.where(some, end, start + 1)
     bin_size = ((end - start) / bins)[:, None]
     low = start[:, None] + torch.arange(bins, device=start.device) * bin_size
     high = low + bin_size
-    first = low.detach().clamp(min=0).minimum(size[:, None]).floor()
-    last = high.detach().clamp(min=-1).minimum(size[:, None] - 1.0).ceil()
-    most = max(1, int((last - first).max()) + 1) if len(first) else 1
-    cells = first[..., None] + torch.arange(most, device=start.device)
+    first = low.detach().clamp(min=0).minimum(size[:, None]).floor().int()
+    last = high.detach().clamp(min=-1).minimum(size[:, None]).ceil().int() + 1
+    cells, there, used = cells_between(first, last.minimum(size[:, None]), size)
     weights = kernel_integral(high[..., None] - cells) - kernel_integral(low[..., None] - cells)
-    known = some[:, None, None] & (cells < size[:, None, None])
-    weights = torch.where(known, weights / bin_size[..., None], 0)
-    return cells.minimum(size[:, None, None] - 1.0).int(), weights
+    return cells, torch.where(there & some[:, None, None], weights / bin_size[..., None], 0), used
 
 
 def kernel_integral(t: Tensor) -> Tensor:

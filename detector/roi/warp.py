@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from detector.roi.align import RoIAlign
+from detector.roi.align import Grid, RoIAlign
 from detector.roi.pool import round_half_away
 
 
@@ -31,6 +31,6 @@ class RoIWarp(RoIAlign):
     def __init__(self, output_size: int | Sequence[int], sampling_ratio: int = 1, reduction: str = "avg"):
         super().__init__(output_size, sampling_ratio, aligned=True, reduction=reduction)
 
-    def points(self, start: Tensor, end: Tensor, bins: int) -> tuple[Tensor, Tensor | int]:
+    def grid(self, start: Tensor, end: Tensor, bins: int) -> Grid:
         start, end = round_half_away(start), round_half_away(end)
-        return super().points(start, torch.maximum(end, start) + 1, bins)
+        return super().grid(start, torch.maximum(end, start) + 1, bins)
