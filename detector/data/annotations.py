@@ -44,6 +44,7 @@ class Annotations:
     file_names: np.ndarray  # [bytes] uint8
     file_name_starts: np.ndarray  # [I + 1] int64
     object_starts: np.ndarray  # [I + 1] int64
+    object_ids: np.ndarray  # [M] int64
     boxes: np.ndarray  # [M, 4] float32
     labels: np.ndarray  # [M] int32
     crowd: np.ndarray  # [M] bool
@@ -111,6 +112,7 @@ def read_coco(
     masks: bool = True,
     on_error: str = "raise",
     max_pixels: int = 100_000_000,
+    problems: Problems | None = None,
 ) -> Annotations:
     """Read a COCO instances file.
 
@@ -121,6 +123,7 @@ def read_coco(
             masks of another size); "skip" leaves them out with a warning. Boxes outside the image or of no size occur
             in COCO itself: they are left out with a warning either way.
         max_pixels: larger images are refused.
+        problems: collects what is wrong instead of reporting it, for those who report by themselves.
 
     Raises:
         FileNotFoundError: no such file.
@@ -128,7 +131,7 @@ def read_coco(
     """
     path = Path(path)
     content = _load(path)
-    problems = Problems(path, on_error)
+    collected, problems = problems, problems or Problems(path, on_error)
     names, ids, label_of = _read_categories(path, content["categories"], categories)
     images = _read_images(content["images"], problems, max_pixels)
     listed = {record["id"] for record in content["images"] if isinstance(record, dict) and _is_int(record.get("id"))}
@@ -138,7 +141,8 @@ def read_coco(
         item = _read_object(number, record, images, listed, label_of, seen, masks, problems)
         if item is not None:
             by_image[record["image_id"]].append(item)
-    problems.report()
+    if collected is None:
+        problems.report()
     if not images:
         raise ValueError(f"{path}: no usable images ('images' has {len(content['images'])} records)")
     if not any(by_image.values()):
@@ -147,6 +151,7 @@ def read_coco(
 
 
 class _Object(NamedTuple):
+    id: int
     box: tuple[float, float, float, float]
     label: int
     crowd: bool
@@ -278,7 +283,7 @@ def _read_object(
     box = (max(x1, 0), max(y1, 0), min(x2, width), min(y2, height))
     if crowd or not masks:
         rings = []
-    return _Object(box, label_of[category_id], bool(crowd), even_odd, rings)
+    return _Object(record["id"], box, label_of[category_id], bool(crowd), even_odd, rings)
 
 
 def _read_rings(segmentation: Any, height: int, width: int) -> tuple[list[np.ndarray], bool]:
@@ -311,6 +316,7 @@ def _pack(names, ids, images, by_image) -> Annotations:
         file_names=np.frombuffer(b"".join(files), np.uint8),
         file_name_starts=_starts(files),
         object_starts=_starts(by_image.values()),
+        object_ids=np.array([item.id for item in objects], np.int64),
         boxes=np.array([item.box for item in objects], np.float32),
         labels=np.array([item.label for item in objects], np.int32),
         crowd=np.array([item.crowd for item in objects], bool),

@@ -36,13 +36,11 @@ def build_dataset(
         categories: names of labels 1, 2, ...: the training set's when the validation set is built, the checkpoint's in
             evaluation.
     """
-    files = data[split]
-    transforms = [] if augment is None else [instantiate(step, _convert_="all") for step in augment[split] or []]
-    root = Path(data["root"])
+    files, root = data[split], Path(data["root"])
     return CocoDataset(
         root / files["images"],
         root / files["annotations"],
-        transforms,
+        build_transforms(augment, split),
         categories=categories,
         masks=data["masks"],
         mask_size=data["mask_size"],
@@ -52,6 +50,11 @@ def build_dataset(
         training=split == "train",
         max_pixels=data["max_pixels"],
     )
+
+
+def build_transforms(augment: Mapping[str, Any] | None, split: str) -> list:
+    """The transforms of configs/augment/*.yaml for "train" or "val"."""
+    return [] if augment is None else [instantiate(step, _convert_="all") for step in augment[split] or []]
 
 
 class TrainingSampler(Sampler[list[tuple[int, int]]]):

@@ -1,0 +1,179 @@
+"""The health report of a data set: every fault is found, named, and told by the exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from detector import validate
+from detector.config import compose
+from detector.rpn.anchors import AnchorGenerator
+from tests.data.coco_files import minimal, write
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data set without faults: the same objects in train and val, different pictures."""
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        coco = minimal()
+        for image in coco["images"]:
+            image["id"] += 100 * (split == "val")
+        for annotation in coco["annotations"]:
+            annotation["image_id"] += 100 * (split == "val")
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        source = write(tmp_path / split, coco, "instances.json")
+        shutil.move(source, tmp_path / "annotations" / f"instances_{split}.json")
+    return tmp_path
+
+
+def change(folder, split, edit):
+    path = folder / "annotations" / f"instances_{split}.json"
+    coco = json.loads(path.read_text())
+    edit(coco)
+    path.write_text(json.dumps(coco))
+
+
+def run(monkeypatch, capsys, folder, *options):
+    """Exit code, report.json, what was printed."""
+    out = folder / "report"
+    arguments = ["data=custom", f"data.root={folder}", "--output", str(out), *options]
+    monkeypatch.setattr(sys, "argv", ["validate", *arguments])
+    with pytest.raises(SystemExit) as end:
+        validate.main()
+    printed = capsys.readouterr()
+    report = json.loads((out / "report.json").read_text()) if (out / "report.json").exists() else None
+    return end.value.code, report, printed.out + printed.err
+
+
+def test_sound_data(monkeypatch, capsys, folder):
+    code, report, _ = run(monkeypatch, capsys, folder)
+    assert code == 0
+    assert not [f for f in report["findings"] if "hotcoco" not in f["what"] and "anchor" not in f["what"]]
+    train = report["statistics"]["train"]
+    assert train["images"] == 2 and train["objects"] == 2 and train["images without objects"] == 1
+    assert train["per category"] == {"dog": {"objects": 1, "images": 1}, "cat": {"objects": 1, "images": 1}}
+    assert sum(train["size as the network sees it, sqrt(area)"].values()) == 2
+    assert sum(train["pyramid level of the box head"].values()) == 2
+    assert (folder / "report" / "report.html").read_text().count("<img") == 4
+
+
+def set_first(**values):
+    return lambda coco: coco["annotations"][0].update(values)
+
+
+FAULTS = {
+    "unknown category": ("train", set_first(category_id=77), 1, "category_id=77"),
+    "zero box": ("val", set_first(bbox=[1, 1, 0, 5]), 0, "bbox of no size"),
+    "outside": ("val", set_first(bbox=[100, 1, 5, 5]), 0, "outside the image"),
+    "mask beside box": ("train", set_first(bbox=[30, 6, 20, 10]), 0, "annotation 1 (image 7): bbox [30.0, 6.0, 50.0"),
+    "duplicate id": ("train", set_first(id=2), 1, "duplicate annotation id"),
+    "twice": ("train", lambda c: c["annotations"].append(dict(c["annotations"][0], id=9)), 0, "same box and category"),
+    "other category": ("val", lambda c: c["categories"].append({"id": 9, "name": "bird"}), 1, "bird"),
+    "missing image": ("val", lambda c: c["images"][0].update(file_name="gone.png"), 1, "gone.png"),
+    "wrong size": ("val", lambda c: c["images"][1].update(height=50), 1, "is 40 x 60, not width=40 height=50"),
+    "crowded": (
+        "train",
+        lambda c: c["annotations"].extend(
+            dict(c["annotations"][1], id=100 + i, bbox=[i / 10, 1, 9, 9]) for i in range(101)
+        ),
+        0,
+        "more than 100 objects",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(monkeypatch, capsys, folder, fault):
+    split, edit, expected, named = FAULTS[fault]
+    change(folder, split, edit)
+    code, report, printed = run(monkeypatch, capsys, folder)
+    assert code == expected
+    assert named in printed
+    found = [f for f in report["findings"] if named in f["what"] or any(named in e for e in f["examples"])]
+    assert found[0]["severity"] == ("error" if expected else "warning") and found[0]["split"] in (split, "both")
+
+
+def test_not_json(monkeypatch, capsys, folder):
+    (folder / "annotations" / "instances_val.json").write_text("{")
+    code, report, printed = run(monkeypatch, capsys, folder)
+    assert code == 1 and "not JSON" in printed and "train" in report["statistics"]
+
+
+def test_leaks_and_unreadable_images(monkeypatch, capsys, folder):
+    shutil.copy(folder / "train" / "a.png", folder / "val" / "a.png")
+    data = (folder / "train" / "b.png").read_bytes()
+    (folder / "train" / "b.png").write_bytes(data[:-100])
+    code, report, printed = run(monkeypatch, capsys, folder)
+    assert code == 1 and "b.png cannot be read" in printed
+    leak = next(f for f in report["findings"] if "is in train too" in f["what"])
+    assert leak["examples"] == ["train [7], val [107]"]
+    code, report, _ = run(monkeypatch, capsys, folder, "--no-images")
+    assert code == 0 and not any("is in train too" in f["what"] for f in report["findings"])
+
+
+def test_nothing_to_look_at(monkeypatch, capsys, tmp_path):
+    code, report, printed = run(monkeypatch, capsys, tmp_path)
+    assert code == 2 and report is None and "instances_train.json" in printed
+
+
+def test_misspelt_override(monkeypatch, capsys, folder):
+    monkeypatch.setattr(sys, "argv", ["validate", "dat=custom"])
+    with pytest.raises(SystemExit) as end:
+        validate.main()
+    assert "dat" in str(end.value.code)
+
+
+def test_texts_from_the_data_are_escaped(monkeypatch, capsys, folder):
+    evil = "<script>alert(1)</script>"
+
+    def edit(coco):
+        coco["categories"][0]["name"] = evil
+        coco["images"][0]["file_name"] = "<b>.png"
+
+    for split in ("train", "val"):
+        change(folder, split, edit)
+        cv2.imwrite(str(folder / split / "<b>.png"), np.zeros((40, 60, 3), np.uint8))
+    run(monkeypatch, capsys, folder)
+    page = (folder / "report" / "report.html").read_text()
+    assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page
+
+
+def test_best_anchor_against_all_anchors():
+    """The nearest anchor of each shape is enough: the same as IoU with every anchor of the image."""
+    rng = np.random.default_rng(0)
+    generator = AnchorGenerator([4, 8, 16], [[12.0], [24.0], [48.0]])
+    features = [torch.zeros(1, 1, 64 // s, 96 // s) for s in (4, 8, 16)]
+    anchors = torch.cat(generator(features))
+    corner = rng.uniform(0, [80, 50], (60, 2))
+    boxes = torch.tensor(np.concatenate([corner, corner + rng.uniform(4, 40, (60, 2))], axis=1)).float()
+    low, high = (
+        torch.maximum(anchors[None, :, :2], boxes[:, None, :2]),
+        torch.minimum(anchors[None, :, 2:], boxes[:, None, 2:]),
+    )
+    shared = (high - low).clamp(min=0).prod(-1)
+    iou = shared / ((boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None] + (anchors[:, 2:] - anchors[:, :2]).prod(1) - shared)
+    sizes = torch.tensor([[64, 96]]).expand(60, 2)
+    torch.testing.assert_close(validate.best_anchor_iou(boxes, sizes, generator), iou.max(1).values)
+
+
+def test_sizes_are_those_after_resizing(folder):
+    cfg = compose("train", ["data=custom", f"data.root={folder}", "experiment=none", "augment=default"])
+    report = validate.validate(cfg, images=False, pictures=0)
+    # 40 x 60 px at shorter side 800: the objects of 20 x 10 and 10 x 10 px become 283 and 200 px large
+    assert report.statistics["train"]["size as the network sees it, sqrt(area)"]["128 to 256 px"] == 1
+    assert report.statistics["train"]["size as the network sees it, sqrt(area)"]["256 to 512 px"] == 1
+
+
+def test_real_data_have_no_errors(shared):
+    for name in ("coco_cc_sample", "bccd"):
+        root = shared / "data" / name
+        images = ["data.train.images=images", "data.val.images=images"]
+        cfg = compose("train", ["data=custom", f"data.root={root}", *images])
+        assert not validate.validate(cfg, images=name == "bccd", pictures=1).has_errors()
