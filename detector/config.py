@@ -71,6 +71,7 @@ class Data:
     keep_empty: bool
     on_error: Literal["raise", "skip"]
     max_pixels: int
+    cache: str | None
     group_by_aspect: bool
     pad_multiple: int
     pad_to: tuple[int, int] | None

@@ -3,6 +3,7 @@
 from detector.data.annotations import Annotations, read_coco
 from detector.data.coco import CocoDataset, Sample, collate, read_image
 from detector.data.loader import EvaluationSampler, Loader, TrainingSampler, build_dataset, build_loader
+from detector.data.store import open_coco
 from detector.data.transforms import Pipeline, ResizeShortestEdge
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "build_dataset",
     "build_loader",
     "collate",
+    "open_coco",
     "read_coco",
     "read_image",
 ]

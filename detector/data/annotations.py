@@ -60,6 +60,10 @@ class Annotations:
         start, end = self.file_name_starts[index : index + 2]
         return self.file_names[start:end].tobytes().decode()
 
+    def all_file_names(self) -> list[str]:
+        text, starts = self.file_names.tobytes(), self.file_name_starts.tolist()
+        return [text[start:end].decode() for start, end in zip(starts, starts[1:])]
+
     def objects(self, index: int) -> Objects:
         start, end = self.object_starts[index : index + 2]
         rings = self.ring_starts[start : end + 1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +15,9 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from detector.data.annotations import Problems, read_coco
+from detector.data.annotations import Problems
 from detector.data.masks import fill, mask_windows
+from detector.data.store import open_coco
 from detector.data.transforms import Pipeline
 from detector.structures import Batch, Targets
 
@@ -84,6 +84,7 @@ class CocoDataset(Dataset):
             that turns out unreadable later is replaced by the next one in training, by a black one in evaluation.
         training: what replaces an unreadable image.
         max_pixels: larger images are refused.
+        cache: folder that keeps parsed annotations for the next start; see `open_coco`.
 
     Attributes:
         categories: name of label 1, 2, ...
@@ -106,6 +107,7 @@ class CocoDataset(Dataset):
         on_error: str = "raise",
         training: bool = False,
         max_pixels: int = 100_000_000,
+        cache: str | os.PathLike | None = None,
     ):
         if mask_size < 1:
             raise ValueError(f"mask_size={mask_size}: must be positive")
@@ -114,7 +116,7 @@ class CocoDataset(Dataset):
         self.pipeline = transforms if isinstance(transforms, Pipeline) else Pipeline(transforms)
         self.masks, self.mask_size, self.seed = masks, mask_size, seed
         self.on_error, self.training, self.max_pixels = on_error, training, max_pixels
-        self.annotations = read_coco(annotations, categories, masks, on_error, max_pixels)
+        self.annotations = open_coco(annotations, categories, masks, on_error, max_pixels, cache)
         if masks and not len(self.annotations.points):
             logger.warning("%s: masks are wanted, but no object has a segmentation", self.annotation_file)
         usable = self._files_exist()
@@ -135,20 +137,15 @@ class CocoDataset(Dataset):
         if not self.folder.is_dir():
             raise FileNotFoundError(f"image folder {self.folder} does not exist: check data.root and the image options")
         problems = Problems(self.annotation_file, self.on_error)
-        by_folder = defaultdict(list)
-        for row in range(len(self.annotations)):
-            folder, name = os.path.split(self.annotations.file_name(row))
-            by_folder[folder].append((row, name))
-        exists = np.zeros(len(self.annotations), bool)
-        for folder, entries in by_folder.items():
-            path = self.folder / folder
-            present = set(os.listdir(path)) if path.is_dir() else set()
-            for row, name in entries:
-                exists[row] = name in present
-                if not exists[row]:
-                    problems.error(
-                        "missing image file", f"image {self.annotations.image_ids[row]} file_name={path / name}"
-                    )
+        names = self.annotations.all_file_names()
+        present = set()
+        for folder in set(map(os.path.dirname, names)):
+            if (self.folder / folder).is_dir():
+                present.update(os.path.join(folder, name) for name in os.listdir(self.folder / folder))
+        exists = np.array([name in present for name in names])
+        for row in np.flatnonzero(~exists):
+            where = f"image {self.annotations.image_ids[row]} file_name={self.folder / names[row]}"
+            problems.error("missing image file", where)
         problems.report()
         return exists
 

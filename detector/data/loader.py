@@ -49,6 +49,7 @@ def build_dataset(
         on_error=data["on_error"],
         training=split == "train",
         max_pixels=data["max_pixels"],
+        cache=data.get("cache"),
     )
 
 

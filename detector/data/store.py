@@ -1,0 +1,115 @@
+"""Annotations kept as arrays on disk: parsed once, then mapped into memory by every process that needs them.
+
+A store is a folder with one .npy file for each array of `Annotations`, named after the content of the JSON file and the
+options it was read with. It is written elsewhere and moved to its place in one step: it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from detector.data.annotations import Annotations, Problems, read_coco
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # of what a store holds; older ones are not read
+SMALL = 20_000_000  # bytes of JSON that are parsed faster than it is worth storing
+
+
+def open_coco(
+    path: str | os.PathLike,
+    categories: Sequence[str] | None = None,
+    masks: bool = True,
+    on_error: str = "raise",
+    max_pixels: int = 100_000_000,
+    cache: str | os.PathLike | None = None,
+    small: int = SMALL,
+) -> Annotations:
+    """`read_coco`, whose result is kept in the folder `cache` for the next time.
+
+    Files below `small` bytes are always parsed, and so is everything where `cache` is None or cannot be written. What
+    is wrong in a file is reported each time it is opened.
+    """
+    path = Path(path)
+    options = {"categories": categories and list(categories), "masks": masks, "max_pixels": max_pixels}
+    if cache is None or not path.is_file() or path.stat().st_size < small:
+        return read_coco(path, on_error=on_error, **options)
+    problems = Problems(path, on_error)
+    place = Path(cache).expanduser() / f"{path.stem}-{key(path, options)}"
+    if not place.is_dir():
+        found = read_coco(path, problems=problems, **options)
+        problems.report()
+        try:
+            save(found, problems, place)
+        except OSError as error:
+            logger.warning("%s cannot be stored in %s and will be parsed again next time: %s", path, place, error)
+            return found
+        return load(place)[0]
+    try:
+        found, problems.found = load(place)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"stored annotations {place} are damaged ({error}): remove this folder") from error
+    problems.report()
+    return found
+
+
+def key(path: Path, options: dict) -> str:
+    """A name for the content of the file and the options."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps([VERSION, options]).encode())
+    return digest.hexdigest()[:32]
+
+
+def save(found: Annotations, problems: Problems, place: Path) -> None:
+    """Write a store. Several processes may do so at once: the first to finish wins."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place.parent))
+    try:
+        about = {"problems": [[*kind, places] for kind, places in problems.found.items()]}
+        for item in dataclasses.fields(found):
+            value = getattr(found, item.name)
+            if isinstance(value, np.ndarray):
+                np.save(draft / f"{item.name}.npy", value)
+            else:
+                about[item.name] = value
+        (draft / "about.json").write_text(json.dumps(about))
+        draft.chmod(0o755)
+        draft.rename(place)
+    except OSError:
+        if not place.is_dir():  # otherwise another process was faster
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def load(place: Path) -> tuple[Annotations, dict]:
+    """The annotations of a store, mapped, and `Problems.found` of the file they came from."""
+    about = json.loads((place / "about.json").read_text())
+    problems = {(is_error, kind): places for is_error, kind, places in about.pop("problems")}
+    arrays = {item.stem: np.asarray(np.load(item, mmap_mode="r")) for item in place.glob("*.npy")}
+    return Stored(**about, **arrays, place=place), problems
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored(Annotations):
+    """Annotations in a store; another process gets the store's name, not its content."""
+
+    place: Path
+
+    def __reduce__(self):
+        return _reopen, (self.place,)
+
+
+def _reopen(place: Path) -> Annotations:
+    return load(place)[0]
