@@ -119,7 +119,7 @@ def test_damaged_store_is_named(tmp_path, open_again):
     open_again(path)
     boxes = next((tmp_path / "cache").glob("*/boxes.npy"))
     boxes.write_bytes(boxes.read_bytes()[:100])
-    with pytest.raises(ValueError, match="damaged .* remove this folder"):
+    with pytest.raises(ValueError, match=r"damaged .* remove this folder"):
         open_again(path)
 
 
