@@ -34,6 +34,7 @@ def mask_rcnn_pair(device: str, size: tuple[int, int], num_classes: int = 80) ->
     foreign = load_foreign(theirs.state_dict(), "torchvision")
     ours = hydra.utils.instantiate(model_config(*foreign), _convert_="all")
     load_into(ours, foreign.state_dict)
+    ours.mask_head.target_aligned, ours.mask_head.target_threshold = False, None  # how torchvision makes mask targets
     return ours.to(device), theirs.to(device)
 
 

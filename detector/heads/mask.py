@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
@@ -94,11 +95,13 @@ class MaskHead(nn.Module):
     def targets(self, positives: SampledRoIs, targets: Targets, size: Sequence[int]) -> Tensor:
         """What `positives` should predict, [R, *size] float: the matched object's mask seen through the RoI."""
         masks, window = positives.of_targets(targets.masks), positives.of_targets(targets.mask_windows)
-        # The RoI in cells of the stored grid, which covers its window of the image.
+        # The RoI in cells of the stored grid, which covers its window of the image. A frame of zeros keeps what lies
+        # beside the window from being read as its edge.
         scale = masks.shape[-1] / (window[:, 2:] - window[:, :2]).clamp(min=1e-6)
-        boxes = (positives.rois[:, 1:].view(-1, 2, 2) - window[:, None, :2]) * scale[:, None]
+        boxes = (positives.rois[:, 1:].view(-1, 2, 2) - window[:, None, :2]) * scale[:, None] + 1
         rois = torch.cat([torch.arange(len(boxes), device=boxes.device)[:, None], boxes.flatten(1)], dim=1)
-        target = roi_align(masks[:, None].float(), rois, tuple(size), 1.0, -1, self.target_aligned)[:, 0]
+        framed = F.pad(masks[:, None].float(), (1, 1, 1, 1))
+        target = roi_align(framed, rois, tuple(size), 1.0, -1, self.target_aligned)[:, 0]
         return target if self.target_threshold is None else (target >= self.target_threshold).float()
 
     def detect(self, features: Sequence[Tensor], detections: Detections) -> Detections:
