@@ -115,9 +115,9 @@ def _bins(
     y = tl.load(rois + roi * 5 + 2).to(tl.float32) * scale - shift
     extent_x = tl.load(rois + roi * 5 + 3).to(tl.float32) * scale - shift - x
     extent_y = tl.load(rois + roi * 5 + 4).to(tl.float32) * scale - shift - y
-    if not ALIGNED:
-        extent_x = tl.maximum(extent_x, 1.0)
-        extent_y = tl.maximum(extent_y, 1.0)
+    if not ALIGNED:  # a comparison, for tl.maximum would drop NaN
+        extent_x = tl.where(extent_x < 1, 1.0, extent_x)
+        extent_y = tl.where(extent_y < 1, 1.0, extent_y)
 
     size_y, points_y, step_y = _sampling(y, extent_y, bins_h, SAMPLES)
     size_x, points_x, step_x = _sampling(x, extent_x, bins_w, SAMPLES)

@@ -231,10 +231,10 @@ def test_rois_that_are_not_finite_pool_zero():
     nan, inf = float("nan"), float("inf")
     rois = boxes((0, nan, 1, 9, 9), (0, 1, 1, inf, 9), (1, -inf, 1, 9, inf), (nan, nan, nan, nan, nan))
     features = maps()
-    for sampling_ratio in (2, 0):
+    for sampling_ratio, aligned in ((2, True), (0, True), (2, False)):
         levels = torch.zeros(4, dtype=torch.int64, device=DEVICE)
         out = torch.ops.detector.roi_align(
-            features, rois, levels, None, None, [0.25, 0.125, 0.0625], [2, 2], sampling_ratio, True, 0.1
+            features, rois, levels, None, None, [0.25, 0.125, 0.0625], [2, 2], sampling_ratio, aligned, 0.1
         )
         assert not out.any()
         assert not any(g.any() for g in gradients(out, features, torch.ones_like(out)))
@@ -358,6 +358,19 @@ def test_the_ops_are_registered_as_pytorch_wants_them():
     features, scales = maps(channels=2), [1 / s for s in STRIDES]
     sampling = ROIS[:1], LEVELS[:1], random(1, 2, 1, 2), random(1, 1, 2), scales, [1, 2], 1, True, 0.1
     check(torch.ops.detector.roi_align, (features, *sampling))
+
+
+def test_align_compiles_in_one_graph_for_any_number_of_rois():
+    def loss(features, rois, levels, offsets):
+        return roi_align_fused(features, rois, levels, STRIDES, (1, 2), 1, offsets=offsets).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    features = maps(channels=2)
+    for rows in (slice(0, 1), slice(1, 3)):
+        offsets = random(len(ROIS[rows]), 2, 1, 2)
+        ours, theirs = (f(features, ROIS[rows], LEVELS[rows], offsets) for f in (compiled, loss))
+        close(ours, theirs)
+        close_gradients(ours, theirs, [*features, offsets])
 
 
 @pytest.mark.parametrize(
