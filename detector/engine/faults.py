@@ -42,10 +42,12 @@ def nonfinite(
     folder: Path,
     runtime: Runtime,
     world: World,
+    save: Callable[[], None],
 ) -> None:
     """A step gave NaN or infinity on some rank: say where, keep its batch, and skip the step or stop.
 
-    Called on all ranks, before the weights are touched. Raises RunError unless the step may be skipped.
+    Called on all ranks, before the weights are touched: what was learned is saved before a stop. Raises RunError unless
+    the step may be skipped.
     """
     step = state.iteration + 1
     bad = [f"{name} = {value.item()}" for name, value in losses.items() if not value.isfinite()]
@@ -63,17 +65,19 @@ def nonfinite(
     weights = [name for name, value in state.model.state_dict().items() if not value.float().isfinite().all()]
     if world.any(bool(weights))[0]:
         raise RunError(f"step {step}: weights are not finite: {', '.join(weights[:5])}; go back to a checkpoint before")
-    state.nonfinite += 1
     if runtime.on_nonfinite == "stop":
+        save()
         raise RunError(
             f"stopped before step {step}, which is not finite (see above). Lower optimizer.lr, set training.clip_norm, "
             "look at the saved batch, or set runtime.on_nonfinite=skip; the same command then continues"
         )
-    if state.nonfinite > runtime.max_nonfinite:
+    if state.nonfinite >= runtime.max_nonfinite:
+        save()
         raise RunError(
-            f"stopped at step {step}: {state.nonfinite} steps were not finite, runtime.max_nonfinite = "
-            f"{runtime.max_nonfinite} may be skipped"
+            f"stopped before step {step}, which is not finite: runtime.max_nonfinite = {runtime.max_nonfinite} steps "
+            "were skipped already"
         )
+    state.nonfinite += 1
     log.warning("step %d is skipped, %d of at most %d", step, state.nonfinite, runtime.max_nonfinite)
 
 
@@ -83,5 +87,4 @@ def cpu(part: Batch | Targets) -> dict[str, Tensor | None]:
 
 def file_name(dataset: Any, image_id: int) -> str:
     """The file of an image, for messages."""
-    images = dataset.annotations["images"]
-    return next((image["file_name"] for image in images if image["id"] == image_id), "unknown file")
+    return dataset.annotations.file_name(int((dataset.annotations.image_ids == image_id).argmax()))

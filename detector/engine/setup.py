@@ -82,12 +82,12 @@ def datasets(cfg: DictConfig) -> tuple[Any, Any]:
 
 
 def loaders(
-    cfg: DictConfig, train_set: Any, val_set: Any, state: State, training: Training, runtime: Runtime, world: World
+    cfg: DictConfig, train_set: Any, val_set: Any, iteration: int, training: Training, runtime: Runtime, world: World
 ) -> tuple[Iterator, Iterable, tuple[Batch, Targets]]:
-    """Endless training micro-batches from where the state stands, the validation batches, and two images to look at."""
+    """Endless training micro-batches from `iteration` on, the validation batches, and two images to look at."""
     shared = {key: cfg.data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
     shared |= {"workers": runtime.workers, "rank": world.rank, "world": world.size}
-    position = state.iteration * training.batch_size
+    position = iteration * training.batch_size
     with config_errors("training"):
         batches = build_loader(
             train_set, training.batch_size // training.accumulate, seed=cfg.seed, start_position=position, **shared

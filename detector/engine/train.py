@@ -73,7 +73,9 @@ def train(cfg: DictConfig) -> float | None:
             model.compile()
         if world.size > 1:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        batches, val_loader, examples = setup.loaders(cfg, train_set, val_set, state, training, runtime, world)
+        batches, val_loader, examples = setup.loaders(
+            cfg, train_set, val_set, state.iteration, training, runtime, world
+        )
         save_every = to_iterations(runtime.checkpoint_every, per_epoch, total)
         evaluate_every = to_iterations(evaluation.every, per_epoch, total) if evaluation.every else total
 
@@ -106,7 +108,7 @@ def train(cfg: DictConfig) -> float | None:
             # the host waits for the device here; all ranks agree on what follows
             failed, stopping = world.any(not is_finite(losses, norm, state), bool(stop))
             if failed:
-                faults.nonfinite(state, losses, norm, micro_batches, train_set, folder, runtime, world)
+                faults.nonfinite(state, losses, norm, micro_batches, train_set, folder, runtime, world, save)
             else:
                 update(state, norm, training)
                 journal.add(losses, norm, waited)

@@ -116,9 +116,9 @@ def program(shapes_tiny, tmp_path):
 
     yield start
     for one in started:
-        if one.process.poll() is None:
-            one.process.send_signal(signal.SIGKILL)
-            one.process.communicate()
+        if one.process.poll() is None:  # SIGTERM: torchrun ends its ranks only if it is asked
+            one.process.send_signal(signal.SIGTERM)
+            one.process.communicate(timeout=60)
 
 
 def curve(folder: Path) -> dict[int, dict[str, float]]:

@@ -34,7 +34,9 @@ def test_step():
     schedule = Step(max_epochs=12, warmup=10, warmup_factor=0.1, milestones=["8 epochs", 110], gamma=0.5)
     factor = schedule.factor(per_epoch=10)
     assert schedule.total(10) == 120
-    assert [factor(t) for t in (0, 5, 10, 79, 80, 109, 110, 119)] == pytest.approx([0.1, 0.55, 1, 1, 0.5, 0.5, 0.25, 0.25])
+    assert [factor(t) for t in (0, 5, 10, 79, 80, 109, 110, 119)] == pytest.approx(
+        [0.1, 0.55, 1, 1, 0.5, 0.5, 0.25, 0.25]
+    )
 
 
 def test_cosine():
