@@ -51,13 +51,19 @@ class BoxCoder:
     Args:
         weights: (wx, wy, ww, wh), the factors of the four deltas; (10, 10, 5, 5) gives them unit variance in RoI heads.
         max_log_scale: upper limit of dw / ww and dh / wh when decoding.
+        clamp_shrinking: limit them from below as well, at -max_log_scale, as mmdetection does.
     """
 
-    def __init__(self, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0), max_log_scale: float = MAX_LOG_SCALE):
+    def __init__(
+        self,
+        weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+        max_log_scale: float = MAX_LOG_SCALE,
+        clamp_shrinking: bool = False,
+    ):
         if len(weights) != 4 or min(weights) <= 0:
             raise ValueError(f"weights={list(weights)}: expected four positive numbers")
         self.weights = tuple(float(w) for w in weights)
-        self.max_log_scale = max_log_scale
+        self.log_scales = -max_log_scale if clamp_shrinking else -math.inf, max_log_scale
 
     def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
         """Deltas [..., 4] that move `anchors` [..., 4] onto `boxes` [..., 4]. Sides below 1e-6 px count as 1e-6."""
@@ -74,8 +80,8 @@ class BoxCoder:
         dx, dy, dw, dh = deltas.float().unbind(-1)
         x_a, y_a, w_a, h_a = _centre_and_size(anchors)
         x, y = x_a + dx / wx * w_a, y_a + dy / wy * h_a
-        half_w = 0.5 * w_a * torch.exp((dw / ww).clamp(max=self.max_log_scale))
-        half_h = 0.5 * h_a * torch.exp((dh / wh).clamp(max=self.max_log_scale))
+        half_w = 0.5 * w_a * torch.exp((dw / ww).clamp(*self.log_scales))
+        half_h = 0.5 * h_a * torch.exp((dh / wh).clamp(*self.log_scales))
         return torch.stack([x - half_w, y - half_h, x + half_w, y + half_h], dim=-1)
 
 
@@ -100,6 +106,48 @@ def nms_by_image(
     """
     keep = batched_nms(boxes, scores, image * (group.max() + 1) + group if len(group) else group, threshold)
     return group_by_image(keep, image[keep], images, limit)
+
+
+def soft_nms_by_image(
+    boxes: Tensor,
+    scores: Tensor,
+    image: Tensor,
+    group: Tensor,
+    threshold: float,
+    images: int,
+    limit: int,
+    decay: str = "gaussian",
+    min_score: float = 0.0,
+    sigma: float = 0.5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Soft-NMS (Bodla et al. 2017, section 3): overlapping boxes lose score instead of disappearing.
+
+    Each box that is taken multiplies the scores of the others in its (image, group) by
+        'linear':   1 - IoU, where IoU > threshold
+        'gaussian': exp(-IoU^2 / sigma)
+    Arguments as `nms_by_image`'s; boxes whose score falls to `min_score` are out. Also returns the new scores [R].
+    """
+    scores, taken, order = scores.clone(), torch.zeros_like(scores, dtype=torch.bool), []
+    for _ in range(limit):
+        # the best remaining box of every image, all images at once
+        open_scores = torch.where(taken, -1.0, scores)
+        best = scores.new_full((images,), -1.0).scatter_reduce(0, image, open_scores, "amax")
+        candidates = torch.nonzero((open_scores == best[image]) & (open_scores > min_score))[:, 0]
+        if len(candidates) == 0:
+            break
+        first = torch.full((images,), len(scores), device=scores.device).scatter_reduce(
+            0, image[candidates], candidates, "amin"
+        )
+        chosen = first[first < len(scores)]
+        taken[chosen] = True
+        order.append(chosen)
+        rival = first[image].clamp(max=len(scores) - 1)
+        iou = pairwise_iou(boxes[rival][:, None], boxes[:, None])[:, 0, 0]
+        factor = torch.exp(-(iou**2) / sigma) if decay == "gaussian" else torch.where(iou > threshold, 1 - iou, 1.0)
+        affected = (group[rival] == group) & (first[image] < len(scores)) & ~taken
+        scores = torch.where(affected, scores * factor, scores)
+    rows = torch.cat(order) if order else image[:0]
+    return *group_by_image(rows, image[rows], images, limit), scores
 
 
 def group_by_image(rows: Tensor, image: Tensor, images: int, limit: int) -> tuple[Tensor, Tensor]:

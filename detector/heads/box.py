@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from detector import losses
-from detector.boxes import BoxCoder, clip, nms_by_image, of_label, take
+from detector.boxes import BoxCoder, clip, nms_by_image, of_label, soft_nms_by_image, take
 from detector.heads.trunk import FCTrunk
 from detector.matching import IGNORED, check_thresholds, match
 from detector.roi import RoIExtractor, make_op
+from detector.roi.base import check_choice
 from detector.sampling import sample
 from detector.structures import (
     Batch,
@@ -79,6 +80,10 @@ class BoxHead(nn.Module):
         add_ground_truth: ground-truth boxes join the proposals in training.
         box_loss, beta: see losses.BoxLoss.
         score_threshold, nms_threshold, detections_per_image: of inference.
+        nms: 'hard' removes boxes, 'linear' and 'gaussian' soft-NMS (Bodla et al. 2017) lower their scores.
+        nms_agnostic: boxes of different classes compete too.
+        min_size: detections with a shorter side, in pixels, are dropped.
+        clamp_shrinking: see BoxCoder.
     """
 
     def __init__(
@@ -104,20 +109,26 @@ class BoxHead(nn.Module):
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
         detections_per_image: int = 100,
+        nms: str = "hard",
+        nms_agnostic: bool = False,
+        min_size: float = 0.0,
+        clamp_shrinking: bool = False,
     ):
         super().__init__()
         check_thresholds(negative_iou, positive_iou)
+        check_choice("nms", nms, ("hard", "linear", "gaussian"))
         op = make_op(roi, output_size, channels=in_channels, levels=len(strides))
         self.extractor = RoIExtractor(op, strides, level_rule, canonical_level, canonical_size)
         self.trunk = trunk(op.output_channels(in_channels), op.output_size)
         self.predictor = BoxPredictor(self.trunk.out_channels, num_classes, class_agnostic)
-        self.coder = BoxCoder(coder_weights)
+        self.coder = BoxCoder(coder_weights, clamp_shrinking=clamp_shrinking)
         self.box_loss = losses.BoxLoss(box_loss, beta)
         self.batch_size_per_image, self.positive_fraction = batch_size_per_image, positive_fraction
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.add_ground_truth = add_ground_truth
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
-        self.detections_per_image = detections_per_image
+        self.detections_per_image, self.min_size = detections_per_image, min_size
+        self.nms, self.nms_agnostic = nms, nms_agnostic
 
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> BoxPrediction:
         """Predictions for rois [R, 5] = (batch_index, x1, y1, x2, y2)."""
@@ -158,14 +169,22 @@ class BoxHead(nn.Module):
         prediction = self(features, rois)
         scores = prediction.class_logits.float().softmax(dim=1)[:, 1:]  # [R, K]
         boxes = self.coder.decode(prediction.box_deltas, rois[:, None, 1:])  # [R, K or 1, 4]
-        image = rois[:, 0].long()
-        boxes = clip(boxes, batch.image_sizes[image]).expand(-1, scores.shape[1], -1)
+        return self.select(boxes, scores, rois[:, 0].long(), batch)
 
-        row, column = torch.nonzero(scores > self.score_threshold, as_tuple=True)
+    def select(self, boxes: Tensor, scores: Tensor, image: Tensor, batch: Batch) -> Detections:
+        """The best of boxes [R, K or 1, 4] with scores [R, K] on image [R]: clip, threshold, suppress."""
+        boxes = clip(boxes, batch.image_sizes[image]).expand(-1, scores.shape[1], -1)
+        large = (boxes[..., 2:] - boxes[..., :2] > self.min_size).all(-1)
+        row, column = torch.nonzero((scores > self.score_threshold) & large, as_tuple=True)
         boxes, scores, image = boxes[row, column], scores[row, column], image[row]
         images, limit = len(batch.images), self.detections_per_image
         if len(row) == 0:
             empty = scores.new_zeros(images, limit)
             return Detections(empty[..., None].expand(-1, -1, 4), empty, empty.long(), empty.bool())
-        rows, valid = nms_by_image(boxes, scores, image, column, self.nms_threshold, images, limit)
+        group = torch.zeros_like(column) if self.nms_agnostic else column
+        args = (image, group, self.nms_threshold, images, limit)
+        if self.nms == "hard":
+            rows, valid = nms_by_image(boxes, scores, *args)
+        else:
+            rows, valid, scores = soft_nms_by_image(boxes, scores, *args, self.nms, self.score_threshold)
         return Detections(boxes[rows] * valid[..., None], scores[rows] * valid, (column[rows] + 1) * valid, valid)

@@ -49,6 +49,8 @@ class RPN(nn.Module):
         post_nms_top_n: best survivors of an image that leave it, (training, inference).
         nms_threshold: IoU above which the weaker box of the same level goes.
         min_size: candidates with a shorter side, in pixels, are dropped.
+        rank_by: 'logit', or 'probability': mmdetection's, where logits above 17 or so tie in float32.
+        clamp_shrinking: see BoxCoder.
         batch_size_per_image, positive_fraction: anchors that enter the loss.
         positive_iou, negative_iou: matching thresholds, with low-quality matches.
         box_loss, beta: see losses.BoxLoss.
@@ -66,6 +68,8 @@ class RPN(nn.Module):
         post_nms_top_n: tuple[int, int] = (2000, 1000),
         nms_threshold: float = 0.7,
         min_size: float = 0.0,
+        rank_by: str = "logit",
+        clamp_shrinking: bool = False,
         batch_size_per_image: int = 256,
         positive_fraction: float = 0.5,
         positive_iou: float = 0.7,
@@ -75,12 +79,14 @@ class RPN(nn.Module):
     ):
         super().__init__()
         check_thresholds(negative_iou, positive_iou)
+        if rank_by not in ("logit", "probability"):
+            raise ValueError(f"rank_by={rank_by!r}: expected 'logit' or 'probability'")
         self.anchors = AnchorGenerator(strides, anchor_sizes, aspect_ratios, anchor_rounding)
         self.head = RPNHead(in_channels, self.anchors.num_anchors, conv_channels or [in_channels])
-        self.coder = BoxCoder()
+        self.coder = BoxCoder(clamp_shrinking=clamp_shrinking)
         self.box_loss = losses.BoxLoss(box_loss, beta)
         self.pre_nms_top_n, self.post_nms_top_n = tuple(pre_nms_top_n), tuple(post_nms_top_n)
-        self.nms_threshold, self.min_size = nms_threshold, min_size
+        self.nms_threshold, self.min_size, self.rank_by = nms_threshold, min_size, rank_by
         self.batch_size_per_image, self.positive_fraction = batch_size_per_image, positive_fraction
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
 
@@ -103,10 +109,10 @@ class RPN(nn.Module):
         pre, post = self.pre_nms_top_n[not self.training], self.post_nms_top_n[not self.training]
         boxes, scores, levels = [], [], []
         for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors)):
-            top = logit.float().topk(min(pre, logit.shape[1]), dim=1)
-            boxes.append(self.coder.decode(take(delta, top.indices), anchor[top.indices]))
-            scores.append(top.values)
-            levels.append(torch.full_like(top.indices, level))
+            score, index = self.best(logit.float(), min(pre, logit.shape[1]))
+            boxes.append(self.coder.decode(take(delta, index), anchor[index]))
+            scores.append(score)
+            levels.append(torch.full_like(index, level))
         boxes = clip(torch.cat(boxes, 1), image_sizes)
         scores, levels = torch.cat(scores, 1), torch.cat(levels, 1)
 
@@ -117,7 +123,15 @@ class RPN(nn.Module):
         rows, valid = nms_by_image(boxes, scores, *args)
         if len(boxes) == 0:  # nothing survived on any image: padding has no row to point at
             return Proposals(boxes.new_zeros(*rows.shape, 4), scores.new_zeros(rows.shape), valid)
-        return Proposals(boxes[rows] * valid[..., None], scores[rows].sigmoid() * valid, valid)
+        scores = scores[rows].sigmoid() if self.rank_by == "logit" else scores[rows]
+        return Proposals(boxes[rows] * valid[..., None], scores * valid, valid)
+
+    def best(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` highest of logits [N, A] and where they are, both [N, count]."""
+        if self.rank_by == "logit":
+            return logits.topk(count, dim=1)
+        scores, index = logits.sigmoid().sort(dim=1, descending=True, stable=True)
+        return scores[:, :count], index[:, :count]
 
     def losses(
         self, logits: Tensor, deltas: Tensor, anchors: Tensor, batch: Batch, targets: Targets
