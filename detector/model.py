@@ -10,12 +10,14 @@ Dimensions: N images, P proposals, R RoIs, D detections, C channels, K classes, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from detector import losses
 from detector.heads.box import SampledRoIs
+from detector.heads.stage import SharedTrunk
 from detector.structures import Batch, Detections, RoIFeatures, Targets
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -31,9 +33,12 @@ class TwoStageDetector(nn.Module):
         rpn: factory `rpn(in_channels, strides)`.
         box_head: factory `box_head(in_channels, strides, num_classes)`, or None for proposals only.
         mask_head: factory like box_head's, or None.
+        keypoint_head: factory like box_head's, or None.
         offset_loss_weight: factor of the L2 loss on learned offsets ("lambda").
         pixel_mean, pixel_std: of the three channels, in 0..255, in the order of `channel_order`.
         channel_order: 'rgb' or 'bgr', what the backbone's weights expect. Images always come in as RGB.
+        share_trunk: the mask head works on what the box head's ResNetTrunk gives before its mean (C4).
+        size_divisibility: padding beyond the next multiple of it is cut off again before the backbone; None keeps all.
     """
 
     def __init__(
@@ -44,20 +49,23 @@ class TwoStageDetector(nn.Module):
         rpn: Callable[..., nn.Module],
         box_head: Callable[..., nn.Module] | None = None,
         mask_head: Callable[..., nn.Module] | None = None,
+        keypoint_head: Callable[..., nn.Module] | None = None,
         offset_loss_weight: float = 0.1,
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
         pixel_std: Sequence[float] = IMAGENET_STD,
         channel_order: str = "rgb",
+        share_trunk: bool = False,
+        size_divisibility: int | None = None,
     ):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes}: a detector needs at least one foreground class")
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order={channel_order!r}: expected 'rgb' or 'bgr'")
-        if mask_head is not None and box_head is None:
-            raise ValueError("mask_head without box_head: masks are predicted for the box head's detections")
+        if box_head is None and (mask_head is not None or keypoint_head is not None):
+            raise ValueError("mask_head or keypoint_head without box_head: they work on the box head's detections")
         self.num_classes, self.channel_order = num_classes, channel_order
-        self.offset_loss_weight = offset_loss_weight
+        self.offset_loss_weight, self.size_divisibility = offset_loss_weight, size_divisibility
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
@@ -66,7 +74,9 @@ class TwoStageDetector(nn.Module):
         self.rpn = rpn(self.neck.out_channels, self.neck.strides)
         roi_args = self.neck.out_channels, self.neck.strides[: self.neck.roi_levels], num_classes
         self.box_head = box_head and box_head(*roi_args)
-        self.mask_head = mask_head and mask_head(*roi_args)
+        shared = {"trunk": partial(SharedTrunk, trunk=self.box_head.trunk)} if share_trunk else {}
+        self.mask_head = mask_head and mask_head(*roi_args, **shared)
+        self.keypoint_head = keypoint_head and keypoint_head(*roi_args)
 
     def forward(self, batch: Batch, targets: Targets | None = None, stats: bool = False):
         """Losses in training, detections in inference.
@@ -92,8 +102,9 @@ class TwoStageDetector(nn.Module):
 
         sampled, positives = self.box_head.sample(proposals, batch, targets)
         heads = {"box_head": (self.box_head, sampled)}
-        if self.mask_head is not None:
-            heads["mask_head"] = (self.mask_head, positives)
+        for name in ("mask_head", "keypoint_head"):
+            if getattr(self, name) is not None:
+                heads[name] = (getattr(self, name), positives)
         roi_features: dict[str, tuple[RoIFeatures, SampledRoIs]] = {}
         for name, (head, rows) in heads.items():
             prediction = head(features, rows.rois)
@@ -109,6 +120,9 @@ class TwoStageDetector(nn.Module):
     def normalise(self, batch: Batch) -> Tensor:
         """uint8 images [N, 3, H, W] as the network's float input, zero outside each image's content."""
         images = batch.images if self.channel_order == "rgb" else batch.images.flip(1)
+        if self.size_divisibility is not None:
+            height, width = (batch.image_sizes.amax(0) / self.size_divisibility).ceil().int() * self.size_divisibility
+            images = images[:, :, :height, :width]
         height, width = batch.image_sizes[:, :, None].unbind(1)
         rows = torch.arange(images.shape[2], device=images.device) < height
         columns = torch.arange(images.shape[3], device=images.device) < width
@@ -122,7 +136,9 @@ class TwoStageDetector(nn.Module):
             return Detections(proposals.boxes, proposals.scores, proposals.valid.long(), proposals.valid)
         features = features[: self.neck.roi_levels]
         detections = self.box_head.detect(features, proposals, batch)
-        return detections if self.mask_head is None else self.mask_head.detect(features, detections)
+        for head in (self.mask_head, self.keypoint_head):
+            detections = detections if head is None else head.detect(features, detections)
+        return detections
 
     def offset_loss(self, roi_features: dict[str, tuple[RoIFeatures, SampledRoIs]]) -> dict[str, Tensor]:
         """The weighted L2 loss on the offsets that the heads' RoI methods predicted, if any of them predicts some."""

@@ -20,8 +20,8 @@ class FPN(nn.Module):
         in_channels, strides: of the backbone's maps, finest first.
         out_channels: C of every level.
         norm: norm by name after each convolution, or None.
-        top: 'max_pool' adds a level that is every second cell of the last one (for the RPN's largest anchors),
-            'none' adds nothing.
+        top: one more level for the RPN's largest anchors: 'max_pool' takes every second cell of the last one, 'conv'
+            convolves it at stride 2 (the last of `output`), 'none' adds nothing.
 
     Attributes: out_channels; strides of all levels; roi_levels, how many of them, the finest, RoIs are assigned to.
     """
@@ -35,14 +35,20 @@ class FPN(nn.Module):
         top: str = "max_pool",
     ):
         super().__init__()
-        if top not in ("max_pool", "none"):
-            raise ValueError(f"top={top!r}: expected 'max_pool' or 'none'")
+        if top not in ("max_pool", "conv", "none"):
+            raise ValueError(f"top={top!r}: expected 'max_pool', 'conv' or 'none'")
         self.lateral = nn.ModuleList(conv_block(c, out_channels, 1, norm, relu=False) for c in in_channels)
         self.output = nn.ModuleList(conv_block(out_channels, out_channels, 3, norm, relu=False) for _ in in_channels)
+        if top == "conv":
+            self.output.append(conv_block(out_channels, out_channels, 3, norm, relu=False, stride=2))
         self.top = top
         self.out_channels = out_channels
         self.roi_levels = len(strides)
-        self.strides = [*strides, 2 * strides[-1]] if top == "max_pool" else list(strides)
+        self.strides = list(strides) if top == "none" else [*strides, 2 * strides[-1]]
+        self.init_convs()
+
+    def init_convs(self) -> None:
+        """Uniform weights by fan-in, as Caffe2's XavierFill, and zero biases."""
         for conv in self.modules():
             if isinstance(conv, nn.Conv2d):
                 nn.init.kaiming_uniform_(conv.weight, a=1)
@@ -51,10 +57,16 @@ class FPN(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Levels [N, C, Hl, Wl], finest first, of the backbone's maps."""
+        levels = self.merge(maps)
+        if self.top == "max_pool":
+            levels.append(levels[-1][:, :, ::2, ::2])
+        elif self.top == "conv":
+            levels.append(self.output[-1](levels[-1]))
+        return levels
+
+    def merge(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The levels that the maps have one by one, before any top level."""
         merged = [lateral(x) for lateral, x in zip(self.lateral, maps)]
         for i in range(len(merged) - 1, 0, -1):
             merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=merged[i - 1].shape[-2:], mode="nearest")
-        levels = [output(x) for output, x in zip(self.output, merged)]
-        if self.top == "max_pool":
-            levels.append(levels[-1][:, :, ::2, ::2])
-        return levels
+        return [output(x) for output, x in zip(self.output, merged)]

@@ -12,6 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from detector.backbone.deform import DeformConv2d
 from detector.layers import norm_layer
 
 BLOCKS = {
@@ -35,6 +36,8 @@ class ResNet(torchvision.models.ResNet):
         groups, width_per_group: of the 3 x 3 convolutions (32 and 8 make a ResNeXt 32x8d).
         stride_in_1x1: bottlenecks stride in their first 1 x 1 (the original, Caffe's) instead of the 3 x 3.
         dilate_last: stage 5 keeps the resolution of stage 4 and dilates instead ("DC5").
+        deform_stages: the stages whose 3 x 3 convolutions are deformable ([3, 4, 5] for "c3-c5"); for bottlenecks.
+        deform_modulated: and modulated ("v2").
         stages: the stages whose maps are returned, for instance [2, 3, 4, 5] for FPN or [4] for C4.
         frozen_stages: the stem (1) and the stages up to this one are not trained; 0 trains everything.
         weights: None, the name of torchvision's weights ('IMAGENET1K_V1' ...), or the path of a state dict.
@@ -49,6 +52,8 @@ class ResNet(torchvision.models.ResNet):
         width_per_group: int = 64,
         stride_in_1x1: bool = False,
         dilate_last: bool = False,
+        deform_stages: Sequence[int] = (),
+        deform_modulated: bool = False,
         stages: Sequence[int] = (2, 3, 4, 5),
         frozen_stages: int = 2,
         weights: str | None = None,
@@ -61,6 +66,11 @@ class ResNet(torchvision.models.ResNet):
         if not 0 <= frozen_stages <= 5:
             raise ValueError(f"frozen_stages={frozen_stages}: expected 0 to 5")
         block, repeats = BLOCKS[depth]
+        if not set(deform_stages) <= set(range(2, max(stages) + 1)) or (deform_stages and block is BasicBlock):
+            raise ValueError(
+                f"deform_stages={list(deform_stages)}: expected some of the stages 2 to {max(stages)}, and bottlenecks "
+                "(depth 50 or more)"
+            )
         # What torchvision's _make_layer reads.
         self._norm_layer = norm_layer(norm)
         self.inplanes, self.dilation, self.groups, self.base_width = width, 1, groups, width_per_group
@@ -83,6 +93,9 @@ class ResNet(torchvision.models.ResNet):
                 module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
         if weights is not None:
             self.load_weights(weights, depth)
+        for stage in deform_stages:
+            for part in getattr(self, f"layer{stage - 1}"):
+                part.conv2 = DeformConv2d(part.conv2, deform_modulated)
         if frozen_stages >= 1:
             self.conv1.requires_grad_(False)
             self.bn1.requires_grad_(False)

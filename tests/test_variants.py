@@ -1,0 +1,181 @@
+"""Every model, backbone and neck of configs/ builds as published and, in small, trains a step and detects."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torchvision.models import detection, resnet18, resnet34, resnet101
+
+from detector.config import CONFIGS, build, check
+from detector.structures import Batch, Targets
+
+GROUPS = ("model", "backbone", "neck")
+NAMES = {group: sorted(file.stem for file in (CONFIGS / group).glob("*.yaml")) for group in GROUPS}
+# A backbone or neck that needs another model than Faster R-CNN with FPN.
+MODEL_FOR = {"resnet50_c4": "faster_rcnn_c4", "resnet50_dc5": "faster_rcnn_dc5", "single": "faster_rcnn_dc5"}
+TIMM = {"timm": ["model.backbone.name=resnet18"], "convnext_tiny": [], "swin_tiny": []}
+SMALL = {  # keys that are made small where a config has them
+    "backbone.width": 32,
+    "neck.out_channels": 32,
+    "rpn.conv_channels": [32],
+    "rpn.pre_nms_top_n": [100, 100],
+    "rpn.post_nms_top_n": [50, 50],
+    "box_head.trunk.fc_channels": [32],
+    "box_head.batch_size_per_image": 16,
+    "box_head.detections_per_image": 5,
+    "mask_head.upsample_channels": 32,
+    "mask_head.trunk.conv_channels": [32],
+    "keypoint_head.trunk.conv_channels": [32],
+}
+
+
+def config(*overrides: str):
+    """The checked model config of a composition."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", ["experiment=none", *overrides])
+    check(cfg)
+    return cfg.model
+
+
+def choose(group: str, name: str) -> list[str]:
+    if group == "model":
+        return [f"model={name}"]
+    extra = TIMM.get(name, [])
+    extra = [*extra, "model.backbone.pretrained=false"] if name in TIMM else extra
+    return [f"model={MODEL_FOR.get(name, 'faster_rcnn')}", f"{group}@model.{group}={name}", *extra]
+
+
+def small(cfg):
+    OmegaConf.set_struct(cfg, False)
+    if "ResNet" not in cfg.backbone._target_:
+        cfg.backbone.drop_path_rate = 0.0
+    for path, value in SMALL.items():
+        parent, _, key = path.rpartition(".")
+        node = OmegaConf.select(cfg, parent)
+        if node is None or (path == "backbone.width" and "ResNet" not in cfg.backbone._target_):
+            continue
+        if key in node or path == "backbone.width":
+            OmegaConf.update(cfg, path, value)
+    return cfg
+
+
+def random_input(keypoints: int = 17) -> tuple[Batch, Targets]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=generator)
+    sizes = torch.tensor([[96, 128], [80, 128]])
+    boxes = torch.tensor([[[8.0, 8, 60, 70], [50, 20, 120, 76]], [[20, 30, 90, 78], [0, 0, 0, 0]]])
+    valid = torch.tensor([[True, True], [True, False]])
+    points = boxes[:, :, None, :2] + torch.rand(2, 2, keypoints, 2, generator=generator) * 40
+    visible = torch.full((2, 2, keypoints, 1), 2.0) * valid[:, :, None, None]
+    targets = Targets(
+        boxes,
+        labels=torch.tensor([[1, 2], [3, 0]]),
+        valid=valid,
+        crowd=torch.zeros_like(valid),
+        masks=torch.randint(0, 2, (2, 2, 28, 28), dtype=torch.uint8, generator=generator),
+        mask_windows=boxes + torch.tensor([0.0, 0, 1e-3, 1e-3]),
+        has_mask=valid,
+        keypoints=torch.cat([points, visible], dim=-1),
+    )
+    return Batch(images, sizes, sizes, torch.arange(2), torch.arange(2)), targets
+
+
+@pytest.mark.parametrize("group, name", [(group, name) for group, names in NAMES.items() for name in names])
+def test_a_training_step_and_an_inference(group, name):
+    if name in TIMM:
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = build(small(config(*choose(group, name))), "model", num_classes=3)
+    with torch.no_grad():
+        for key, value in model.backbone.state_dict().items():
+            if key.endswith("bn3.weight"):
+                value.fill_(0.1)  # or untrained residual blocks add up to infinity
+    batch, targets = random_input()
+    losses = model.train()(batch, targets)
+    sum(losses.values()).backward()
+    for key, value in losses.items():
+        assert value.isfinite(), key
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+    expected = {"loss_objectness", "loss_rpn_box_reg"}
+    expected |= set() if name == "rpn" else {"loss_classifier", "loss_box_reg"}
+    expected |= {"loss_mask"} if "mask" in name else {"loss_keypoint"} if "keypoint" in name else set()
+    assert set(losses) == expected
+    if name != "rpn":
+        for head in model.box_head.modules():
+            if hasattr(head, "score_threshold"):
+                head.score_threshold = -1.0
+    with torch.no_grad():
+        found = model.eval()(batch)
+    assert found.valid.any(dim=1).all()
+    assert (found.boxes[1] <= torch.tensor([128.0, 80, 128, 80])).all()
+    assert (found.masks is not None) == ("mask" in name)
+    assert (found.keypoints is not None) == ("keypoint" in name)
+
+
+def count(cfg, num_classes: int) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(cfg, "model", num_classes=num_classes).parameters())
+
+
+def theirs(builder, num_classes: int) -> int:
+    """Parameters of a torchvision detector without the boxes and masks that it predicts for the background."""
+    with torch.device("meta"):
+        model = builder(weights=None, weights_backbone=None, num_classes=num_classes + 1)
+    total = sum(p.numel() for p in model.parameters())
+    total -= 4 * (model.roi_heads.box_predictor.bbox_pred.in_features + 1)
+    if model.roi_heads.has_mask():
+        total -= model.roi_heads.mask_predictor.mask_fcn_logits.in_channels + 1
+    return total
+
+
+@pytest.mark.parametrize(
+    "builder, overrides",
+    [
+        ("fasterrcnn_resnet50_fpn", ["model=faster_rcnn"]),
+        ("maskrcnn_resnet50_fpn", ["model=mask_rcnn"]),
+        ("fasterrcnn_resnet50_fpn_v2", ["model=faster_rcnn_v2"]),
+        ("maskrcnn_resnet50_fpn_v2", ["model=mask_rcnn_v2"]),
+    ],
+)
+def test_as_many_parameters_as_torchvisions(builder, overrides):
+    norms = 0 if builder.endswith("v2") else 53_120  # v1's are frozen, in torchvision only when weights are loaded
+    assert count(config(*overrides), 80) == theirs(getattr(detection, builder), 80) - norms
+
+
+@pytest.mark.parametrize(
+    "overrides, parameters",
+    [  # of detectron2 and mmdetection, 80 classes (keypoints: 1)
+        (["model=faster_rcnn"], 41_699_936),
+        (["model=mask_rcnn"], 44_343_216),
+        (["model=mask_rcnn", "backbone@model.backbone=resnet101"], 63_283_120),
+        (["model=faster_rcnn", "backbone@model.backbone=resnext101_32x8d"], 104_784_480),
+        (["model=faster_rcnn_c4"], 33_791_644),
+        (["model=mask_rcnn_c4"], 35_909_612),
+        (["model=faster_rcnn_dc5"], 165_581_468),
+        (["model=mask_rcnn_dc5"], 172_353_516),
+        (["model=mask_rcnn", "backbone@model.backbone=resnet50_dconv"], 44_924_058),
+        (["model=mask_rcnn_gn"], 45_711_152),
+        (["model=rpn"], 27_393_231),
+        (["model=cascade_mask_rcnn"], 71_984_926),
+        (["model=cascade_mask_rcnn_per_stage"], 77_271_486),
+        (["model=faster_rcnn", "neck@model.neck=pafpn"], 45_240_416),
+        (["model=keypoint_rcnn"], 59_133_158),
+    ],
+)
+def test_as_many_parameters_as_published(overrides, parameters):
+    assert count(config(*overrides), 1 if "keypoint" in overrides[0] else 80) == parameters
+
+
+def test_backbones_have_torchvisions_parameters():
+    for name, builder in (("resnet18", resnet18), ("resnet34", resnet34), ("resnet101", resnet101)):
+        with torch.device("meta"):
+            wanted = builder(num_classes=1).state_dict()
+            found = build(
+                config("model=faster_rcnn", f"backbone@model.backbone={name}").backbone, "backbone"
+            ).state_dict()
+        wanted = {k: v.shape for k, v in wanted.items() if not k.startswith("fc.") and "num_batches" not in k}
+        assert {k: v.shape for k, v in found.items()} == wanted
