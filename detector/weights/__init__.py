@@ -1,0 +1,6 @@
+"""Weights of other frameworks: read safely, renamed, checked, and with the numbers that they need to reproduce."""
+
+from detector.weights.architecture import apply_presets, model_config
+from detector.weights.loading import ForeignWeights, Misfit, load_foreign, load_into, misfit
+
+__all__ = ["ForeignWeights", "Misfit", "apply_presets", "load_foreign", "load_into", "misfit", "model_config"]

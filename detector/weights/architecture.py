@@ -1,0 +1,201 @@
+"""The model config that a set of weights belongs to, read off their names (ours) and shapes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+from detector.weights.presets import groups, has
+
+DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+RATIOS = 3  # aspect ratios of the anchors; all published models have 0.5, 1 and 2
+PYRAMID_SIZES, SINGLE_SIZES = [[32], [64], [128], [256], [512]], [[32, 64, 128, 256, 512]]
+
+
+def model_config(state: dict[str, Tensor], presets: dict[str, Any]) -> dict[str, Any]:
+    """A complete model config, to be instantiated as it is, for weights under our names.
+
+    Raises ValueError where they are no detector or not one of the family.
+    """
+    if not has(state, "rpn.head."):
+        raise ValueError("these weights are a backbone, not a detector: give the model config they start")
+    c4, pyramid = has(state, "box_head.trunk.layer4."), has(state, "neck.lateral.")
+    single = {"_target_": "detector.backbone.SingleLevel", "_partial_": True}
+    config: dict[str, Any] = {
+        "_target_": "detector.model.TwoStageDetector",
+        "num_classes": 1,
+        "backbone": backbone(state, c4, pyramid),
+        "neck": neck(state) if pyramid else single,
+        "rpn": {
+            **part("rpn.RPN"),
+            "anchor_sizes": PYRAMID_SIZES if pyramid else SINGLE_SIZES,
+            "conv_channels": [state[key].shape[0] for key in sorted(fits(state, r"rpn\.head\.conv\.\d+\.0\.weight"))],
+        },
+    }
+    if has(state, "box_head."):
+        config["box_head"], config["num_classes"] = box_head(state, c4)
+    if has(state, "mask_head."):
+        config["mask_head"] = mask_head(state)
+        if c4:
+            config["share_trunk"] = True
+            del config["mask_head"]["trunk"]
+    if has(state, "keypoint_head."):
+        config["keypoint_head"] = keypoint_head(state)
+    apply_presets(config, presets)
+    return config
+
+
+def part(name: str) -> dict[str, Any]:
+    return {"_target_": f"detector.{name}", "_partial_": True}
+
+
+def fits(state: dict[str, Tensor], pattern: str) -> list[str]:
+    return [key for key in state if re.fullmatch(pattern, key)]
+
+
+def widths(state: dict[str, Tensor], prefix: str) -> list[int]:
+    """Output channels of `prefix`0, `prefix`1, ... in order."""
+    found = {}
+    for key in fits(state, re.escape(prefix) + r"(\d+)(\.0)?\.weight"):
+        found[int(key[len(prefix) :].split(".")[0])] = state[key].shape[0]
+    return [found[i] for i in sorted(found)]
+
+
+def norm_of(state: dict[str, Tensor], prefix: str, frozen: bool = False) -> str | None:
+    """The norm at `prefix`: 'group_norm' has no running statistics, None if there is none at all."""
+    if f"{prefix}.weight" not in state:
+        return None
+    if f"{prefix}.running_mean" not in state:
+        return "group_norm"
+    return "frozen_batch_norm" if frozen else "batch_norm"
+
+
+def backbone(state: dict[str, Tensor], c4: bool, pyramid: bool) -> dict[str, Any]:
+    blocks = tuple(
+        len({key.split(".")[i + 2] for key in state if key.startswith(f"{prefix}layer{stage}.")})
+        for stage, prefix, i in [
+            *((s, "backbone.", 0) for s in (1, 2, 3)),
+            (4, "box_head.trunk.", 1) if c4 else (4, "backbone.", 0),
+        ]
+    )
+    bottleneck = has(state, "backbone.layer1.0.conv3.")
+    depth = 34 if blocks == (3, 4, 6, 3) and not bottleneck else DEPTHS.get(blocks)
+    if depth is None or "backbone.conv1.weight" not in state:
+        raise ValueError(f"the backbone is not a ResNet of the family: {blocks} blocks in its stages")
+    config: dict[str, Any] = {
+        "_target_": "detector.backbone.ResNet",
+        "depth": depth,
+        "norm": norm_of(state, "backbone.bn1", frozen=True),
+        "stages": [4] if c4 else [2, 3, 4, 5] if pyramid else [5],
+        "dilate_last": not c4 and not pyramid,
+    }
+    if groups(state) > 1:
+        width = state["backbone.layer1.0.conv2.weight"].shape[1]
+        config |= {"groups": groups(state), "width_per_group": width}
+    offsets = fits(state, r"backbone\.layer\d\.0\.conv2\.offset\.weight")
+    if offsets:
+        config["deform_stages"] = sorted(int(key[14]) + 1 for key in offsets)
+        config["deform_modulated"] = state[offsets[0]].shape[0] == 27
+    return config
+
+
+def neck(state: dict[str, Tensor]) -> dict[str, Any]:
+    name = "PAFPN" if has(state, "neck.bottom_up.") else "FPN"
+    return {
+        **part(f"backbone.{name}"),
+        "out_channels": state["neck.output.0.0.weight"].shape[0],
+        "norm": norm_of(state, "neck.output.0.1"),
+        "top": "conv" if len(widths(state, "neck.output.")) > len(widths(state, "neck.lateral.")) else "max_pool",
+    }
+
+
+def box_head(state: dict[str, Tensor], c4: bool) -> tuple[dict[str, Any], int]:
+    cascade = has(state, "box_head.stages.")
+    first = "box_head.stages.0." if cascade else "box_head."
+    num_classes = state[f"{first}predictor.class_logits.weight"].shape[0] - 1
+    # with a single class the two kinds have the same shape, and are the same thing
+    agnostic = num_classes > 1 and state[f"{first}predictor.box_deltas.weight"].shape[0] == 4
+    trunk = {
+        **part("heads.FCTrunk"),
+        "conv_channels": widths(state, f"{first}trunk.conv."),
+        "fc_channels": widths(state, f"{first}trunk.fc."),
+        "norm": norm_of(state, f"{first}trunk.conv.0.1"),
+    }
+    config = {
+        **part("heads.CascadeBoxHead" if cascade else "heads.BoxHead"),
+        "roi": roi(state, "box_head"),
+        "output_size": 14 if c4 else 7,
+        "trunk": stage_trunk(state) if c4 else trunk,
+    }
+    if not cascade:
+        config["class_agnostic"] = agnostic
+    return config, num_classes
+
+
+def stage_trunk(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Stage 5 of the ResNet, applied to RoIs."""
+    blocks = len({key.split(".")[3] for key in state if key.startswith("box_head.trunk.layer4.")})
+    config = {
+        **part("heads.ResNetTrunk"),
+        "blocks": blocks,
+        "norm": norm_of(state, "box_head.trunk.layer4.0.bn1", True),
+    }
+    if groups(state) > 1:
+        config |= {"groups": groups(state), "width_per_group": state["backbone.layer1.0.conv2.weight"].shape[1]}
+    return config
+
+
+def mask_head(state: dict[str, Tensor]) -> dict[str, Any]:
+    cascade = has(state, "mask_head.stages.")
+    first = "mask_head.stages.0." if cascade else "mask_head."
+    masks = state[f"{first}predictor.mask_logits.weight"].shape[0]
+    trunk = {
+        **part("heads.ConvTrunk"),
+        "conv_channels": widths(state, f"{first}trunk.conv."),
+        "norm": norm_of(state, f"{first}trunk.conv.0.1"),
+    }
+    return {
+        **part("heads.CascadeMaskHead" if cascade else "heads.MaskHead"),
+        "roi": roi(state, "mask_head"),
+        "output_size": 14,
+        "trunk": trunk,
+        "upsample_channels": state[f"{first}predictor.mask_logits.weight"].shape[1],
+        "class_agnostic": masks == 1,
+    }
+
+
+def keypoint_head(state: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        **part("heads.KeypointHead"),
+        "roi": roi(state, "keypoint_head"),
+        "output_size": 14,
+        "trunk": {**part("heads.ConvTrunk"), "conv_channels": widths(state, "keypoint_head.trunk.conv.")},
+        "num_keypoints": state["keypoint_head.predictor.weight"].shape[1],
+    }
+
+
+def roi(state: dict[str, Tensor], head: str) -> dict[str, Any]:
+    prefix = f"{head}.extractor.op.offset_predictor."
+    if not has(state, prefix):
+        return part("roi.RoIAlign")
+    levels = len({key.split(".")[4] for key in state if key.startswith(prefix)})
+    return {  # mmdetection's packs
+        **part("roi.DeformableRoIPool"),
+        "sampling_ratio": 0,
+        "modulated": has(state, f"{prefix}0.modulation."),
+        "predictor": "per_level" if levels > 1 else "shared",
+        "predictor_width": state[f"{prefix}0.offsets.0.weight"].shape[0],
+    }
+
+
+def apply_presets(config: dict[str, Any], presets: dict[str, Any]) -> None:
+    """Put the presets into a model config; those of parts that it does not have are left out."""
+    for path, value in presets.items():
+        *parents, leaf = path.split(".")
+        node = config
+        for name in parents:
+            node = node.get(name) if isinstance(node, dict) else None
+        if node is not None:
+            node[leaf] = value

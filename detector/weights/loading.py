@@ -1,0 +1,248 @@
+"""From somebody's checkpoint to a model of ours: translate, check, load."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from detector.weights.keymaps import (
+    CAFFE2_TO_DETECTRON2,
+    DETECTRON2,
+    MMDET,
+    TORCHVISION,
+    UNUSED,
+    compile_table,
+    detectron2_resnet,
+    rename,
+    resnet,
+)
+from detector.weights.presets import has, presets_of
+from detector.weights.reading import read_file, state_dict_of
+
+log = logging.getLogger(__name__)
+SOURCES = ("torchvision", "detectron2", "mmdet")
+TABLES = {
+    "torchvision": compile_table(TORCHVISION | resnet("", "backbone.")),  # the latter are classifiers
+    "detectron2": compile_table(DETECTRON2 | detectron2_resnet("", "backbone.")),
+    "mmdet": compile_table(MMDET | resnet("", "backbone.")),
+}
+CAFFE2 = compile_table(CAFFE2_TO_DETECTRON2)
+COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none and nothing depends on it
+HEADS = r"(box|mask|keypoint)_head\.(stages\.\d+\.)?predictor\."  # what depends on the number of classes
+
+
+class ForeignWeights(NamedTuple):
+    """What `load_foreign` returns."""
+
+    state_dict: dict[str, Tensor]  # under our names, in our order of classes and anchors
+    presets: dict[str, Any]  # {key of the model config: value} that the weights were trained with
+
+
+class Misfit(NamedTuple):
+    """How a state dict differs from a model's."""
+
+    missing: list[str]
+    extra: list[str]
+    shapes: list[str]  # "key: (shape given), expected (shape of the model)"
+
+    def __bool__(self) -> bool:
+        return any(self)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in zip(KINDS, self) if keys)
+
+
+KINDS = ("missing", "not of this model", "of another shape")
+
+
+def load_foreign(
+    path_or_state_dict: str | Path | Mapping[str, Any], source: str | None = None, style: str | None = None
+) -> ForeignWeights:
+    """Weights of torchvision, detectron2 or mmdetection as a state dict of our model, with the settings they need.
+
+    Args:
+        path_or_state_dict: a file (.pth, .pt, detectron2's and Caffe2's .pkl, .safetensors) or what was in it. Nothing
+            in it is executed.
+        source: 'torchvision', 'detectron2' or 'mmdet'; None recognises it by the names.
+        style: 'caffe' or 'pytorch': where bottlenecks stride and how images are normalised. None takes what the file
+            says, else what that framework's published models of that kind have.
+
+    Returns the state dict and the presets, `{"rpn.anchor_rounding": True, ...}`. Keys that a model has no use for are
+    logged. Classifiers give `backbone.` keys alone.
+
+    Raises FileNotFoundError, and ValueError for an unknown source or for keys that no rule knows, all of them listed.
+    """
+    if source not in (None, *SOURCES):
+        raise ValueError(f"source={source!r}: expected one of {', '.join(SOURCES)}, or None to recognise it")
+    if style not in (None, "caffe", "pytorch"):
+        raise ValueError(f"style={style!r}: expected 'caffe', 'pytorch' or None")
+    is_path = isinstance(path_or_state_dict, str | Path)
+    contents = read_file(path_or_state_dict) if is_path else path_or_state_dict
+    theirs = state_dict_of(contents)
+    source = source or recognise(theirs)
+    if source != "torchvision":
+        style = style or style_in(contents, Path(path_or_state_dict).name if is_path else "")
+    state, unused = translate(theirs, source)
+    if unused:
+        log.info("not used by the model: %s", ", ".join(unused))
+    if is_path and source == "torchvision" and re.search(r"_fpn_coco-[0-9a-f]{8}", str(path_or_state_dict)):
+        without_eps(state)
+    presets = presets_of(source, state, style)
+    if source == "detectron2" and "pixel_mean" in theirs:
+        presets["pixel_mean"] = theirs["pixel_mean"].flatten().tolist()
+        presets["pixel_std"] = theirs["pixel_std"].flatten().tolist()
+    return ForeignWeights(state, presets)
+
+
+def recognise(state: Mapping[str, Tensor]) -> str:
+    """The framework that names parameters like this. Raises ValueError if none does."""
+    marks = {
+        "detectron2": ("proposal_generator.", "backbone.bottom_up.", "backbone.res", "stem.", "res2"),
+        "mmdet": ("rpn_head.", "bbox_head.", "roi_head.", "neck."),
+        "torchvision": ("backbone.body.", "rpn.head.cls_logits", "layer1."),
+    }
+    for source, prefixes in marks.items():
+        if any(key.startswith(prefixes) for key in state):
+            return source
+    first = ", ".join(list(state)[:3])
+    raise ValueError(f"the weights ({first}, ...) are of none of {', '.join(SOURCES)}: give the source if they are")
+
+
+def style_in(contents: Mapping[str, Any], name: str) -> str | None:
+    """'caffe' or 'pytorch' if a checkpoint says it: in the config text it carries or in its file's name."""
+    meta = contents.get("meta") if isinstance(contents.get("meta"), dict) else {}
+    text = next((meta[key] for key in ("config", "cfg") if isinstance(meta.get(key), str)), "")
+    found = re.search(r"""style=['"](caffe|pytorch)['"]""", text)
+    if found:
+        return found[1]
+    if contents.get("__author__") == "torchvision":  # detectron2's conversion of torchvision's classifier
+        return "pytorch"
+    return "caffe" if re.search(r"caffe|msra", name, re.IGNORECASE) else None
+
+
+def translate(theirs: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Our names and our order of rows for the tensors of another framework, and the keys that are not used.
+
+    Raises ValueError listing all keys that no rule knows, and those that would get the same name.
+    """
+    names, unused, unknown = {}, [], []
+    for key in theirs:
+        if any(re.fullmatch(pattern, key) for pattern in UNUSED):
+            unused.append(key)
+        elif ours := rename(rename(key, CAFFE2) or key, TABLES[source]):
+            names[key] = ours
+        else:
+            unknown.append(key)
+    twice = [key for key, ours in names.items() if list(names.values()).count(ours) > 1]
+    if unknown or twice:
+        raise ValueError(
+            f"{source} weights: "
+            + "; ".join(
+                f"{len(keys)} keys {what}: {', '.join(keys)}"
+                for keys, what in ((unknown, "have no place in our models"), (twice, "mean the same parameter"))
+                if keys
+            )
+        )
+    state = {ours: theirs[key] for key, ours in names.items()}
+    for ours in list(state):
+        state[ours] = reorder(ours, state[ours], source, state)
+    if any(key.startswith("res2_0_branch2a_bn") for key in theirs):
+        state |= missing_statistics(state)
+    return state, unused
+
+
+def reorder(key: str, value: Tensor, source: str, state: Mapping[str, Tensor]) -> Tensor:
+    """Rows in our order: background first for class logits, foreground alone for boxes and masks, anchors by ratio."""
+    if ".predictor.class_logits." in key and source != "torchvision":
+        return value.roll(1, dims=0)  # detectron2 and mmdetection keep the background last
+    if source == "torchvision" and ".predictor.box_deltas." in key:
+        return value[4:]
+    if source == "torchvision" and ".predictor.mask_logits." in key:
+        return value[1:]
+    if source == "detectron2" and key.startswith(("rpn.head.objectness_logits.", "rpn.head.deltas.")):
+        # theirs: size by size, and ratio by ratio within a size
+        sizes = state["rpn.head.objectness_logits.bias"].shape[0] // 3
+        return value.unflatten(0, (sizes, 3, -1)).transpose(0, 1).flatten(0, 2)
+    return value
+
+
+def missing_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Caffe's batch norms are a scale and a shift: the running statistics under which ours are the same."""
+    added = {}
+    for key, weight in state.items():
+        prefix = key.removesuffix(".weight")
+        if re.search(r"(bn\d|downsample\.1)\.weight$", key) and f"{prefix}.running_mean" not in state:
+            added[f"{prefix}.running_mean"] = torch.zeros_like(weight)
+            added[f"{prefix}.running_var"] = torch.full_like(weight, 1 - 1e-5)  # the norm adds 1e-5
+    return added
+
+
+def without_eps(state: dict[str, Tensor]) -> None:
+    """torchvision's first detectors (`..._fpn_coco-<hash>.pth`) run with eps = 0: take ours off the variances."""
+    for key in state:
+        if key.endswith("running_var"):
+            state[key] = state[key] - 1e-5
+
+
+def misfit(model: nn.Module, state: Mapping[str, Tensor], parts: tuple[str, ...] = ("",)) -> Misfit:
+    """Compare names and shapes with the model's `parts` (prefixes); batch norm's counters count for nothing."""
+    wanted = {key: value for key, value in model.state_dict().items() if key.startswith(parts)}
+    missing = [key for key in wanted if key not in state and not key.endswith(COUNTER)]
+    extra = [key for key in state if key not in wanted and not key.endswith(COUNTER)]
+    shapes = [
+        f"{key}: {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    return Misfit(missing, extra, shapes)
+
+
+def load_into(
+    model: nn.Module, state: Mapping[str, Tensor], strict: bool = True, reset_heads: bool = False
+) -> list[str]:
+    """Load weights under our names into a model.
+
+    Args:
+        strict: every key of the model must be there with its shape, and no other; False loads what fits and warns.
+        reset_heads: predictors whose number of classes differs keep their fresh initialisation, and this is logged.
+
+    A state dict of `backbone.` keys alone fills the backbone and leaves the rest as it is.
+    Returns the keys that were loaded. Raises ValueError listing the keys that do not fit.
+    """
+    state, parts = dict(state), ("",)
+    if all(key.startswith("backbone.") for key in state):
+        state, parts = fit_backbone(model, state), ("backbone.", "box_head.trunk.layer4.")
+    if reset_heads:
+        wanted = model.state_dict()
+        reset = [k for k in wanted if re.match(HEADS, k) and k in state and state[k].shape != wanted[k].shape]
+        state |= {key: wanted[key] for key in reset}
+        if reset:
+            log.warning("initialised anew, as asked, for another number of classes: %s", ", ".join(reset))
+    found = misfit(model, state, parts)
+    if found:
+        if strict:
+            raise ValueError(
+                f"weights do not fit the model: {found}. weights.strict=false loads what fits, "
+                "weights.reset_heads=true initialises heads for another number of classes anew"
+            )
+        log.warning("loading what fits of the weights; %s", found)
+    wrong = {line.split(":")[0] for line in found.shapes}
+    fitting = {key: value for key, value in state.items() if key not in {*wrong, *found.extra}}
+    model.load_state_dict(fitting, strict=False)
+    return list(fitting)
+
+
+def fit_backbone(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A classifier's `backbone.` keys as this model has them: in a C4 model stage 5 belongs to the box head's trunk."""
+    wanted = model.state_dict()
+    moved = {key: re.sub(r"^backbone\.layer4\.", "box_head.trunk.layer4.", key) for key in state}
+    if not has(wanted, "backbone.layer4.") and has(wanted, "box_head.trunk.layer4."):
+        return {moved[key]: value for key, value in state.items()}
+    layers = {key.split(".")[1] for key in wanted if key.startswith("backbone.layer")}
+    return {k: v for k, v in state.items() if not k.startswith("backbone.layer") or k.split(".")[1] in layers}

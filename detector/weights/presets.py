@@ -1,0 +1,106 @@
+"""The numbers beside the weights: what each framework does a little differently, by the model config's own keys.
+
+Facts from the sources and model-zoo configs of torchvision (`models/detection`), detectron2 0.6 and mmdetection 3.3.
+What all three share is the default of our configs: boxes grow by at most 1000 / 16 in a step, NMS at 0.7 and 0.5,
+scores from 0.05, 100 detections, deltas weighted by 10, 10, 5, 5 (in mmdetection: standard deviations 0.1 and 0.2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+RGB_MEAN, RGB_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+BGR = {"channel_order": "bgr", "pixel_mean": RGB_MEAN[::-1], "pixel_std": [1.0, 1.0, 1.0]}  # Caffe's
+RGB = {"channel_order": "rgb", "pixel_mean": RGB_MEAN, "pixel_std": RGB_STD}
+RESNEXT_STD = RGB_STD[::-1]  # detectron2's X-101 alone is trained on scaled BGR images
+
+CASCADE_WEIGHTS = {
+    "detectron2": [[10.0, 10.0, 5.0, 5.0], [20.0, 20.0, 10.0, 10.0], [30.0, 30.0, 15.0, 15.0]],
+    "mmdet": [
+        [1 / s for s in stds] for stds in ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
+    ],
+}
+LEVEL_RULE = {"torchvision": "torchvision", "detectron2": "detectron2", "mmdet": "mmdetection"}
+
+
+def presets_of(source: str, state: dict[str, Tensor], style: str | None = None) -> dict[str, Any]:
+    """Numeric settings {key of the model config: value} for weights under our names.
+
+    Args:
+        source: 'torchvision', 'detectron2' or 'mmdet'.
+        style: 'caffe' or 'pytorch' where the weights alone do not tell; None guesses as `guess_style` says.
+    """
+    style = style or guess_style(source, state)
+    presets: dict[str, Any] = dict(BGR if style == "caffe" else RGB)
+    if source == "detectron2":
+        presets |= BGR  # also where the strides are PyTorch's
+        if groups(state) > 1:
+            presets["pixel_std"] = RESNEXT_STD
+    presets["backbone.stride_in_1x1"] = style == "caffe"
+    if has(state, "box_head.trunk.layer4."):
+        presets["box_head.trunk.stride_in_1x1"] = style == "caffe"
+    if not any(key.startswith("rpn.") for key in state):
+        return presets  # a backbone alone
+
+    pyramid, heads = (
+        has(state, "neck.lateral."),
+        [h for h in ("box_head", "mask_head", "keypoint_head") if has(state, h)],
+    )
+    presets |= {
+        "size_divisibility": 1 if source == "detectron2" and not pyramid else 32,
+        "rpn.anchor_rounding": source == "torchvision",
+        "rpn.pre_nms_top_n": [2000, 1000] if pyramid else [12000, 6000],
+        "rpn.post_nms_top_n": [2000 if source == "torchvision" or not pyramid else 1000, 1000],
+        "rpn.nms_threshold": 0.7,
+        "rpn.min_size": 1e-3 if source == "torchvision" else 0.0,
+        "rpn.rank_by": "probability" if source == "mmdet" else "logit",
+        "rpn.clamp_shrinking": source == "mmdet",
+    }
+    if not heads:  # proposals are the result: both let more of them through
+        presets |= {"rpn.pre_nms_top_n": [2000, 2000]} if source == "mmdet" else {"rpn.post_nms_top_n": [1000, 2000]}
+    for head in heads:
+        presets[f"{head}.level_rule"] = LEVEL_RULE[source]
+        if not has(state, f"{head}.extractor.op."):  # RoI Align
+            presets[f"{head}.roi.sampling_ratio"] = 2 if source == "torchvision" else 0
+            presets[f"{head}.roi.aligned"] = source != "torchvision"
+    if "box_head" in heads:
+        presets |= {
+            "box_head.score_threshold": 0.05,
+            "box_head.nms_threshold": 0.5,
+            "box_head.detections_per_image": 100,
+            "box_head.min_size": {"torchvision": 1e-2, "detectron2": 0.0, "mmdet": -1.0}[source],
+            "box_head.clamp_shrinking": source == "mmdet",
+        }
+        if has(state, "box_head.stages."):
+            presets["box_head.coder_weights"] = CASCADE_WEIGHTS[source]
+            presets["box_head.average"] = "logit" if source == "mmdet" else "probability"
+        else:
+            presets["box_head.coder_weights"] = [10.0, 10.0, 5.0, 5.0]
+    if "keypoint_head" in heads:
+        presets["keypoint_head.score"] = "logit" if source == "torchvision" else "probability"
+    return presets
+
+
+def guess_style(source: str, state: dict[str, Tensor]) -> str:
+    """Where the strides of bottlenecks are, and with it how images are normalised.
+
+    detectron2's ResNets are Caffe's (MSRA) but for ResNeXt and group norm. mmdetection's published models are PyTorch's
+    but for those without a pyramid (C4, DC5).
+    """
+    if source == "detectron2":
+        return "pytorch" if groups(state) > 1 or "backbone.bn1.running_mean" not in state else "caffe"
+    if source == "mmdet" and has(state, "rpn.") and not has(state, "neck."):
+        return "caffe"
+    return "pytorch"
+
+
+def has(state: dict[str, Tensor], prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in state)
+
+
+def groups(state: dict[str, Tensor]) -> int:
+    """Groups of the bottlenecks' 3 x 3 convolutions; 1 where there are no bottlenecks."""
+    inner, narrow = state.get("backbone.layer1.0.conv2.weight"), state.get("backbone.layer1.0.conv1.weight")
+    return narrow.shape[0] // inner.shape[1] if inner is not None and narrow is not None else 1

@@ -1,0 +1,128 @@
+"""The exact layouts of published detectron2 and mmdetection models: every key finds its place, with its shape."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import hydra
+import pytest
+import torch
+
+from detector.structures import Batch
+from detector.weights import load_foreign, load_into, misfit, model_config
+
+LAYOUTS = [
+    "detectron2-cascade_mask_rcnn_R_50_FPN_1x",
+    "detectron2-faster_rcnn_R_50_C4_1x",
+    "detectron2-faster_rcnn_R_50_DC5_1x",
+    "detectron2-faster_rcnn_R_50_FPN_1x",
+    "detectron2-faster_rcnn_X_101_32x8d_FPN_3x",
+    "detectron2-keypoint_rcnn_R_50_FPN_1x",
+    "detectron2-mask_rcnn_R_101_FPN_3x",
+    "detectron2-mask_rcnn_R_50_C4_1x",
+    "detectron2-mask_rcnn_R_50_DC5_1x",
+    "detectron2-mask_rcnn_R_50_FPN_1x",
+    "detectron2-mask_rcnn_R_50_FPN_1x_dconv_c3-c5",
+    "detectron2-mask_rcnn_R_50_FPN_3x_gn",
+    "detectron2-pascal_voc_faster_rcnn_R_50_C4",
+    "detectron2-rpn_R_50_FPN_1x",
+    "mmdet-cascade-mask-rcnn_r50_fpn_1x_coco",
+    "mmdet-cascade-rcnn_r50_fpn_1x_coco",
+    "mmdet-faster-rcnn_r50-caffe-c4_ms-1x_coco",
+    "mmdet-faster-rcnn_r50-caffe-dc5_1x_coco",
+    "mmdet-faster-rcnn_r50_fpn_1x_coco",
+    "mmdet-faster-rcnn_r50_fpn_dpool_1x_coco",
+    "mmdet-faster-rcnn_r50_fpn_mdpool_1x_coco",
+    "mmdet-faster-rcnn_r50_pafpn_1x_coco",
+    "mmdet-mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco",
+    "mmdet-mask-rcnn_r50_fpn_1x_coco",
+    "mmdet-rpn_r50_fpn_1x_coco",
+]
+
+
+def read_layout(shared, name: str) -> dict:
+    folder = shared / "parity" / "layouts"
+    if not folder.is_dir():
+        pytest.skip(f"no published layouts: {folder} is missing")
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_key_is_used_once_and_fits(shared, name):
+    layout = read_layout(shared, name)
+    shapes = layout["state_dict"]
+    with torch.device("meta"):
+        theirs = {key: torch.empty(shape) for key, shape in shapes.items()}
+        state, presets = load_foreign(theirs)
+        config = model_config(state, presets)
+        model = hydra.utils.instantiate(config, _convert_="all")
+    assert len(state) == len(theirs)
+    assert not misfit(model, state)
+    # parameters and buffers, as the layout counts them: frozen norms are buffers in detectron2
+    assert sum(t.numel() for k, t in state.items() if not k.endswith("num_batches_tracked")) == sum(
+        torch.Size(shape).numel() for key, shape in shapes.items() if not key.endswith("num_batches_tracked")
+    )
+    check_numerics(layout["numerics"], presets, config)
+
+
+def check_numerics(numerics: dict, presets: dict, config: dict) -> None:
+    """The settings that the layout lists are those that come along."""
+    box = config.get("box_head", {})
+    if "format" in numerics:  # detectron2
+        assert presets["channel_order"] == numerics["format"].lower()
+        assert presets["pixel_mean"] == numerics["pixel_mean"] and presets["pixel_std"] == numerics["pixel_std"]
+        assert presets["backbone.stride_in_1x1"] == numerics["stride_in_1x1"]
+        assert config["rpn"]["anchor_sizes"] == numerics["anchor_sizes"]
+        if box:
+            assert config["num_classes"] == numerics["num_classes"]
+            assert box["output_size"] == numerics["box_pooler_resolution"]
+            assert box["roi"]["sampling_ratio"] == numerics["box_sampling_ratio"] and box["roi"]["aligned"]
+            weights = box["coder_weights"]
+            assert numerics["box_bbox_weights"] == (weights if isinstance(weights[0], float) else weights[0])
+        return
+    preprocessor = numerics["data_preprocessor"]
+    assert presets["channel_order"] == ("rgb" if preprocessor["bgr_to_rgb"] else "bgr")
+    assert presets["pixel_mean"] == preprocessor["mean"] and presets["pixel_std"] == preprocessor["std"]
+    assert presets["size_divisibility"] == preprocessor["pad_size_divisor"]
+    assert presets["backbone.stride_in_1x1"] == (numerics["backbone_style"] == "caffe")
+    generator = numerics["anchor_generator"]
+    sizes = [[scale * stride for scale in generator["scales"]] for stride in generator["strides"]]
+    assert config["rpn"]["anchor_sizes"] == sizes
+    if box:
+        heads = numerics["bbox_head"]
+        heads = heads if isinstance(heads, list) else [heads]
+        weights = box["coder_weights"] if len(heads) > 1 else [box["coder_weights"]]
+        for head, weight in zip(heads, weights, strict=True):
+            assert [1 / w for w in weight] == pytest.approx(head["bbox_coder"]["target_stds"])
+        assert box["output_size"] == numerics["bbox_roi_extractor"]["roi_layer"]["output_size"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_it_runs(shared, name):
+    """On a small image, with few proposals."""
+    model = stand_in_model(shared, name)
+    for part in model.modules():
+        if hasattr(part, "detections_per_image"):
+            part.detections_per_image, part.score_threshold = 5, 0.0
+    model.rpn.pre_nms_top_n = model.rpn.post_nms_top_n = (100, 40)
+    images = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor([[64, 96]])
+    with torch.no_grad():
+        found = model(Batch(images, sizes, sizes, torch.arange(1), torch.arange(1)))
+    assert found.valid.any()
+    assert found.boxes.isfinite().all() and found.scores.isfinite().all()
+    assert (found.masks is not None) == ("mask" in name) and (found.keypoints is not None) == ("keypoint" in name)
+
+
+def stand_in_model(shared, name: str) -> torch.nn.Module:
+    """The model of a layout with the parity data's stand-in weights."""
+    layout = read_layout(shared, name)
+    spec = importlib.util.spec_from_file_location("stand_in", shared / "parity" / "stand_in.py")
+    stand_in = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stand_in)
+    theirs = {key: torch.as_tensor(stand_in.weight(key, shape)) for key, shape in layout["state_dict"].items()}
+    weights = load_foreign(theirs, source=name.split("-")[0])
+    model = hydra.utils.instantiate(model_config(*weights), _convert_="all")
+    load_into(model, weights.state_dict)
+    return model.eval()

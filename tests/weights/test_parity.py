@@ -1,0 +1,92 @@
+"""What detectron2 and mmdetection computed on a real image with stand-in weights: features, proposals, detections.
+
+The weights are random, so some scores tie (mmdetection's RPN has many that are 1 in float32): such a box may lose to
+its rival. Everything else must be there, with the box within 0.01 px and the score within 1e-3.
+"""
+
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as rle_tools
+
+from detector.evaluation.masks import paste_masks
+from detector.structures import Batch
+from tests.weights.test_layouts import stand_in_model
+
+TIES = {"mmdet-mask-rcnn_r50_fpn_1x_coco": (9, 4)}  # of 60 proposals, of 60 detections: may lose to a rival
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["detectron2-mask_rcnn_R_50_FPN_1x", "detectron2-faster_rcnn_R_50_C4_1x", "mmdet-mask-rcnn_r50_fpn_1x_coco"],
+)
+def test_same_outputs(shared, name):
+    file = shared / "parity" / "outputs" / f"{name}.json"
+    if not file.exists():
+        pytest.skip(f"no recorded outputs: {file} is missing")
+    expected = json.loads(file.read_text())
+    model = stand_in_model(shared, name)
+    batch = read_batch(shared / "data" / "coco_cc_sample" / "images" / expected["image"])
+    with torch.no_grad():
+        features = model.features(batch)
+        proposals, _ = model.rpn(features, batch)
+        found = model.detect(features, batch)
+
+    maps = expected["features"]
+    for level, wanted in zip(features, maps.values() if isinstance(maps, dict) else maps, strict=True):
+        assert list(level.shape) == wanted["shape"]
+        assert level.mean().item() == pytest.approx(wanted["mean"], abs=1e-4)
+        assert level.std().item() == pytest.approx(wanted["std"], abs=1e-4)
+
+    wanted = expected["proposals"]
+    scores = wanted["scores"] if "scores" in wanted else torch.tensor(wanted["logits"]).sigmoid().tolist()
+    lost_proposals, _ = lost(proposals.boxes[0], proposals.scores[0], None, wanted["boxes"], scores, None)
+    wanted = expected["detections"]
+    mine = (found.boxes[0], found.scores[0], found.labels[0] - 1)
+    lost_detections, pairs = lost(*mine, wanted["boxes"], wanted["scores"], wanted["labels"])
+    assert int(proposals.valid.sum()) == expected["proposals"]["count"]
+    assert int(found.valid.sum()) == expected["detections"]["count"]
+    ties = TIES.get(name, (0, 0))
+    assert len(lost_proposals) <= ties[0] and len(lost_detections) <= ties[1]
+    if found.masks is not None:
+        check_masks(found, pairs, wanted["masks"], expected["image_size"])
+
+
+def read_batch(path) -> Batch:
+    """An image at its own size, padded to a multiple of 32."""
+    image = torch.from_numpy(cv2.imread(str(path))[:, :, ::-1].copy()).permute(2, 0, 1)
+    height, width = image.shape[1:]
+    padded = torch.nn.functional.pad(image, (0, -width % 32, 0, -height % 32))
+    sizes = torch.tensor([[height, width]])
+    return Batch(padded[None], sizes, sizes, torch.arange(1), torch.arange(1))
+
+
+def lost(boxes, scores, labels, wanted_boxes, wanted_scores, wanted_labels) -> tuple[list[int], list[tuple[int, int]]]:
+    """Rows of the wanted boxes that none of ours is, and the pairs (wanted row, our row) of the others."""
+    lost_rows, pairs = [], []
+    for row, (box, score) in enumerate(zip(wanted_boxes, wanted_scores)):
+        far = (boxes - torch.tensor(box)).abs().amax(dim=1)
+        if labels is not None:
+            far = torch.where(labels == wanted_labels[row], far, torch.inf)
+        best = int(far.argmin())
+        if far[best] < 0.01 and abs(scores[best] - score) < 1e-3:
+            pairs.append((row, best))
+        else:
+            lost_rows.append(row)
+    return lost_rows, pairs
+
+
+def check_masks(found, pairs, wanted, image_size) -> None:
+    """All pixels agree but for a few on the threshold."""
+    rows = [mine for _, mine in pairs]
+    masks = paste_masks(found.masks[0][rows], found.boxes[0][rows], *image_size)
+    theirs = np.stack([rle_tools.decode(wanted[row]) for row, _ in pairs]).astype(bool)
+    differing = (masks != theirs).sum(axis=(1, 2))
+    assert differing.sum() / theirs.size < 1e-5
+    assert differing.max() <= 20
