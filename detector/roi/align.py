@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from detector.roi.bag import CHUNK, max_of_runs, pool_cells, runs
 from detector.roi.base import RoIOp, check_choice, check_inputs
+from detector.roi.dispatch import choose_path
 from detector.roi.geometry import Axis, Regions, bilinear, cells_between, locate
 from detector.structures import RoIFeatures
 
@@ -59,10 +60,20 @@ class RoIAlign(RoIOp):
         self, features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]
     ) -> RoIFeatures:
         check_inputs(features, rois, levels, strides)
+        if self.fused(features, rois):
+            from detector.roi.triton_align import roi_align_fused
+
+            settings = self.output_size, self.sampling_ratio, self.aligned
+            return RoIFeatures(roi_align_fused(features, rois, levels, strides, *settings))
         regions = locate(features, rois, levels, strides)
         if self.reduction == "max":
             return RoIFeatures(self.pool_points(features, regions))
         return RoIFeatures(pool_cells(features, regions, *self.axes(regions)))
+
+    def fused(self, features: Sequence[Tensor], rois: Tensor) -> bool:
+        """Whether one kernel does it all: on a GPU, for the usual points and reduction, without a gradient of boxes."""
+        usual = self.reduction == "avg" and self.placement == "centre" and not rois.requires_grad
+        return usual and choose_path(features[0], ("triton", "bag")) == "triton"
 
     def axes(self, regions: Regions, shift_x: Tensor | None = None, shift_y: Tensor | None = None) -> tuple[Axis, Axis]:
         """Rows and columns that every bin reads, with weights that give the mean of its points.

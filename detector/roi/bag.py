@@ -106,13 +106,19 @@ class Bags(NamedTuple):
 
     indices: Tensor  # [entries] int32
     offsets: Tensor  # [B] where each bag begins
-    rows: Tensor | None  # [B] int64, the rows of the result that they make; None if all in order
+    rois: Tensor | None  # [r] int64, whose bins they are, B / r each; None for all RoIs in order
+
+    def rows(self) -> Tensor:
+        """[B], the row of the result that each bag makes."""
+        if self.rois is None:
+            return torch.arange(len(self.offsets), device=self.offsets.device)
+        bins = len(self.offsets) // max(1, len(self.rois))
+        return (self.rois[:, None] * bins + torch.arange(bins, device=self.rois.device)).flatten()
 
     def owners(self) -> Tensor:
         """[entries], the row of the result that each entry counts into."""
         ends = torch.cat([self.offsets[1:], self.offsets.new_tensor([len(self.indices)])])
-        rows = torch.arange(len(self.offsets), device=ends.device) if self.rows is None else self.rows
-        return rows.repeat_interleave(ends - self.offsets, output_size=len(self.indices))
+        return self.rows().repeat_interleave(ends - self.offsets, output_size=len(self.indices))
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -174,7 +180,7 @@ class _Maximum(torch.autograd.Function):
             table_grads.append(grad.new_zeros(shape))
             if winners is not None:
                 winner, some = winners
-                won = grad if bags.rows is None else grad[bags.rows]
+                won = grad if bags.rois is None else grad[bags.rows()]
                 table_grads[-1].scatter_add_(0, winner.long() * some[:, None], won * some[:, None])
         return None, None, *table_grads
 
@@ -187,11 +193,14 @@ def _embedding_bag(table: Tensor, indices: Tensor, offsets: Tensor, weights: Ten
 
 def _gather(count: int, bags: Sequence[Bags], parts: list[Tensor]) -> Tensor:
     """The levels' results in the order of the RoIs."""
-    if bags[0].rows is None:
+    if bags[0].rois is None:
         return parts[0]
-    out = parts[0].new_empty(count, parts[0].shape[1])
+    channels = parts[0].shape[1]
+    out = parts[0].new_empty(count, channels)
+    rois = sum(len(b.rois) for b in bags)
     for b, part in zip(bags, parts):
-        out.index_copy_(0, b.rows, part)
+        if len(b.rois):
+            out.view(rois, -1).index_copy_(0, b.rois, part.view(len(b.rois), -1))
     return out
 
 
@@ -210,10 +219,11 @@ def _chunks(regions: Regions, y: Axis, x: Axis) -> list[tuple[Regions, Axis, Axi
     """Runs of RoIs that read at most CHUNK cells together, but at least one RoI each."""
     bins = max(y.cells.shape[1], x.cells.shape[1]) * max(y.cells.shape[2], x.cells.shape[2]) * y.cells.shape[3]
     reads = _used(y).long() * _used(x) * bins
-    return [
-        tuple(type(whole)(*(t if t is None else t[at] for t in whole)) for whole in (regions, y, x))
-        for at in runs(reads, CHUNK)
-    ]
+    return [tuple(_rows(whole, at) for whole in (regions, y, x)) for at in runs(reads, CHUNK)]
+
+
+def _rows(whole: Regions | Axis, at: Tensor | slice) -> Regions | Axis:
+    return type(whole)(*(t if t is None else t[at] for t in whole))
 
 
 def _used(axis: Axis) -> Tensor:
@@ -222,36 +232,27 @@ def _used(axis: Axis) -> Tensor:
 
 def _level_bags(levels: int, regions: Regions, y: Axis, x: Axis) -> list[tuple[Bags, Tensor]]:
     """For each level the bags of its RoIs and the weights of their entries, RoIs with as many cells together."""
-    h, w = (max(y.cells.shape[d], x.cells.shape[d]) for d in (1, 2))
     kind = regions.levels << 40 | _used(y).long() << 20 | _used(x)
-    bins = torch.arange(h * w, device=kind.device)
-    found = [[] for _ in range(levels)]
     kinds, which = kind.unique(return_inverse=True)
+    found = [[] for _ in range(levels)]
     for i, value in enumerate(kinds.tolist()):
-        at = slice(None) if len(kinds) == 1 else (which == i).nonzero()[:, 0]
-        tall, wide = value >> 20 & 0xFFFFF, value & 0xFFFFF
-        rows = None if len(kinds) == 1 and levels == 1 else torch.arange(len(kind), device=kind.device)[at]
-        found[value >> 40].append(
-            (
-                *_expand(
-                    Regions(*(t[at] for t in regions)),
-                    Axis(y.cells[at][..., :tall], y.weights[at][..., :tall]),
-                    Axis(x.cells[at][..., :wide], x.weights[at][..., :wide]),
-                ),
-                None if rows is None else (rows[:, None] * (h * w) + bins).flatten(),
-            )
-        )
+        level, tall, wide = value >> 40, value >> 20 & 0xFFFFF, value & 0xFFFFF
+        rois = (which == i).nonzero()[:, 0]
+        own = slice(None) if len(kinds) == 1 else rois
+        rows = Axis(y.cells[own][..., :tall], y.weights[own][..., :tall])
+        columns = Axis(x.cells[own][..., :wide], x.weights[own][..., :wide])
+        found[level].append((*_expand(_rows(regions, own), rows, columns), rois))
     none = kind.new_zeros(0)
     empty = none.int()[:, None], y.weights.flatten()[:0, None], none
-    return [_join(groups or [empty]) for groups in found]
+    return [_join(groups or [empty], in_order=levels == len(kinds) == 1) for groups in found]
 
 
-def _join(groups: list[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[Bags, Tensor]:
-    """Bags of several lengths, given as indices [B, K], weights [B, K] and rows [B], one after another."""
-    indices, weights, rows = zip(*groups)
+def _join(groups: list[tuple[Tensor, Tensor, Tensor]], in_order: bool) -> tuple[Bags, Tensor]:
+    """Bags of several lengths, given as indices [B, K], weights [B, K] and RoIs [r], one after another."""
+    indices, weights, rois = zip(*groups)
     counts = torch.cat([i.new_full((len(i),), i.shape[1], dtype=torch.int64) for i in indices])
-    rows = None if rows[0] is None else torch.cat(rows)
-    bags = Bags(torch.cat([i.flatten() for i in indices]), counts.cumsum(0) - counts, rows)
+    offsets = counts.cumsum(0) - counts
+    bags = Bags(torch.cat([i.flatten() for i in indices]), offsets, None if in_order else torch.cat(rois))
     return bags, torch.cat([v.flatten() for v in weights])
 
 

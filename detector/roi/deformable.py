@@ -138,6 +138,11 @@ class DeformableRoIPool(RoIOp):
     ) -> Tensor:
         """[R, C, h, w]: the pooling itself, for given offsets [R, 2, points_h, points_w] and modulation."""
         check_inputs(features, rois, levels, strides)
+        if self.align.fused(features, rois):
+            from detector.roi.triton_align import roi_align_fused
+
+            settings = self.output_size, self.align.sampling_ratio, True, offsets, modulation, self.gamma
+            return roi_align_fused(features, rois, levels, strides, *settings)
         regions = locate(features, rois, levels, strides)
         shift = self.gamma * offsets.to(regions.boxes.dtype)
         axes = self.point_axes if self.per_point else self.align.axes

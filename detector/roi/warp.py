@@ -12,8 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from detector.roi.align import Grid, RoIAlign
+from detector.roi.align import RoIAlign
+from detector.roi.base import check_inputs
+from detector.roi.geometry import per_level
 from detector.roi.pool import round_half_away
+from detector.structures import RoIFeatures
 
 
 class RoIWarp(RoIAlign):
@@ -31,6 +34,13 @@ class RoIWarp(RoIAlign):
     def __init__(self, output_size: int | Sequence[int], sampling_ratio: int = 1, reduction: str = "avg"):
         super().__init__(output_size, sampling_ratio, aligned=True, reduction=reduction)
 
-    def grid(self, start: Tensor, end: Tensor, bins: int) -> Grid:
-        start, end = round_half_away(start), round_half_away(end)
-        return super().grid(start, torch.maximum(end, start) + 1, bins)
+    def forward(
+        self, features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]
+    ) -> RoIFeatures:
+        check_inputs(features, rois, levels, strides)
+        dtype = torch.promote_types(torch.promote_types(features[0].dtype, rois.dtype), torch.float32)
+        stride = per_level(levels, strides, dtype)[:, None]
+        corners = round_half_away(rois[:, 1:].detach().to(dtype) / stride)
+        start, end = corners[:, :2], corners[:, 2:]
+        quantised = [rois[:, :1].to(dtype), start * stride, (torch.maximum(start, end) + 1) * stride]
+        return super().forward(features, torch.cat(quantised, 1), levels, strides)

@@ -25,6 +25,8 @@ from detector.roi import (
     RoIPool,
     RoIWarp,
     SumLevels,
+    align,
+    bag,
     make_op,
 )
 from tests.roi.common import STRIDES, levels_of, make_awkward, make_features, make_rois
@@ -359,6 +361,27 @@ def test_make_op_passes_what_a_method_asks_for():
     assert op.offset_predictor[0].offsets[0].in_features == 16 * 9
     with pytest.raises(TypeError, match="factory"):
         make_op(RoIAlign(7), 7)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_chunks_do_not_matter(name, monkeypatch):
+    """Few cells at a time: the same result and gradients, and never many more entries than asked for."""
+    op, rois = build(name), torch.cat([make_rois(12), make_awkward()])
+    results, entries = [], []
+    plain = bag.F.embedding_bag
+    for limit in (bag.CHUNK, 2000):
+        monkeypatch.setattr(bag, "CHUNK", limit)
+        monkeypatch.setattr(align, "CHUNK", limit)
+        monkeypatch.setattr(bag.F, "embedding_bag", lambda i, *a, **k: (entries.append(len(i)), plain(i, *a, **k))[1])
+        features = [f.requires_grad_() for f in make_features(CHANNELS)]
+        entries.clear()
+        out = run(op, features, rois)
+        out.square().sum().backward()
+        results.append([out.detach()] + [f.grad for f in features])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    one_roi = 6 * 40 * 56  # at most the whole map in every bin
+    assert 0 <= max(entries, default=0) <= 2000 + one_roi
 
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "roi").glob("*.yaml"))
