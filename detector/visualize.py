@@ -135,7 +135,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def panel(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> np.ndarray:
     """Pictures of one size side by side under their titles, [h, w, 3] uint8."""
     height, width = pictures[0].shape[:2]
-    size = max(12, round(max(height, width) / 40))
+    size = max(12, round(len(pictures) * width / 80))
     gap, head = size // 2, 2 * size
     canvas = Image.new("RGB", (len(pictures) * (width + gap) - gap, head + height), PAPER)
     pen = ImageDraw.Draw(canvas)

@@ -47,7 +47,8 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
         folder=folder,
     )
     if world.main:
-        about = {"checkpoint": str(cfg.checkpoint), "annotations": str(dataset.annotation_file), "settings": changes}
+        about = {"checkpoint": str(cfg.checkpoint), "settings": changes}
+        about |= {"annotations": str(dataset.annotation_file), "images": str(dataset.folder)}
         write_json(folder / "about.json", about, indent=1)
         summary, classes = summary_table(metrics), class_table(metrics, ground_truth(dataset))
         (folder / "table.txt").write_text(f"{summary}\n\n{classes}\n", encoding="utf-8")

@@ -152,8 +152,13 @@ def draws(images: int, count: int = 1000, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=count)
 
 
-def resample(matches: Matches, weights: np.ndarray | None = None, chunk: int = 100) -> Table:
-    """Average precision and recall with images weighted by weights [B, I]; None: the data set as it is, B = 1."""
+def resample(
+    matches: Matches, weights: np.ndarray | None = None, areas: Sequence[int] = (0, 1, 2, 3), chunk: int = 100
+) -> Table:
+    """Average precision and recall with images weighted by weights [B, I]; None: the data set as it is, B = 1.
+
+    areas: those to compute; the others are NaN.
+    """
     weights = np.ones((1, len(matches.image_ids)), int) if weights is None else weights
     shape = (len(weights), len(matches.categories), len(AREAS), len(THRESHOLDS))
     table = Table(np.full(shape, np.nan), np.full(shape, np.nan))
@@ -164,7 +169,7 @@ def resample(matches: Matches, weights: np.ndarray | None = None, chunk: int = 1
             part = slice(start, start + chunk)
             counts = weights[part] @ matches.objects[:, k]  # [B, A]
             drawn = weights[part][:, matches.image[rows]]
-            for a in np.flatnonzero(counts.any(0)):
+            for a in (a for a in areas if counts[:, a].any()):
                 enough = counts[:, a] > 0
                 needed = _needed(counts[enough, a])
                 for t in range(len(THRESHOLDS)):
@@ -249,14 +254,19 @@ class Difference(NamedTuple):
 
 
 def difference(
-    a: Sequence[float], b: Sequence[float], a_draws: np.ndarray, b_draws: np.ndarray, confidence: float = 0.95
+    a: Sequence[float],
+    b: Sequence[float],
+    a_draws: np.ndarray,
+    b_draws: np.ndarray,
+    paired: bool = True,
+    confidence: float = 0.95,
 ) -> Difference:
     """b - a, of methods whose runs scored a [S] and b [S'] on the data set, a_draws [S, B] and b_draws [S', B] on the
     same draws of its images.
 
-    With one run each, the percentile interval of the draws. With more, runs with the same index are pairs (same seed,
-    same data order and initial weights) if S = S'. The half width joins the two sources of chance as independent ones:
-    the normal quantile times the error over images, and Student's, for S - 1 degrees of freedom, times that over seeds.
+    With one run each, the percentile interval of the draws. With more, paired says that runs with the same index
+    belong together (same seed, same data order and initial weights). The half width joins the two sources of chance as
+    independent ones: the normal quantile times the error over images, and Student's times that over seeds.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     delta = float(b.mean() - a.mean())
@@ -268,7 +278,7 @@ def difference(
     if min(len(a), len(b)) < 2:
         low, high = np.quantile(spread, [(1 - confidence) / 2, (1 + confidence) / 2])
         return Difference(delta, float(low), float(high), image_error, np.nan)
-    groups = [b - a] if len(a) == len(b) else [a, b]
+    groups = [b - a] if paired and len(a) == len(b) else [a, b]
     errors = [group.std(ddof=1) / np.sqrt(len(group)) for group in groups]
     level = (1 + confidence) / 2
     widths = [stats.t.ppf(level, len(group) - 1) * error for group, error in zip(groups, errors)]

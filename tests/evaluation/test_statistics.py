@@ -150,6 +150,7 @@ def test_difference_of_one_run_each_and_of_unequal_numbers():
     assert (one.low, one.high) == tuple(np.quantile(spread, [0.025, 0.975]))
     more = difference([0.3], [0.4, 0.5], np.zeros((1, 500)), np.repeat(spread, 2, 0))
     assert more.delta == pytest.approx(0.15) and np.isnan(more.seed_error)
+    assert difference([0.3, 0.4], [0.4, 0.5], np.zeros((2, 500)), np.repeat(spread, 2, 0)).seed_error < 1e-9
     unpaired = difference([0.3, 0.32, 0.28], [0.4, 0.5], np.zeros((3, 500)), np.repeat(spread, 2, 0))
     assert unpaired.seed_error == pytest.approx(np.sqrt(0.0004 / 3 + 0.005 / 2))
 
@@ -158,7 +159,7 @@ def test_pairing_by_seed_narrows_the_interval():
     """Runs of one seed share luck: only the spread of their differences counts."""
     a, none = np.array([0.2, 0.4, 0.6]), np.zeros((3, 100))
     together = difference(a, a + [0.05, 0.051, 0.049], none, none + 0.05)
-    apart = difference(a, (a + [0.05, 0.051, 0.049])[[2, 0, 1]], none, none + 0.05)
+    apart = difference(a, a + [0.05, 0.051, 0.049], none, none + 0.05, paired=False)
     assert together.clear and not apart.clear
 
 

@@ -1,0 +1,132 @@
+"""Misalignment, measured: what a RoI method and a box head make of an object that moves by less than a cell.
+
+If image and RoI move together, pooled features and predicted boxes should move along and otherwise stay. A method that
+rounds the RoI to whole cells sees another piece of the map instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..roi import RoIPool, RoIWarp, assign_levels
+from ..roi.pool import bin_ranges, round_half_away
+from ..structures import Batch, with_image
+
+FRACTIONS = np.linspace(0, 1, 17)  # of the stride of a RoI's level
+PIXELS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
+
+
+@torch.inference_mode()
+def feature_shift(
+    model: nn.Module, boxes: Tensor, fractions: Sequence[float] = FRACTIONS, seed: int = 0
+) -> list[float]:
+    """Relative change of the box head's pooled features, |P(u) - P(0)| / |P(0)|, when map and RoI shift by u strides.
+
+    The maps are a smooth function of the position, waves of 4 to 12 cells, so that the shift itself is exact and only
+    the RoI method is measured. boxes [R, 4] in network pixels.
+    """
+    extractor = model.box_head.extractor
+    channels = model.neck.out_channels
+    channels = channels if isinstance(channels, int) else channels[0]
+    margin = 2 * max(extractor.strides)  # what happens at the map's border is not the question
+    height, width = (int(v) + 3 * margin for v in boxes.reshape(-1, 2).max(0).values.flip(0))
+    levels = assign_levels(
+        boxes, extractor.strides, extractor.canonical_level, extractor.canonical_size, extractor.level_rule
+    )
+    stride = torch.tensor(extractor.strides, dtype=boxes.dtype, device=boxes.device)[levels]
+    first, changes = None, []
+    for fraction in fractions:
+        maps = [
+            waves(channels, -(-height // s), -(-width // s), float(fraction), seed).to(boxes)
+            for s in map(int, extractor.strides)
+        ]
+        # levels are those of the unshifted RoI: its size does not change
+        rois = with_image((boxes + margin + float(fraction) * stride[:, None])[None])[0]
+        pooled = extractor.op(maps, rois, levels, extractor.strides).features
+        first = pooled if first is None else first
+        changes.append(float((pooled - first).norm() / first.norm()))
+    return changes
+
+
+def waves(channels: int, height: int, width: int, shift: float, seed: int) -> Tensor:
+    """Maps [1, C, height, width] of plane waves of 4 to 12 cells, moved right and down by `shift` cells."""
+    random = np.random.default_rng(seed)
+    angle, length = random.uniform(0, 2 * np.pi, channels), random.uniform(4, 12, channels)
+    phase = random.uniform(0, 2 * np.pi, channels)
+    kx, ky = 2 * np.pi * np.cos(angle) / length, 2 * np.pi * np.sin(angle) / length
+    x, y = np.arange(width) + 0.5 - shift, np.arange(height) + 0.5 - shift
+    return torch.from_numpy(np.sin(kx[:, None, None] * x + ky[:, None, None] * y[:, None] + phase[:, None, None]))[None]
+
+
+@torch.inference_mode()
+def box_shift(model: nn.Module, image: np.ndarray, boxes: Tensor, labels: Tensor, pixels: Sequence[int] = PIXELS):
+    """Mean distance in pixels [len(pixels)] between the boxes that the box head predicts for RoIs of an image and those
+    that it predicts when image and RoIs move by whole pixels and the result is moved back.
+
+    image: [H, W, 3] uint8 as the network sees it; boxes [R, 4] RoIs in it, labels [R] the class whose box is decoded.
+    The backbone's own dependence on the position is part of the number, the same for all methods.
+    """
+    device = next(model.parameters()).device
+    margin, most = 32, max(pixels)
+    height, width = (-(-(side + 2 * margin + most) // 64) * 64 for side in image.shape[:2])
+    first, distances = None, []
+    for shift in pixels:
+        canvas = torch.zeros(1, 3, height, width, dtype=torch.uint8)
+        top = margin + shift
+        canvas[0, :, top : top + image.shape[0], top : top + image.shape[1]] = torch.from_numpy(image).permute(2, 0, 1)
+        size, zero = torch.tensor([[height, width]]), torch.zeros(1, dtype=torch.int64)
+        batch = Batch(*(t.to(device) for t in (canvas, size, size, zero, zero)))
+        rois = with_image((boxes.to(device) + top)[None])[0]
+        features = model.features(batch)[: model.neck.roi_levels]
+        prediction = model.box_head(features, rois)
+        deltas = prediction.box_deltas
+        column = (labels.to(device) - 1) if deltas.shape[1] > 1 else torch.zeros_like(labels, device=device)
+        deltas = deltas[torch.arange(len(deltas), device=device), column]
+        found = model.box_head.coder.decode(deltas, rois[:, 1:]) - top
+        first = found if first is None else first
+        distances.append(float((found - first).abs().mean()))
+    return distances
+
+
+def area_error(model: nn.Module, boxes: Tensor) -> Tensor | None:
+    """Relative error [R] of the area that the box head's method reads for RoIs [R, 4]; None if it does not round."""
+    extractor = model.box_head.extractor
+    if not isinstance(extractor.op, (RoIPool, RoIWarp)):
+        return None
+    levels = assign_levels(
+        boxes, extractor.strides, extractor.canonical_level, extractor.canonical_size, extractor.level_rule
+    )
+    cells = boxes / torch.tensor(extractor.strides, dtype=boxes.dtype)[levels][:, None]
+    sides = []
+    for start, end in ((cells[:, 0], cells[:, 2]), (cells[:, 1], cells[:, 3])):
+        if isinstance(extractor.op, RoIPool):
+            free = torch.full_like(start, 1e6)
+            low, high = bin_ranges(start, end, 1, free, extractor.op.quantization)
+            sides.append((high - low)[:, 0])
+        else:
+            start, end = round_half_away(start), round_half_away(end)
+            sides.append(torch.maximum(end, start) + 1 - start)
+    return sides[0] * sides[1] / ((cells[:, 2] - cells[:, 0]) * (cells[:, 3] - cells[:, 1])) - 1
+
+
+def measure_alignment(model: nn.Module, samples: Sequence[Any], rois: int = 300) -> dict[str, Any]:
+    """All three of the above on the objects of data set samples (detector.data.Sample) with boxes."""
+    samples = [sample for sample in samples if len(sample.boxes)]
+    boxes = torch.from_numpy(np.concatenate([sample.boxes for sample in samples]))[:rois]
+    shifts = [
+        box_shift(model, sample.image, torch.from_numpy(sample.boxes), torch.from_numpy(sample.labels))
+        for sample in samples
+    ]
+    errors = area_error(model, boxes)
+    return {
+        "fractions": FRACTIONS.tolist(),
+        "feature_shift": feature_shift(model, boxes.to(next(model.parameters()).device)),
+        "pixels": list(PIXELS),
+        "box_shift": np.average(shifts, axis=0, weights=[len(s.boxes) for s in samples]).tolist(),
+        "area_error": None if errors is None else np.quantile(errors, np.linspace(0, 1, 21)).tolist(),
+    }

@@ -1,0 +1,181 @@
+"""Finished training runs, gathered into methods: runs that differ in nothing but the seed are one method."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import CONFIGS, ConfigError
+from ..engine.checkpoint import flatten
+from .coco import read_json
+
+# what may differ between the runs of one method, and says nothing about it
+IRRELEVANT = ("seed", "name", "run_dir", "resume", "runtime", "evaluation")
+HEADS = ("model.box_head.roi", "model.mask_head.roi")
+
+
+class Unusable(ValueError):
+    """Why a run cannot be compared."""
+
+
+@dataclass
+class Run:
+    """A finished run: what it was, what it learnt, what it found on which validation set."""
+
+    folder: Path
+    config: dict
+    checkpoint: Path
+    truth: Path
+    images: Path
+    predictions: list[dict] = field(repr=False)
+    log: list[dict] = field(repr=False)
+
+    @property
+    def seed(self) -> Any:
+        return self.config.get("seed")
+
+
+@dataclass
+class Method:
+    """The runs of one configuration, ordered by seed. settings: the keys in which the methods differ."""
+
+    label: str
+    settings: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def seeds(self) -> list:
+        return [run.seed for run in self.runs]
+
+
+def find_folders(patterns: str | Sequence[str]) -> list[Path]:
+    """The run folders that paths and patterns name, and those one level below a folder that is no run itself."""
+    found: dict[Path, None] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        paths = [Path(p) for p in sorted(glob(pattern))]
+        folders = [p for path in paths for p in ([path] if is_run(path) else sorted(path.glob("*/")))]
+        folders = [p for p in folders if is_run(p)]
+        if not folders:
+            raise ConfigError(f"runs: {pattern!r} names no run (a folder with config.yaml, as train.py leaves it)")
+        found |= dict.fromkeys(folders)
+    return list(found)
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def read_run(folder: Path, checkpoint: str, evaluate=None) -> Run:
+    """The run in a folder. Raises Unusable with the reason if it cannot be compared.
+
+    checkpoint: "last" or "best". evaluate: called with the checkpoint's path if the run has not been evaluated by
+    eval.py yet; None: that is a reason to refuse it.
+    """
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if line]
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise Unusable(f"its record cannot be read: {error}") from None
+    if not (folder / "metrics.json").exists():
+        done = max((entry.get("iteration", 0) for entry in log), default=0)
+        raise Unusable(f"it is not finished: there is no metrics.json, and its log ends at iteration {done}")
+    weights, results = folder / f"{checkpoint}.pt", folder / f"eval_{checkpoint}"
+    if not (results / "predictions.json").exists() or not (results / "about.json").exists():
+        if not weights.exists():
+            raise Unusable(f"it has neither {results.name}/predictions.json nor {weights.name} to make it from")
+        if evaluate is None:
+            raise Unusable(f"it has no {results.name}/predictions.json: run eval.py checkpoint={weights}")
+        try:
+            evaluate(weights)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise Unusable(f"{weights.name} cannot be evaluated: {error}") from error
+    try:
+        predictions = read_json(results / "predictions.json", "prediction")
+        about = read_json(results / "about.json", "evaluation")
+        truth, images = Path(about["annotations"]), Path(about["images"])
+    except (ValueError, KeyError, OSError) as error:
+        raise Unusable(f"its evaluation cannot be read: {error}") from None
+    if not truth.exists():
+        raise Unusable(f"its validation annotations {truth} are gone")
+    return Run(folder, config, weights, truth, images, predictions, log)
+
+
+def same_validation_set(runs: Sequence[Run]) -> tuple[list[Run], dict[Path, str]]:
+    """The runs on the validation set that most have, and why the others are left out. Files are compared by content."""
+    digests = [hashlib.sha256(run.truth.read_bytes()).hexdigest() for run in runs]
+    usual = Counter(digests).most_common(1)[0][0]
+    kept = [run for run, digest in zip(runs, digests) if digest == usual]
+    others = {run.folder: f"it was evaluated on {run.truth}, the others on {kept[0].truth}" for run in runs}
+    return kept, {run.folder: others[run.folder] for run, digest in zip(runs, digests) if digest != usual}
+
+
+def group(runs: Sequence[Run]) -> tuple[list[Method], dict[Path, str]]:
+    """Methods in the order of their first runs, and why runs were left out: a seed that a method already has."""
+    flat = [{k: v for k, v in flatten(run.config).items() if k.split(".")[0] not in IRRELEVANT} for run in runs]
+    keys = sorted({key for config in flat for key in config})
+    differing = [key for key in keys if len({repr(config.get(key)) for config in flat}) > 1]
+    groups: dict[str, list[tuple[Run, dict]]] = {}
+    for run, config in zip(runs, flat):
+        settings = {key: config.get(key) for key in differing}
+        groups.setdefault(repr(settings), []).append((run, settings))
+    methods, left_out = [], {}
+    for members in groups.values():
+        by_seed: dict[Any, Run] = {}
+        for run, _ in members:
+            if run.seed in by_seed:
+                left_out[run.folder] = f"it repeats {by_seed[run.seed].folder}: the same settings and seed"
+            else:
+                by_seed[run.seed] = run
+        chosen = [by_seed[seed] for seed in sorted(by_seed, key=repr)]
+        methods.append(Method(label(members[0][0].config, members[0][1]), members[0][1], chosen))
+    repeated = Counter(method.label for method in methods)
+    for number, method in enumerate(methods, 1):
+        if repeated[method.label] > 1:
+            method.label = f"{method.label} ({number})"
+    return methods, left_out
+
+
+def label(config: Mapping, settings: Mapping[str, Any]) -> str:
+    """A short name from the settings in which a run differs from others: RoI methods by their config's file name."""
+    parts = []
+    if not settings or any(key.startswith(("roi.", *(f"{head}." for head in HEADS))) for key in settings):
+        parts.append(roi_name(config.get("roi")))
+        for head in HEADS:
+            node = lookup(config, head)
+            if node is not None and node != config.get("roi"):
+                parts.append(f"{head.split('.')[1]}={roi_name(node)}")
+    others = [key for key in settings if not key.startswith(("roi.", *(f"{head}." for head in HEADS)))]
+    parts += [f"{key.split('.')[-1]}={settings[key]}" for key in others[:4]]
+    return ", ".join(parts + (["..."] if len(others) > 4 else []))
+
+
+def lookup(config: Mapping, path: str) -> Any:
+    for key in path.split("."):
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
+def roi_name(node: Mapping | None) -> str:
+    """The file of configs/roi that says the same as this node, else the nearest with what differs from it."""
+    if not isinstance(node, Mapping):
+        return "none"
+    known = {file.stem: yaml.safe_load(file.read_text()) for file in sorted((CONFIGS / "roi").glob("*.yaml"))}
+    same_class = {name: other for name, other in known.items() if other.get("_target_") == node.get("_target_")}
+    if not same_class:
+        return str(node.get("_target_")).rpartition(".")[2]
+
+    def changes(name: str) -> dict:
+        other = same_class[name]
+        return {key: node.get(key) for key in {*node, *other} if node.get(key) != other.get(key)}
+
+    best = min(same_class, key=lambda name: len(changes(name)))
+    text = ", ".join(f"{key}={value}" for key, value in sorted(changes(best).items()))
+    return f"{best}({text})" if text else best

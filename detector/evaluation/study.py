@@ -1,0 +1,156 @@
+"""What compare.py does: run folders in, a report out. One run that cannot be used does not spoil the rest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hotcoco import COCO
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from ..config import ConfigError, compose, config_errors
+from ..data import build_dataset, collate, read_image
+from ..engine import distributed
+from ..engine.settings import Runtime
+from ..predict import load
+from ..visualize import draw, panel
+from .alignment import measure_alignment
+from .comparison import compare, without_nan
+from .cost import measure_cost
+from .report import verdicts, write_report
+from .run import evaluate_checkpoint
+from .runs import Method, Run, Unusable, find_folders, group, read_run, same_validation_set
+from .statistics import match
+
+log = logging.getLogger(__name__)
+
+SHOWN = 0.5  # least score of detections in pictures
+
+
+def compare_runs(cfg: DictConfig) -> dict:
+    """Compare the runs that `cfg` (configs/compare.yaml) names; returns what is in report.json.
+
+    Runs that cannot be used are named in the report with the reason. Raises ConfigError if none is left.
+    """
+    with config_errors("device"):
+        device = distributed.start(Runtime(device=cfg.device)).device
+    left_out: dict[Path, str] = {}
+    runs: list[Run] = []
+
+    def evaluate(weights: Path) -> None:
+        options = [
+            f"checkpoint={weights}",
+            f"device={cfg.device}",
+            f"batch_size={cfg.batch_size}",
+            f"workers={cfg.workers}",
+        ]
+        evaluate_checkpoint(compose("eval", options))
+
+    for folder in find_folders(cfg.runs if isinstance(cfg.runs, str) else list(cfg.runs)):
+        try:
+            runs.append(read_run(folder, cfg.checkpoint, evaluate if cfg.evaluate else None))
+        except Unusable as error:
+            left_out[folder] = str(error)
+            log.warning("%s is left out: %s", folder, error)
+    if not runs:
+        raise ConfigError("runs: none can be used: " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))
+    runs, others = same_validation_set(runs)
+    methods, repeated = group(runs)
+    if cfg.baseline is not None:
+        if cfg.baseline not in (labels := [method.label for method in methods]):
+            raise ConfigError(f"baseline = {cfg.baseline!r}: the methods are {', '.join(labels)}")
+        methods.sort(key=lambda method: method.label != cfg.baseline)
+    with tqdm(total=sum(len(m.runs) for m in methods), desc="compare", unit="run", leave=False, disable=None) as bar:
+        report = compare(methods, cfg.samples, cfg.seed, cfg.boundary, bar.update)
+    report["left_out"] = {str(k): v for k, v in (left_out | others | repeated).items()}
+    report["cost"], report["alignment"] = {}, {}
+    for method in methods if cfg.probe_images else []:
+        found = probe(method.runs[0], device, cfg.probe_images)
+        report["cost"][method.label], report["alignment"][method.label] = found
+    pictures = disagreements(methods, report, cfg.pictures) if len(methods) > 1 else []
+    report = without_nan(report)
+    write_report(report, Path(cfg.output), pictures)
+    for text, _ in verdicts(report):
+        print(text)
+    for text in report["warnings"]:
+        print(f"note: {text}")
+    for folder, reason in report["left_out"].items():
+        print(f"left out: {folder}: {reason}")
+    print(f"{Path(cfg.output) / 'report.html'} (report.md and report.json beside it)")
+    return report
+
+
+def probe(run: Run, device, images: int) -> tuple[dict | None, dict | None]:
+    """Cost and alignment of a run's model on some validation images; None where its checkpoint cannot be used."""
+    try:
+        model = load(run.checkpoint, device)
+        dataset = build_dataset(run.config["data"], "val", run.config["augment"], categories=model.categories)
+        samples = [dataset[i] for i in range(min(images, len(dataset)))]
+        cost = measure_cost(model, [collate([sample])[0] for sample in samples])
+    except (ValueError, OSError, KeyError) as error:
+        log.warning("%s: cost and alignment are not measured: %s", run.folder, error)
+        return None, None
+    usable = any(len(sample.boxes) for sample in samples) and model.box_head is not None
+    return cost, measure_alignment(model, samples) if usable else None
+
+
+def disagreements(methods: Sequence[Method], report: Mapping, count: int) -> list[tuple[str, np.ndarray]]:
+    """Pictures of the images on which the best and the worst method differ most in F1 at IoU 0.5."""
+    kind = "segm" if "segm" in report["kinds"] else "bbox"
+    means = {name: numbers["AP"]["mean"] or 0 for name, numbers in report["metrics"][kind].items()}
+    best, worst = (choose(methods, key=lambda m: means[m.label]) for choose in (max, min))
+    if best is worst:
+        best, worst = methods[:2]
+    runs = [worst.runs[0], best.runs[0]]
+    truth = COCO(str(runs[0].truth))
+    scores = [f1_by_image(run, kind) for run in runs]
+    gap = scores[1] - scores[0]
+    pictures = []
+    for index in np.argsort(-np.abs(gap), kind="stable")[:count]:
+        image_id = sorted(truth.imgs)[index]
+        if gap[index] == 0:
+            break
+        try:
+            image = read_image(runs[0].images / truth.imgs[image_id]["file_name"])
+        except (ValueError, OSError) as error:
+            log.warning("no picture: %s", error)
+            continue
+        views = [
+            picture_of(image, truth, [a for a in truth.dataset["annotations"] if a["image_id"] == image_id], False)
+        ]
+        for run in runs:
+            found = [p for p in run.predictions if p["image_id"] == image_id and p["score"] >= SHOWN]
+            views.append(picture_of(image, truth, found, True))
+        names = [f"{m.label}: F1 {s[index]:.2f}" for m, s in zip((worst, best), scores)]
+        caption = (
+            f"image {image_id}, {truth.imgs[image_id]['file_name']}: {names[0]}, {names[1]} (IoU 0.5, score ≥ {SHOWN})"
+        )
+        pictures.append((caption, panel(views, ["ground truth", *names])))
+    return pictures
+
+
+def f1_by_image(run: Run, kind: str) -> np.ndarray:
+    """[I] F1 of the detections of at least SHOWN at IoU 0.5; 1 where there is nothing and nothing is found."""
+    matches = match(run.truth, run.predictions, kind)
+    shown, images = matches.score >= SHOWN, len(matches.image_ids)
+    true, false = (np.bincount(matches.image[shown & hits[:, 0, 0]], minlength=images) for hits in matches[5:7])
+    objects = matches.objects[:, :, 0].sum(1)
+    return np.where(objects + true + false > 0, 2 * true / np.maximum(objects + true + false, 1), 1.0)
+
+
+def picture_of(image: np.ndarray, truth: Any, entries: Sequence[dict], with_scores: bool) -> np.ndarray:
+    """An image with COCO annotations or results."""
+    entries = [entry for entry in entries if not entry.get("iscrowd")]
+    ids = sorted(truth.cats)
+    boxes = np.array([entry["bbox"] for entry in entries], float).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    masks = None
+    if entries and all(entry.get("segmentation") for entry in entries):
+        masks = np.array([truth.ann_to_mask(entry) for entry in entries], bool)
+    scores = np.array([entry["score"] for entry in entries]) if with_scores else None
+    labels = [ids.index(entry["category_id"]) + 1 for entry in entries]
+    return draw(image, boxes, labels, [truth.cats[i]["name"] for i in ids], scores, masks)

@@ -1,0 +1,341 @@
+"""compare.py: run folders to methods, methods to a report, and what it does with runs that cannot be used."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import detector
+from detector.config import CONFIGS, ConfigError, build, compose
+from detector.data import build_dataset
+from detector.engine import checkpoint as checkpoints
+from detector.evaluation import coco_metrics
+from detector.evaluation.alignment import area_error, box_shift, feature_shift
+from detector.evaluation.charts import bar_chart, interval_chart, line_chart, ticks
+from detector.evaluation.comparison import sentence
+from detector.evaluation.cost import measure_cost
+from detector.evaluation.runs import find_folders, group, read_run, roi_name, same_validation_set
+from detector.evaluation.study import compare_runs
+from detector.roi import RoIPool
+
+
+def roi(name, **changes):
+    return yaml.safe_load((CONFIGS / "roi" / f"{name}.yaml").read_text()) | changes
+
+
+def changed(config, method, seed):
+    config = copy.deepcopy(config) | {"seed": seed, "roi": method, "run_dir": f"runs/{seed}"}
+    for head in ("box_head", "mask_head"):
+        config["model"][head]["roi"] = method
+    return config
+
+
+@pytest.fixture
+def make_run(run_config, shapes_tiny, tmp_path):
+    """A function that writes a finished run whose detections are the truth, moved by `noise` of its size."""
+    truth = json.loads((shapes_tiny / "annotations" / "instances_val.json").read_text())
+
+    def make(name, method, seed=0, noise=0.05, **changes):
+        folder = tmp_path / "runs" / name
+        (folder / "eval_last").mkdir(parents=True)
+        config = changed(run_config, method, seed) | changes
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        lines = [{"iteration": i, "loss": 3 / i, "images_per_second": 5.0, "memory_mb": 800} for i in (20, 40)]
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "metrics.json").write_text("{}")
+        rng = np.random.default_rng([seed, len(name)])
+        predictions = []
+        for a in truth["annotations"]:
+            if not a["iscrowd"]:
+                x, y, w, h = a["bbox"]
+                box = [x + w * rng.normal(0, noise), y + h * rng.normal(0, noise), w, h]
+                fields = {key: a[key] for key in ("image_id", "category_id", "segmentation")}
+                predictions.append(fields | {"bbox": box, "score": float(rng.uniform(0.3, 1))})
+        (folder / "eval_last" / "predictions.json").write_text(json.dumps(predictions))
+        about = {
+            "annotations": str(shapes_tiny / "annotations" / "instances_val.json"),
+            "images": str(shapes_tiny / "val"),
+        }
+        (folder / "eval_last" / "about.json").write_text(json.dumps(about))
+        return folder
+
+    return make
+
+
+def settings(tmp_path, **more):
+    fixed = {
+        "runs": tmp_path / "runs",
+        "output": tmp_path / "report",
+        "samples": 60,
+        "probe_images": 0,
+        "device": "cpu",
+    }
+    fixed |= {"evaluate": "false", "pictures": 2}
+    return compose("compare", [f"{key}={value}" for key, value in (fixed | more).items()])
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_runs_are_grouped_by_settings_and_named_by_them(make_run):
+    for name, method, seed in (("a1", roi("align"), 1), ("a0", roi("align"), 0), ("p0", roi("pool"), 0)):
+        make_run(name, method, seed)
+    folder = make_run("m0", roi("align_max"), 0)
+    runs = [read_run(path, "last") for path in find_folders(str(folder.parent))]
+    methods, left_out = group(runs)
+    assert not left_out and [(m.label, m.seeds) for m in methods] == [
+        ("align", [0, 1]),
+        ("align_max", [0]),
+        ("pool", [0]),
+    ]
+    assert set(methods[0].settings) >= {"roi._target_", "roi.reduction", "model.box_head.roi._target_"}
+
+
+def test_names_of_methods(make_run):
+    assert roi_name(roi("deformable")) == "deformable"
+    assert roi_name(roi("deformable", gamma=0.3)) == "deformable(gamma=0.3)"
+    assert roi_name({"_target_": "mine.MyPool", "_partial_": True}) == "MyPool" and roi_name(None) == "none"
+    one, two = make_run("a", roi("align")), make_run("b", roi("align"))
+    config = yaml.safe_load((two / "config.yaml").read_text())
+    config["model"]["offset_loss_weight"] = 0.5
+    config["model"]["mask_head"]["roi"] = roi("pool")
+    (two / "config.yaml").write_text(yaml.safe_dump(config))
+    methods, _ = group([read_run(path, "last") for path in (one, two)])
+    assert [m.label for m in methods] == [
+        "align, offset_loss_weight=0.1",
+        "align, mask_head=pool, offset_loss_weight=0.5",
+    ]
+
+
+def test_runs_on_other_data_and_repeated_ones_are_left_out(make_run, tmp_path):
+    first, second, third, fourth = (make_run(name, roi("align"), seed) for name, seed in zip("abcd", (0, 1, 0, 2)))
+    other = json.loads((fourth / "eval_last" / "about.json").read_text())
+    truth = json.loads(Path(other["annotations"]).read_text())
+    (tmp_path / "other.json").write_text(json.dumps(truth | {"info": {}}))
+    (fourth / "eval_last" / "about.json").write_text(json.dumps(other | {"annotations": str(tmp_path / "other.json")}))
+    runs, others = same_validation_set([read_run(path, "last") for path in (first, second, third, fourth)])
+    assert list(others) == [fourth] and "other.json" in others[fourth]
+    methods, repeated = group(runs)
+    assert [run.folder for run in methods[0].runs] == [first, second]
+    assert repeated == {third: f"it repeats {first}: the same settings and seed"}
+
+
+def test_bad_runs_are_named_and_the_rest_is_compared(make_run, tmp_path, capsys):
+    make_run("align", roi("align"))
+    make_run("pool", roi("pool"), noise=0.2)
+    (make_run("unfinished", roi("warp")) / "metrics.json").unlink()
+    (make_run("no_log", roi("warp")) / "log.jsonl").unlink()
+    (make_run("cut", roi("warp")) / "eval_last" / "predictions.json").write_text('[{"image_id"')
+    (make_run("unseen", roi("warp")) / "eval_last" / "predictions.json").unlink()
+    report = compare_runs(settings(tmp_path))
+    reasons = {path.rpartition("/")[2]: reason for path, reason in report["left_out"].items()}
+    assert reasons["unfinished"] == "it is not finished: there is no metrics.json, and its log ends at iteration 40"
+    assert "log.jsonl" in reasons["no_log"] and "is not JSON" in reasons["cut"]
+    assert "neither eval_last/predictions.json nor last.pt" in reasons["unseen"] and len(reasons) == 4
+    assert [m["label"] for m in report["methods"]] == ["align", "pool"]
+    assert "left out: " in capsys.readouterr().out
+
+
+def test_nothing_to_compare(make_run, tmp_path):
+    with pytest.raises(ConfigError, match="names no run"):
+        compare_runs(settings(tmp_path))
+    (make_run("a", roi("align")) / "metrics.json").unlink()
+    with pytest.raises(ConfigError, match=r"runs: none can be used: .*not finished"):
+        compare_runs(settings(tmp_path))
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+class Balanced(HTMLParser):
+    """Checks that elements are closed in order, and keeps what would be fetched."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.fetched = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.fetched += [v for k, v in attributes if k in ("src", "href") and not v.startswith("data:")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_report(make_run, tmp_path):
+    for seed in (0, 1, 2):
+        make_run(f"align_{seed}", roi("align"), seed, noise=0.03)
+        make_run(f"pool_{seed}", roi("pool"), seed, noise=0.12)
+    report = compare_runs(settings(tmp_path, baseline="pool"))
+    output = tmp_path / "report"
+    assert json.loads((output / "report.json").read_text()) == report
+    assert [m["label"] for m in report["methods"]] == ["pool", "align"] and report["kinds"] == [
+        "bbox",
+        "segm",
+        "boundary",
+    ]
+    run = tmp_path / "runs" / "pool_1"
+    truth = json.loads((run / "eval_last" / "about.json").read_text())["annotations"]
+    expected = coco_metrics(truth, run / "eval_last" / "predictions.json")
+    values = report["metrics"]["bbox"]["pool"]
+    assert values["AP"]["values"][1] == expected["AP"] and values["AP"]["mean"] == pytest.approx(
+        np.mean(values["AP"]["values"])
+    )
+    boundary = coco_metrics(truth, run / "eval_last" / "predictions.json", "boundary")
+    assert report["metrics"]["boundary"]["pool"]["AP"]["values"][1] == pytest.approx(boundary["AP"])
+    found = next(e for e in report["differences"]["bbox"] if e["metric"] == "AP")
+    assert (
+        found["clear"]
+        and found["low"] < found["delta"] < found["high"]
+        and (found["a"], found["b"]) == ("pool", "align")
+    )
+    assert len(report["per_class"]["bbox"]["differences"]["align"]) == 5
+    assert report["tide"]["bbox"]["pool"]["Loc"] > report["tide"]["bbox"]["align"]["Loc"]
+    assert np.mean(report["curves"]["bbox"]["pool"]["mean"]) == pytest.approx(values["AP"]["mean"])
+
+    page = (output / "report.html").read_text()
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.fetched == [] and parser.open == []
+    assert page.count("data:image/jpeg") == 2
+    page = re.sub(r"base64,[^\"]*", "", page)
+    assert "http" not in page and not re.search(r"\bnan\b", page, re.IGNORECASE)
+    for svg in re.findall(r"<svg.*?</svg>", page):
+        ElementTree.fromstring(svg)
+    assert "prefers-color-scheme: dark" in page
+    words = (output / "report.md").read_text()
+    assert f"**{sentence('bbox', found)}, clear**" in words and "| pool | 3 |" in words
+
+
+def test_zero_detections_one_run_and_absent_classes(make_run, tmp_path):
+    make_run("align", roi("align"))
+    (make_run("pool", roi("pool")) / "eval_last" / "predictions.json").write_text("[]")
+    report = compare_runs(settings(tmp_path))
+    assert report["metrics"]["bbox"]["pool"]["AP"]["mean"] == 0
+    assert any("pool: no detections at all" in text for text in report["warnings"])
+    assert any("align: one run. Its intervals cover the choice of images" in text for text in report["warnings"])
+    assert any("8 validation images are few" in text for text in report["warnings"])
+
+
+def test_one_method_alone_is_reported(make_run, tmp_path):
+    make_run("align", roi("align"))
+    report = compare_runs(settings(tmp_path))
+    assert report["differences"]["bbox"] == [] and "There is one method only: nothing to compare." in report["warnings"]
+    assert "<h2>Average precision" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_unknown_baseline(make_run, tmp_path):
+    make_run("align", roi("align"))
+    with pytest.raises(ConfigError, match="baseline = 'pool': the methods are align"):
+        compare_runs(settings(tmp_path, baseline="pool"))
+
+
+def test_sentences():
+    entry = {"a": "align", "b": "deformable", "metric": "AP", "delta": 0.008, "low": 0.001, "high": 0.0153}
+    assert sentence("segm", entry) == "deformable − align: mask AP +0.8 [+0.1, +1.5]"
+    assert sentence("bbox", entry | {"low": None}) == "deformable − align: box AP cannot be compared"
+
+
+# -------------------------------------------------------------------------------------------------- measured on models
+
+
+@pytest.fixture
+def model_of(run_config, state):
+    def make(method):
+        config = changed(run_config, method, 0)
+        torch.manual_seed(0)
+        weights = build(config["model"], "model", num_classes=5).state_dict()
+        return detector.load(state | {"config": config, "model": weights})
+
+    return make
+
+
+def test_run_without_evaluation_is_evaluated_and_probed(make_run, model_of, state, tmp_path):
+    for name in ("align", "pool"):
+        folder = make_run(name, roi(name))
+        for file in (folder / "eval_last").iterdir():
+            file.unlink()
+        config, model = yaml.safe_load((folder / "config.yaml").read_text()), model_of(roi(name))
+        checkpoints.save(state | {"config": config, "model": model.state_dict()}, folder / "last.pt")
+    report = compare_runs(settings(tmp_path, evaluate="true", probe_images=2, workers=0, pictures=0))
+    assert (tmp_path / "runs" / "align" / "eval_last" / "predictions.json").exists() and not report["left_out"]
+    assert report["cost"]["align"]["parameters"] == report["cost"]["pool"]["parameters"] > 0
+    shifts = {name: max(report["alignment"][name]["feature_shift"]) for name in ("align", "pool")}
+    assert shifts["pool"] > 5 * shifts["align"] and report["alignment"]["align"]["area_error"] is None
+    assert "<h2>Alignment" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_feature_shift(model_of):
+    boxes = torch.tensor([[10.0, 20, 60, 90], [33, 12, 120, 70], [5, 5, 25, 31]])
+    precise, align, pool = (feature_shift(model_of(roi(n)), boxes, [0, 0.5, 1]) for n in ("precise", "align", "pool"))
+    for changes in (precise, align, pool):
+        assert changes[0] == 0 and changes[2] < 1e-4  # a whole cell is no misalignment
+    assert precise[1] < 0.05 and align[1] < 0.1 < 0.2 < pool[1]
+
+
+def test_box_shift_is_zero_without_a_shift_and_for_a_shift_by_the_coarsest_stride(model_of):
+    model = model_of(roi("pool"))
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    found = box_shift(model, image, torch.tensor([[8.0, 8, 40, 50]]), torch.tensor([2]), (0, 5, 64))
+    assert found[0] == 0 and found[1] > 0 and found[2] < 0.05
+
+
+def test_area_error_of_a_rounded_roi(model_of):
+    model = model_of(roi("pool"))
+    assert isinstance(model.box_head.extractor.op, RoIPool)
+    # stride 4, cells 2.5..10.25 -> 3..10 inclusive: 8 x 8 cells instead of 7.75 x 7.75
+    box = torch.tensor([[10.0, 10, 41, 41]])
+    torch.testing.assert_close(area_error(model, box), torch.tensor([64 / 7.75**2 - 1]))
+    assert area_error(model_of(roi("align")), box) is None
+
+
+def test_cost(model_of, run_config):
+    dataset = build_dataset(run_config["data"], "val", run_config["augment"])
+    from detector.data import collate
+
+    batches = [collate([dataset[i]])[0] for i in range(2)]
+    plain, deformable = (measure_cost(model_of(roi(name)), batches) for name in ("align", "deformable"))
+    assert plain["roi_parameters"] == 0 < deformable["roi_parameters"]
+    assert deformable["parameters"] - plain["parameters"] == deformable["roi_parameters"]
+    assert 0 < plain["roi_gflops"] < plain["gflops"] and deformable["roi_gflops"] > plain["roi_gflops"]
+    assert 0 < plain["roi_ms"] < plain["ms"] and plain["memory_mb"] is None
+
+
+# -------------------------------------------------------------------------------------------------------------- charts
+
+
+def test_charts_are_valid_and_leave_gaps():
+    charts = [
+        line_chart({"a & b": ([0, 1, 2], [1, None, 3]), "c": ([0, 1], [0, 2])}, "x", "y", {"c": [0.1, 0.2]}),
+        interval_chart([("a < b", 1, 0.5, 2), ("none", None, None, None)], "difference"),
+        bar_chart({"a": {"one": 1, "two": None}, "b": {"one": -2, "two": 3}}, "y"),
+    ]
+    for chart in charts:
+        ElementTree.fromstring(chart)
+    assert (
+        charts[0].count("<polyline") == 2
+        and charts[1].count("<circle") == 1
+        and charts[2].count('<rect class="bar') == 5
+    )
+    assert line_chart({}, "x", "y") == interval_chart([], "x") == bar_chart({}, "y") == ""
+    assert line_chart({"a": ([1], [None])}, "x", "y") == ""
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-3.2, 7.9), (0.5, 0.95), (2, 2), (0, 0), (1e-9, 3e-9), (-40, -12)])
+def test_ticks_enclose_the_values(low, high):
+    values = ticks(low, high)
+    assert values[0] <= low and values[-1] >= high and 3 <= len(values) <= 9
+    assert np.allclose(np.diff(values), values[1] - values[0])
