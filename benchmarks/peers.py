@@ -24,7 +24,6 @@ def mask_rcnn_pair(device: str, size: tuple[int, int], num_classes: int = 80) ->
         weights=None,
         weights_backbone=None,
         num_classes=num_classes + 1,
-        trainable_backbone_layers=3,
         min_size=min(size),
         max_size=max(size),
     )
