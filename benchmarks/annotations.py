@@ -8,6 +8,7 @@ ones (map the stored arrays), and pycocotools; and the memory that one more work
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -81,8 +82,11 @@ def child(connection, opener, path: Path, cache: Path) -> None:
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
+    indices = np.random.default_rng(1).permutation(IMAGES)[:20_000].tolist()
+
     def worker(out) -> None:
-        read(np.random.default_rng(1).permutation(IMAGES)[:20_000].tolist())
+        gc.freeze()  # as the loader's workers do
+        read(indices)
         out.send(private_mib())
 
     receive, send = multiprocessing.Pipe(duplex=False)

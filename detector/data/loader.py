@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -229,5 +231,8 @@ def build_loader(
 
 
 def _init_worker(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # schedulers signal the whole group: the main process decides
+        signal.signal(number, signal.SIG_IGN)
+    gc.freeze()  # the collector would touch, and so copy, the memory that is shared with the parent
     cv2.setNumThreads(0)  # the processes are the parallelism
     torch.set_num_threads(1)

@@ -6,6 +6,7 @@ options it was read with. It is written elsewhere and moved to its place in one 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +47,9 @@ def open_coco(
     if cache is None or not path.is_file() or path.stat().st_size < small:
         return read_coco(path, on_error=on_error, **options)
     problems = Problems(path, on_error)
-    place = Path(cache).expanduser() / f"{path.stem}-{key(path, options)}"
+    cache = Path(cache).expanduser()
+    options_key = hashlib.sha256(json.dumps([VERSION, options]).encode()).hexdigest()[:8]
+    place = cache / f"{path.stem}-{content_key(path, cache)}-{options_key}"
     if not place.is_dir():
         found = read_coco(path, problems=problems, **options)
         problems.report()
@@ -63,12 +67,24 @@ def open_coco(
     return found
 
 
-def key(path: Path, options: dict) -> str:
-    """A name for the content of the file and the options."""
+def content_key(path: Path, cache: Path) -> str:
+    """A name for the content of the file; it is read again only where size or time of change differ from last time."""
+    status = path.stat()
+    known = [status.st_size, status.st_mtime_ns]
+    note = cache / f".key-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    with contextlib.suppress(OSError, ValueError):
+        *seen, name = json.loads(note.read_text())
+        if seen == known:
+            return name
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(json.dumps([VERSION, options]).encode())
-    return digest.hexdigest()[:32]
+        name = hashlib.file_digest(file, "sha256").hexdigest()[:24]
+    if time.time_ns() - status.st_mtime_ns > 2_000_000_000:  # a change within the clock's tick would not be seen
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            draft = note.with_name(f"{note.name}-{os.getpid()}")
+            draft.write_text(json.dumps([*known, name]))
+            draft.replace(note)
+    return name
 
 
 def save(found: Annotations, problems: Problems, place: Path) -> None:
