@@ -101,7 +101,7 @@ def draw(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Object]]
     objects: list[Object] = []
     if rng.random() < EMPTY_SHARE:
         return to_uint8(image), objects
-    sides = size * np.exp(rng.uniform(math.log(SMALLEST), math.log(LARGEST), 1 + rng.poisson(3)))
+    sides = size * np.exp(rng.uniform(math.log(SMALLEST), math.log(LARGEST), 1 + rng.poisson(5)))
     for side in sorted(sides, reverse=True):  # small ones in front
         category = int(rng.choice(list(CATEGORIES)))
         shape = outline(CATEGORIES[category], rng)
@@ -222,9 +222,9 @@ def make_shapes(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/shapes"), help="folder to write to")
-    parser.add_argument("--train", type=int, default=1200, help="number of training images")
+    parser.add_argument("--train", type=int, default=1500, help="number of training images")
     parser.add_argument("--val", type=int, default=250, help="number of validation images")
-    parser.add_argument("--size", type=int, default=176, help="side of the square images in pixels")
+    parser.add_argument("--size", type=int, default=160, help="side of the square images in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, help="default: one per core")
     options = vars(parser.parse_args())
