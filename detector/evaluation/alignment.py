@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..roi import RoIPool, RoIWarp, assign_levels
+from ..roi import RoIExtractor, RoIPool, RoIWarp, assign_levels
 from ..roi.pool import bin_ranges, round_half_away
-from ..structures import Batch, with_image
+from ..structures import Batch, to_device, with_image
 
 FRACTIONS = np.linspace(0, 1, 17)  # of the stride of a RoI's level
 PIXELS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
@@ -114,8 +114,47 @@ def area_error(model: nn.Module, boxes: Tensor) -> Tensor | None:
     return sides[0] * sides[1] / ((cells[:, 2] - cells[:, 0]) * (cells[:, 3] - cells[:, 1])) - 1
 
 
+@torch.inference_mode()
+def measure_offsets(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
+    """How far the learned offsets move the bins of the RoIs that inference pools, by head; {} for methods without.
+
+    {head: {"mean_px", "quantiles_px" (0, 5, ..., 100 %), "modulation" (its mean, or None)}}, in network pixels.
+    """
+    distances: dict[str, list[Tensor]] = {}
+    modulations: dict[str, list[Tensor]] = {}
+
+    def keep(name: str):
+        def hook(extractor, inputs, output):
+            if output.offsets is not None and len(output.offsets):
+                sides = inputs[1][:, 3:] - inputs[1][:, 1:3]
+                moved = extractor.op.gamma * output.offsets.float() * sides[:, :, None, None]
+                distances.setdefault(name, []).append(moved.norm(dim=1).flatten().cpu())
+            if output.modulation is not None:
+                modulations.setdefault(name, []).append(output.modulation.float().flatten().cpu())
+
+        return hook
+
+    extractors = {n.removesuffix(".extractor"): m for n, m in model.named_modules() if isinstance(m, RoIExtractor)}
+    handles = [m.register_forward_hook(keep(name)) for name, m in extractors.items()]
+    try:
+        for batch in batches:
+            model(to_device(batch, next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for name, parts in distances.items():
+        values = torch.cat(parts).numpy()
+        found[name] = {
+            "mean_px": float(values.mean()),
+            "quantiles_px": np.quantile(values, np.linspace(0, 1, 21)).tolist(),
+            "modulation": float(torch.cat(modulations[name]).mean()) if name in modulations else None,
+        }
+    return found
+
+
 def measure_alignment(model: nn.Module, samples: Sequence[Any], rois: int = 300) -> dict[str, Any]:
-    """All three of the above on the objects of data set samples (detector.data.Sample) with boxes."""
+    """feature_shift, box_shift and area_error on the objects of data set samples (detector.data.Sample) with boxes."""
     samples = [sample for sample in samples if len(sample.boxes)]
     boxes = torch.from_numpy(np.concatenate([sample.boxes for sample in samples]))[:rois]
     shifts = [

@@ -60,7 +60,7 @@ svg .dot { fill: var(--ink); }
 
 def write_report(report: Mapping, folder: Path, pictures: Sequence[tuple[str, np.ndarray]] = ()) -> None:
     """Write report.json, report.md and report.html. report: as comparison.compare returns it, and what compare.py adds
-    (left_out, cost, alignment); pictures: (caption, [H, W, 3] uint8)."""
+    (left_out, cost, alignment, offsets); pictures: (caption, [H, W, 3] uint8)."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", report, indent=1)
     (folder / "report.md").write_text(markdown(report), encoding="utf-8")
@@ -95,7 +95,7 @@ def cost_rows(report: Mapping) -> list[list[str]]:
     rows = []
     for method in report["methods"]:
         name = method["label"]
-        cost, curves = (report.get("cost") or {}).get(name) or {}, report["training"][name]
+        cost, curves = report.get("cost", {}).get(name, {}), report["training"][name]
         rates = [curve["images_per_second"] for curve in curves if curve["images_per_second"] is not None]
         memory = [curve["memory_mb"] for curve in curves if curve["memory_mb"] is not None]
         cells = [
@@ -183,6 +183,7 @@ def html(report: Mapping, pictures: Sequence[tuple[str, np.ndarray]] = ()) -> st
         section("Alignment", alignment(report)),
         section("Cost", html_table(COST_HEADER, cost_rows(report)) + COST_NOTE),
         section("Training", training(report)),
+        section("Learned offsets", offsets(report)),
         section("Where they disagree most", "".join(figure(caption, image) for caption, image in pictures)),
         section("Runs", runs(report)),
     ]
@@ -290,7 +291,7 @@ def errors(report: Mapping) -> str:
 
 
 def alignment(report: Mapping) -> str:
-    found = {name: entry for name, entry in (report.get("alignment") or {}).items() if entry}
+    found = report.get("alignment")
     if not found:
         return ""
     features = {name: (e["fractions"], e["feature_shift"]) for name, e in found.items()}
@@ -318,27 +319,32 @@ def alignment(report: Mapping) -> str:
 
 
 def training(report: Mapping) -> str:
-    figures = []
-    for key, name, factor in (("loss", "loss", 1), ("loss_offset", "offset loss, weighted", 1)):
-        series = {
-            label: (curves[0]["iteration"], [None if v is None else factor * v for v in curves[0].get(key, [])])
-            for label, curves in report["training"].items()
-            if any(v is not None for v in curves[0].get(key, []))
-        }
-        figures.append((line_chart(series, "iteration", name), f"{name.capitalize()} (first run of each)"))
-    offsets = {
-        f"{label}: {key.split('/')[0]}": (curves[0]["iteration"], curves[0][key])
-        for label, curves in report["training"].items()
-        for key in curves[0]
-        if "offsets_mean_abs" in key
+    series = {label: (curves[0]["iteration"], curves[0]["loss"]) for label, curves in report["training"].items()}
+    return charts((line_chart(series, "iteration", "loss"), "Loss of the first run of each"))
+
+
+def offsets(report: Mapping) -> str:
+    sizes, penalties = {}, {}
+    for label, curves in report["training"].items():
+        for key, values in curves[0].items():
+            if key.endswith("offsets_mean_abs"):
+                sizes[f"{label}: {key.split('/')[0]}"] = (curves[0]["iteration"], values)
+            elif key == "loss_offset":
+                penalties[label] = (curves[0]["iteration"], values)
+    heads = {
+        f"{label}: {head}": found
+        for label, by_head in report.get("offsets", {}).items()
+        for head, found in by_head.items()
     }
-    figures.append(
-        (
-            line_chart(offsets, "iteration", "mean |offset|", None, True),
-            "Learned offsets, share of the RoI's side before gamma",
-        )
+    shares = [i / 20 for i in range(20)]
+    moves = {name: (found["quantiles_px"][:20], shares) for name, found in heads.items()}
+    rows = [[name, number(f["mean_px"], 1, 2), number(f["modulation"], 1, 2)] for name, f in heads.items()]
+    table = html_table(["head", "mean move of a bin, px", "mean modulation"], rows) if rows else ""
+    return table + charts(
+        (line_chart(sizes, "iteration", "mean |offset|", None, True), "Offsets in training, before gamma"),
+        (line_chart(penalties, "iteration", "loss", None, True), "L2 loss of the offsets, weighted"),
+        (line_chart(moves, "move of a bin, px", "share of bins below", None, True), "Offsets of the trained model"),
     )
-    return charts(*figures)
 
 
 def runs(report: Mapping) -> str:

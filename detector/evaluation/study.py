@@ -18,7 +18,7 @@ from ..engine import distributed
 from ..engine.settings import Runtime
 from ..predict import load
 from ..visualize import draw, panel
-from .alignment import measure_alignment
+from .alignment import measure_alignment, measure_offsets
 from .comparison import compare, without_nan
 from .cost import measure_cost
 from .report import verdicts, write_report
@@ -67,10 +67,9 @@ def compare_runs(cfg: DictConfig) -> dict:
     with tqdm(total=sum(len(m.runs) for m in methods), desc="compare", unit="run", leave=False, disable=None) as bar:
         report = compare(methods, cfg.samples, cfg.seed, cfg.boundary, bar.update)
     report["left_out"] = {str(k): v for k, v in (left_out | others | repeated).items()}
-    report["cost"], report["alignment"] = {}, {}
-    for method in methods if cfg.probe_images else []:
-        found = probe(method.runs[0], device, cfg.probe_images)
-        report["cost"][method.label], report["alignment"][method.label] = found
+    probed = {m.label: probe(m.runs[0], device, cfg.probe_images) for m in methods} if cfg.probe_images else {}
+    for name in ("cost", "alignment", "offsets"):
+        report[name] = {label: found[name] for label, found in probed.items() if found.get(name)}
     pictures = disagreements(methods, report, cfg.pictures) if len(methods) > 1 else []
     report = without_nan(report)
     write_report(report, Path(cfg.output), pictures)
@@ -84,18 +83,20 @@ def compare_runs(cfg: DictConfig) -> dict:
     return report
 
 
-def probe(run: Run, device, images: int) -> tuple[dict | None, dict | None]:
-    """Cost and alignment of a run's model on some validation images; None where its checkpoint cannot be used."""
+def probe(run: Run, device, images: int) -> dict[str, dict]:
+    """Cost, alignment and offsets of a run's model on some validation images; {} if its checkpoint cannot be used."""
     try:
         model = load(run.checkpoint, device)
         dataset = build_dataset(run.config["data"], "val", run.config["augment"], categories=model.categories)
         samples = [dataset[i] for i in range(min(images, len(dataset)))]
-        cost = measure_cost(model, [collate([sample])[0] for sample in samples])
     except (ValueError, OSError, KeyError) as error:
         log.warning("%s: cost and alignment are not measured: %s", run.folder, error)
-        return None, None
-    usable = any(len(sample.boxes) for sample in samples) and model.box_head is not None
-    return cost, measure_alignment(model, samples) if usable else None
+        return {}
+    batches = [collate([sample])[0] for sample in samples]
+    found = {"cost": measure_cost(model, batches), "offsets": measure_offsets(model, batches)}
+    if hasattr(model.box_head, "extractor") and any(len(sample.boxes) for sample in samples):
+        found["alignment"] = measure_alignment(model, samples)
+    return found
 
 
 def disagreements(methods: Sequence[Method], report: Mapping, count: int) -> list[tuple[str, np.ndarray]]:

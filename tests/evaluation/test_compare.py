@@ -16,10 +16,10 @@ import yaml
 
 import detector
 from detector.config import CONFIGS, ConfigError, build, compose
-from detector.data import build_dataset
+from detector.data import build_dataset, collate
 from detector.engine import checkpoint as checkpoints
 from detector.evaluation import coco_metrics
-from detector.evaluation.alignment import area_error, box_shift, feature_shift
+from detector.evaluation.alignment import area_error, box_shift, feature_shift, measure_offsets
 from detector.evaluation.charts import bar_chart, interval_chart, line_chart, ticks
 from detector.evaluation.comparison import sentence
 from detector.evaluation.cost import measure_cost
@@ -264,7 +264,7 @@ def model_of(run_config, state):
 
 
 def test_run_without_evaluation_is_evaluated_and_probed(make_run, model_of, state, tmp_path):
-    for name in ("align", "pool"):
+    for name in ("align", "pool", "deformable"):
         folder = make_run(name, roi(name))
         for file in (folder / "eval_last").iterdir():
             file.unlink()
@@ -275,6 +275,7 @@ def test_run_without_evaluation_is_evaluated_and_probed(make_run, model_of, stat
     assert report["cost"]["align"]["parameters"] == report["cost"]["pool"]["parameters"] > 0
     shifts = {name: max(report["alignment"][name]["feature_shift"]) for name in ("align", "pool")}
     assert shifts["pool"] > 5 * shifts["align"] and report["alignment"]["align"]["area_error"] is None
+    assert report["offsets"]["deformable"]["box_head"]["mean_px"] == 0 and set(report["offsets"]) == {"deformable"}
     assert "<h2>Alignment" in (tmp_path / "report" / "report.html").read_text()
 
 
@@ -302,10 +303,26 @@ def test_area_error_of_a_rounded_roi(model_of):
     assert area_error(model_of(roi("align")), box) is None
 
 
+def test_offsets_in_pixels(model_of, run_config):
+    """A predictor that says (0.3, -0.4) for every bin moves it by gamma * 0.5 of a square RoI's side."""
+    model = model_of(roi("modulated_deformable"))
+    last = model.box_head.extractor.op.offset_predictor[0].offsets[-1]
+    torch.nn.init.constant_(last.bias[:49], 0.3), torch.nn.init.constant_(last.bias[49:], -0.4)
+    batch, _ = collate([build_dataset(run_config["data"], "val", run_config["augment"])[0]])
+    sides = []
+    model.box_head.extractor.register_forward_hook(
+        lambda _, inputs, output: sides.append(inputs[1][:, 3:] - inputs[1][:, 1:3])
+    )
+    found = measure_offsets(model, [batch])
+    expected = 0.1 * (sides[0] * torch.tensor([0.3, 0.4])).norm(dim=1)
+    assert found["box_head"]["mean_px"] == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert found["box_head"]["quantiles_px"][-1] == pytest.approx(expected.max().item(), rel=1e-5)
+    assert found["box_head"]["modulation"] == 0.5 and found["mask_head"]["mean_px"] == 0
+    assert measure_offsets(model_of(roi("align")), [batch]) == {}
+
+
 def test_cost(model_of, run_config):
     dataset = build_dataset(run_config["data"], "val", run_config["augment"])
-    from detector.data import collate
-
     batches = [collate([dataset[i]])[0] for i in range(2)]
     plain, deformable = (measure_cost(model_of(roi(name)), batches) for name in ("align", "deformable"))
     assert plain["roi_parameters"] == 0 < deformable["roi_parameters"]
