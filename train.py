@@ -28,6 +28,7 @@ class Keys:
     resume: str
     seed: int
     model: dict
+    weights: dict
     roi: dict
     data: Data
     augment: dict

@@ -67,6 +67,7 @@ class Data:
     train: Split
     val: Split
     masks: bool
+    keypoints: bool
     mask_size: int
     keep_empty: bool
     on_error: Literal["raise", "skip"]
@@ -368,6 +369,13 @@ def override_folder(ignore: Sequence[str] = ()) -> str:
     if len(name) > 120:
         name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return f"/{name}" if name else ""
+
+
+def overridden() -> set[str]:
+    """The keys that the command line sets, such as 'model.rpn.min_size'."""
+    if not HydraConfig.initialized():
+        return set()
+    return {text.lstrip("+~").partition("=")[0] for text in HydraConfig.get().overrides.task}
 
 
 OmegaConf.register_new_resolver(

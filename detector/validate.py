@@ -209,6 +209,7 @@ def without_weights(cfg: DictConfig) -> dict:
     """The model's configuration, to be built without reading weights."""
     model = OmegaConf.to_container(cfg.model, resolve=True)
     model["backbone"].pop("weights", None)
+    model.pop("weights", None)
     return model
 
 

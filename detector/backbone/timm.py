@@ -15,7 +15,7 @@ class TimmBackbone(nn.Module):
 
     Args:
         name: timm's name of the model, for instance 'convnext_tiny.fb_in1k' or 'swin_tiny_patch4_window7_224'.
-        pretrained: load timm's weights.
+        weights: 'pretrained' for those that timm has for that name, or None.
         strides: of the maps that are returned, finest first.
         image_size: what models with a fixed input size (Swin) are built for; they take other sizes too.
         frozen: train none of its parameters.
@@ -27,7 +27,7 @@ class TimmBackbone(nn.Module):
     def __init__(
         self,
         name: str,
-        pretrained: bool = False,
+        weights: str | None = None,
         strides: Sequence[int] = (4, 8, 16, 32),
         image_size: int | None = None,
         frozen: bool = False,
@@ -41,7 +41,9 @@ class TimmBackbone(nn.Module):
         if not timm.is_model(name):
             close = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5])
             raise ValueError(f"timm has no model {name!r}" + (f"; it has {close}" if close else ""))
-        settings = {"pretrained": pretrained, "features_only": True}
+        if weights not in (None, "pretrained"):
+            raise ValueError(f"weights={weights!r}: expected 'pretrained' or None")
+        settings = {"pretrained": weights is not None, "features_only": True}
         if drop_path_rate:
             settings["drop_path_rate"] = drop_path_rate
         if "swin" in name:

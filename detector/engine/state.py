@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..config import build
+from ..config import build, config_errors
 from .distributed import World
 from .optimizer import EMA, build_optimizer
 from .schedule import Schedule
@@ -47,9 +48,14 @@ class State:
         training: Training,
         runtime: Runtime,
         world: World,
+        start: Callable[[nn.Module], None] | None = None,
     ) -> State:
-        """Build what the config describes, on the device."""
-        model = build(cfg.model, "model", num_classes=num_classes).to(world.device)
+        """Build what the config describes, on the device; `start` may fill the new model with weights."""
+        model = build(cfg.model, "model", num_classes=num_classes)
+        if start is not None:
+            with config_errors("model.weights"):
+                start(model)
+        model = model.to(world.device)
         if runtime.channels_last:
             model = model.to(memory_format=torch.channels_last)
         optimizer = build_optimizer(build(cfg.optimizer, "optimizer"), model, training)

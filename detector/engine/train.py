@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import build
+from ..config import build, config_errors, overridden
 from ..structures import Batch, Targets, to_device
+from ..weights import Start
 from . import checkpoint, distributed, faults, setup
 from . import logging as record
 from .distributed import World
@@ -42,6 +44,7 @@ def train(cfg: DictConfig) -> float | None:
     training: Training = build(cfg.training, "training")
     evaluation: Evaluation = build(cfg.evaluation, "evaluation")
     schedule: Schedule = build(cfg.schedule, "schedule")
+    start: Start = build(cfg.weights, "weights")
     setup.rehearse(cfg, training)
     world = distributed.start(runtime)
     folder = Path(cfg.run_dir)
@@ -51,11 +54,14 @@ def train(cfg: DictConfig) -> float | None:
         record.start(folder, world)
         distributed.seed_everything(cfg.seed)
 
+        with config_errors("model.weights"):
+            weights = start.read(cfg, overridden())
         found = setup.find_checkpoint(cfg, folder, world)
         train_set, val_set = setup.datasets(cfg)
         per_epoch = max(1, round(len(train_set) / training.batch_size))
         total = schedule.total(per_epoch)
-        state = State.create(cfg, len(train_set.categories), schedule, per_epoch, training, runtime, world)
+        fill = partial(start.load, weights=None if found else weights)
+        state = State.create(cfg, len(train_set.categories), schedule, per_epoch, training, runtime, world, fill)
         if found:
             setup.resume(found, state, train_set, world)
         if state.iteration >= total and state.evaluated >= total:
@@ -73,9 +79,12 @@ def train(cfg: DictConfig) -> float | None:
             model.compile()
         if world.size > 1:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        batches, val_loader, examples = setup.loaders(
+        train_loader, val_loader, examples = setup.loaders(
             cfg, train_set, val_set, state.iteration, training, runtime, world
         )
+        stack.callback(train_loader.close)
+        stack.callback(val_loader.close)
+        batches = iter(train_loader)
         save_every = to_iterations(runtime.checkpoint_every, per_epoch, total)
         evaluate_every = to_iterations(evaluation.every, per_epoch, total) if evaluation.every else total
 

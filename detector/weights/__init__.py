@@ -2,5 +2,6 @@
 
 from detector.weights.architecture import apply_presets, model_config
 from detector.weights.loading import ForeignWeights, Misfit, load_foreign, load_into, misfit
+from detector.weights.start import Start
 
-__all__ = ["ForeignWeights", "Misfit", "apply_presets", "load_foreign", "load_into", "misfit", "model_config"]
+__all__ = ["ForeignWeights", "Misfit", "Start", "apply_presets", "load_foreign", "load_into", "misfit", "model_config"]

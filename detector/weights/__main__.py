@@ -19,7 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     command.add_argument("source", help="a .pth, .pt, .pkl or .safetensors file")
     command.add_argument("out", help="the checkpoint to write; detector.load, eval.py and predict.py take it")
-    command.add_argument("--framework", choices=SOURCES, help="where the weights are from; else recognised by the keys")
+    command.add_argument(
+        "--framework", choices=SOURCES[:-1], help="where the weights are from; else recognised by the keys"
+    )
     command.add_argument("--style", choices=("caffe", "pytorch"), help="of strides and pixel statistics; else guessed")
     command.add_argument("--categories", type=Path, help="a text file with one class name per line")
     args = parser.parse_args(arguments)

@@ -197,5 +197,6 @@ def apply_presets(config: dict[str, Any], presets: dict[str, Any]) -> None:
         node = config
         for name in parents:
             node = node.get(name) if isinstance(node, dict) else None
-        if node is not None:
+        # a RoI method of the user's choice is not what the weights were trained with: it keeps its own settings
+        if node is not None and (parents[-1:] != ["roi"] or node["_target_"].endswith(".RoIAlign")):
             node[leaf] = value

@@ -26,7 +26,7 @@ from detector.weights.presets import has, presets_of
 from detector.weights.reading import read_file, state_dict_of
 
 log = logging.getLogger(__name__)
-SOURCES = ("torchvision", "detectron2", "mmdet")
+SOURCES = ("torchvision", "detectron2", "mmdet", "detector")  # the last are our own checkpoints
 TABLES = {
     "torchvision": compile_table(TORCHVISION | resnet("", "backbone.")),  # the latter are classifiers
     "detectron2": compile_table(DETECTRON2 | detectron2_resnet("", "backbone.")),
@@ -69,7 +69,7 @@ def load_foreign(
     Args:
         path_or_state_dict: a file (.pth, .pt, detectron2's and Caffe2's .pkl, .safetensors) or what was in it. Nothing
             in it is executed.
-        source: 'torchvision', 'detectron2' or 'mmdet'; None recognises it by the names.
+        source: 'torchvision', 'detectron2', 'mmdet', or 'detector' (our own checkpoints); None looks at the keys.
         style: 'caffe' or 'pytorch': where bottlenecks stride and how images are normalised. None takes what the file
             says, else what that framework's published models of that kind have.
 
@@ -88,6 +88,8 @@ def load_foreign(
     source = source or recognise(theirs)
     if source != "torchvision":
         style = style or style_in(contents, Path(path_or_state_dict).name if is_path else "")
+    if source == "detector":
+        return ForeignWeights(theirs, {})
     state, unused = translate(theirs, source)
     if unused:
         log.info("not used by the model: %s", ", ".join(unused))
@@ -103,6 +105,7 @@ def load_foreign(
 def recognise(state: Mapping[str, Tensor]) -> str:
     """The framework that names parameters like this. Raises ValueError if none does."""
     marks = {
+        "detector": ("rpn.head.objectness_logits.", "rpn.head.deltas."),
         "detectron2": ("proposal_generator.", "backbone.bottom_up.", "backbone.res", "stem.", "res2"),
         "mmdet": ("rpn_head.", "bbox_head.", "roi_head.", "neck."),
         "torchvision": ("backbone.body.", "rpn.head.cls_logits", "layer1."),

@@ -29,6 +29,7 @@ ARRAYS = {  # what numpy's pickles are made of; its core package moved in numpy 
     ("collections", "OrderedDict"): OrderedDict,
 }
 MODELS = (
+    "ema",
     "model",
     "state_dict",
     "model_state",
