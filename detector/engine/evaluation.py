@@ -32,7 +32,8 @@ def measure(
 ) -> bool:
     """Evaluate the weights that are kept, and record it. Is it the best so far?
 
-    A stop request ends it: the checkpoint before it is kept, and a resumed run evaluates again.
+    The last evaluation of a run leaves predictions.json in its folder. A stop request ends it: the checkpoint before it
+    is kept, and a resumed run evaluates again.
     """
     world.share_buffers(state.trained)
     metrics, _ = evaluate(
@@ -43,6 +44,7 @@ def measure(
         precision=runtime.precision,
         evaluator=evaluation.evaluator,
         per_class=False,
+        folder=journal.path.parent if state.iteration == journal.total else None,
         progress=journal.interactive,
     )
     state.metrics, state.evaluated = metrics, state.iteration

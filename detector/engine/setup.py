@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import ConfigError, build, config_errors
-from ..data import build_dataset, build_loader, collate
+from ..data import Loader, build_dataset, build_loader, collate
 from ..evaluation.evaluator import summary_table
 from ..structures import Batch, Targets
 from . import checkpoint
@@ -32,6 +31,7 @@ def rehearse(cfg: DictConfig, training: Training) -> None:
         raise ConfigError(f"seed = {cfg.seed}: must be at least 0")
     model = OmegaConf.to_container(cfg.model, resolve=True)
     model["backbone"].pop("weights", None)
+    model.pop("weights", None)
     with torch.device("meta"):
         skeleton = build(model, "model", num_classes=2)
     build_optimizer(build(cfg.optimizer, "optimizer"), skeleton, training)
@@ -72,29 +72,27 @@ def about(cfg: DictConfig, train_set: Any) -> dict[str, Any]:
 
 
 def datasets(cfg: DictConfig) -> tuple[Any, Any]:
-    """The training and the validation set; they must have the same categories."""
+    """The training and the validation set; the latter may have no category that the former lacks (matched by name)."""
     with config_errors("data"):
         train_set = build_dataset(cfg.data, "train", cfg.augment, seed=cfg.seed)
-        val_set = build_dataset(cfg.data, "val", cfg.augment, seed=cfg.seed)
-    if list(train_set.categories) != list(val_set.categories):
-        raise ConfigError(f"data: train has the categories {train_set.categories}, val has {val_set.categories}")
+        val_set = build_dataset(cfg.data, "val", cfg.augment, seed=cfg.seed, categories=train_set.categories)
     return train_set, val_set
 
 
 def loaders(
     cfg: DictConfig, train_set: Any, val_set: Any, iteration: int, training: Training, runtime: Runtime, world: World
-) -> tuple[Iterator, Iterable, tuple[Batch, Targets]]:
+) -> tuple[Loader, Loader, tuple[Batch, Targets]]:
     """Endless training micro-batches from `iteration` on, the validation batches, and two images to look at."""
     shared = {key: cfg.data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
     shared |= {"workers": runtime.workers, "rank": world.rank, "world": world.size}
     position = iteration * training.batch_size
     with config_errors("training"):
-        batches = build_loader(
+        train_loader = build_loader(
             train_set, training.batch_size // training.accumulate, seed=cfg.seed, start_position=position, **shared
         )
     val_loader = build_loader(val_set, cfg.evaluation.batch_size, training=False, **shared)
     examples = collate([val_set[0], val_set[len(val_set) // 2]], cfg.data.pad_multiple)
-    return iter(batches), val_loader, examples
+    return train_loader, val_loader, examples
 
 
 def finish(state: State, folder: Path) -> None:
