@@ -28,17 +28,20 @@ class Objects(NamedTuple):
     labels: np.ndarray  # [G] int64, 1..K
     crowd: np.ndarray  # [G] bool
     outlines: Outlines
+    keypoints: np.ndarray  # [G, N, 3] float32 (x, y, visibility 0, 1, 2); N = 0 where they were not asked for
 
 
 @dataclass(frozen=True)
 class Annotations:
     """All images and objects of a data set; objects in the order of their images.
 
-    Dimensions: I images, M objects, Q rings, P points. `file_names` is UTF-8 text cut by `file_name_starts`.
+    Dimensions: I images, M objects, Q rings, P points, N keypoints of an object. `file_names` is UTF-8 text
+    cut by `file_name_starts`.
     """
 
     categories: list[str]  # name of label 1, 2, ...
     category_ids: list[int]  # id of label 1, 2, ... in the file; -1 for a category that the file does not have
+    keypoint_names: list[str]  # N names
     image_ids: np.ndarray  # [I] int64
     image_sizes: np.ndarray  # [I, 2] int32 (height, width)
     file_names: np.ndarray  # [bytes] uint8
@@ -52,6 +55,7 @@ class Annotations:
     ring_starts: np.ndarray  # [M + 1] int64: first ring of each object
     point_starts: np.ndarray  # [Q + 1] int64: first point of each ring
     points: np.ndarray  # [P, 2] float32
+    keypoints: np.ndarray  # [M, N, 3] float32 (x, y, visibility); continuous: the centre of pixel 0 is 0.5
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -74,7 +78,8 @@ class Annotations:
             ring_objects=np.repeat(np.arange(end - start), np.diff(rings)),
             even_odd=self.even_odd[start:end],
         )
-        return Objects(self.boxes[start:end], self.labels[start:end].astype(np.int64), self.crowd[start:end], outlines)
+        labels = self.labels[start:end].astype(np.int64)
+        return Objects(self.boxes[start:end], labels, self.crowd[start:end], outlines, self.keypoints[start:end])
 
 
 @dataclass
@@ -116,6 +121,7 @@ def read_coco(
     masks: bool = True,
     on_error: str = "raise",
     max_pixels: int = 100_000_000,
+    keypoints: bool = False,
     problems: Problems | None = None,
 ) -> Annotations:
     """Read a COCO instances file.
@@ -127,6 +133,7 @@ def read_coco(
             masks of another size); "skip" leaves them out with a warning. Boxes outside the image or of no size occur
             in COCO itself: they are left out with a warning either way.
         max_pixels: larger images are refused.
+        keypoints: keep the keypoints. All categories that have some must have the same.
         problems: collects what is wrong instead of reporting it, for those who report by themselves.
 
     Raises:
@@ -137,12 +144,13 @@ def read_coco(
     content = _load(path)
     collected, problems = problems, problems or Problems(path, on_error)
     names, ids, label_of = _read_categories(path, content["categories"], categories)
+    keypoint_names = _read_keypoint_names(path, content["categories"]) if keypoints else []
     images = _read_images(content["images"], problems, max_pixels)
     listed = {record["id"] for record in content["images"] if isinstance(record, dict) and _is_int(record.get("id"))}
     by_image: dict[int, list[_Object]] = {image_id: [] for image_id in images}
     seen: set[int] = set()
     for number, record in enumerate(content["annotations"]):
-        item = _read_object(number, record, images, listed, label_of, seen, masks, problems)
+        item = _read_object(number, record, images, listed, label_of, seen, masks, len(keypoint_names), problems)
         if item is not None:
             by_image[record["image_id"]].append(item)
     if collected is None:
@@ -151,7 +159,7 @@ def read_coco(
         raise ValueError(f"{path}: no usable images ('images' has {len(content['images'])} records)")
     if not any(by_image.values()):
         raise ValueError(f"{path}: no usable objects ('annotations' has {len(content['annotations'])} records)")
-    return _pack(names, ids, images, by_image)
+    return _pack(names, ids, keypoint_names, images, by_image)
 
 
 class _Object(NamedTuple):
@@ -161,6 +169,7 @@ class _Object(NamedTuple):
     crowd: bool
     even_odd: bool
     rings: list[np.ndarray]
+    keypoints: list[float]
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -201,6 +210,13 @@ def _read_categories(
     return names, [id_of.get(name, -1) for name in names], {id_of[n]: i + 1 for i, n in enumerate(names) if n in id_of}
 
 
+def _read_keypoint_names(path: Path, records: list) -> list[str]:
+    found = [record["keypoints"] for record in records if record.get("keypoints")]
+    if not found or any(names != found[0] for names in found) or not all(isinstance(name, str) for name in found[0]):
+        raise ValueError(f"{path}: categories: 'keypoints' must be one list of names, there are {found}")
+    return found[0]
+
+
 def _read_images(records: list, problems: Problems, max_pixels: int) -> dict[int, tuple[str, int, int]]:
     """File name, height and width by image id."""
     images: dict[int, tuple[str, int, int]] = {}
@@ -237,6 +253,7 @@ def _read_object(
     label_of: dict[int, int],
     seen: set[int],
     masks: bool,
+    num_keypoints: int,
     problems: Problems,
 ) -> _Object | None:
     """One checked annotation, or None with the reason in `problems`."""
@@ -287,7 +304,16 @@ def _read_object(
     box = (max(x1, 0), max(y1, 0), min(x2, width), min(y2, height))
     if crowd or not masks:
         rings = []
-    return _Object(record["id"], box, label_of[category_id], bool(crowd), even_odd, rings)
+    keypoints = record.get("keypoints") or [0] * 3 * num_keypoints
+    if num_keypoints and not (
+        isinstance(keypoints, list)
+        and len(keypoints) == 3 * num_keypoints
+        and all(map(_is_finite, keypoints))
+        and set(keypoints[2::3]) <= {0, 1, 2}
+    ):
+        what = f"keypoints are not {num_keypoints} times x, y and visibility 0, 1 or 2"
+        return problems.error(what, f"{where} keypoints={_short(keypoints)}")
+    return _Object(record["id"], box, label_of[category_id], bool(crowd), even_odd, rings, keypoints)
 
 
 def _read_rings(segmentation: Any, height: int, width: int) -> tuple[list[np.ndarray], bool]:
@@ -308,13 +334,17 @@ def _read_rings(segmentation: Any, height: int, width: int) -> tuple[list[np.nda
     return (rings if in_image.all() else []), False
 
 
-def _pack(names, ids, images, by_image) -> Annotations:
+def _pack(names, ids, keypoint_names, images, by_image) -> Annotations:
     files = [name.encode() for name, _, _ in images.values()]
     objects = [item for items in by_image.values() for item in items]
     rings = [ring for item in objects for ring in item.rings]
+    keypoints = [item.keypoints for item in objects] if keypoint_names else []
+    keypoints = np.array(keypoints, np.float32).reshape(len(objects), len(keypoint_names), 3)
+    keypoints[..., :2] += 0.5  # COCO's keypoints are indices of pixels
     return Annotations(
         categories=names,
         category_ids=ids,
+        keypoint_names=keypoint_names,
         image_ids=np.array(list(images), np.int64),
         image_sizes=np.array([size for _, *size in images.values()], np.int32).reshape(-1, 2),
         file_names=np.frombuffer(b"".join(files), np.uint8),
@@ -328,6 +358,7 @@ def _pack(names, ids, images, by_image) -> Annotations:
         ring_starts=_starts([item.rings for item in objects]),
         point_starts=_starts(rings),
         points=np.concatenate(rings) if rings else np.zeros((0, 2), np.float32),
+        keypoints=keypoints,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +41,7 @@ class Sample(NamedTuple):
     masks: np.ndarray | None  # [G, S, S] uint8
     mask_windows: np.ndarray | None  # [G, 4] float32
     has_mask: np.ndarray | None  # [G] bool
+    keypoints: np.ndarray | None = None  # [G, N, 3] float32
 
 
 def read_image(path: str | os.PathLike, max_pixels: int = 100_000_000) -> np.ndarray:
@@ -84,6 +86,7 @@ class CocoDataset(Dataset):
             that turns out unreadable later is replaced by the next one in training, by a black one in evaluation.
         training: what replaces an unreadable image.
         max_pixels: larger images are refused.
+        keypoints: give keypoints. Names that differ in "left" and "right" change places when a picture is mirrored.
         cache: folder that keeps parsed annotations for the next start; see `open_coco`.
 
     Attributes:
@@ -107,6 +110,7 @@ class CocoDataset(Dataset):
         on_error: str = "raise",
         training: bool = False,
         max_pixels: int = 100_000_000,
+        keypoints: bool = False,
         cache: str | os.PathLike | None = None,
     ):
         if mask_size < 1:
@@ -116,7 +120,7 @@ class CocoDataset(Dataset):
         self.pipeline = transforms if isinstance(transforms, Pipeline) else Pipeline(transforms)
         self.masks, self.mask_size, self.seed = masks, mask_size, seed
         self.on_error, self.training, self.max_pixels = on_error, training, max_pixels
-        self.annotations = open_coco(annotations, categories, masks, on_error, max_pixels, cache)
+        self.annotations = open_coco(annotations, categories, masks, on_error, max_pixels, keypoints, cache)
         if masks and not len(self.annotations.points):
             logger.warning("%s: masks are wanted, but no object has a segmentation", self.annotation_file)
         usable = self._files_exist()
@@ -125,6 +129,7 @@ class CocoDataset(Dataset):
         self.rows = np.flatnonzero(usable)  # position in the data set -> position in the file
         if not len(self.rows):
             raise ValueError(f"{self.annotation_file}: no images are left (keep_empty={keep_empty})")
+        self.mirrored = mirrored_keypoints(self.annotations.keypoint_names)
         self.categories, self.category_ids = self.annotations.categories, self.annotations.category_ids
         self.image_ids = self.annotations.image_ids[self.rows]
         self.image_sizes = self.annotations.image_sizes[self.rows]
@@ -174,7 +179,8 @@ class CocoDataset(Dataset):
             logger.warning("%s; %s", error, "the next image replaces it" if self.training else "taken as black")
             image, index = self._replacement(index)
         objects = self.annotations.objects(self.rows[index])
-        out = self.pipeline(image, objects.boxes, objects.outlines, seed=key)
+        keypoints = objects.keypoints if self.annotations.keypoint_names else None
+        out = self.pipeline(image, objects.boxes, objects.outlines, key, keypoints, self.mirrored)
         masks = windows = has_mask = None
         if self.masks:
             windows = mask_windows(out.boxes, self.mask_size)
@@ -191,6 +197,7 @@ class CocoDataset(Dataset):
             masks=masks,
             mask_windows=windows,
             has_mask=has_mask,
+            keypoints=out.keypoints,
         )
 
     def _replacement(self, index: int) -> tuple[np.ndarray, int]:
@@ -211,6 +218,13 @@ class CocoDataset(Dataset):
         centres = windows[:, :2, None] + (windows[:, 2:] - windows[:, :2])[:, :, None] * cells  # [G, 2, S]
         inside = (centres >= out.boxes[:, :2, None]) & (centres <= out.boxes[:, 2:, None])
         return masks & inside[:, 1, :, None] & inside[:, 0, None, :]
+
+
+def mirrored_keypoints(names: Sequence[str]) -> list[int]:
+    """[N] which keypoint each one becomes in a mirror: left_hand and right_hand change places."""
+    swap = {"left": "right", "right": "left"}
+    partners = [re.sub("left|right", lambda match: swap[match[0]], name) for name in names]
+    return [names.index(partner) if partner in names else i for i, partner in enumerate(partners)]
 
 
 def collate(
@@ -255,6 +269,6 @@ def collate(
         return torch.from_numpy(joined)
 
     counts = torch.tensor([len(sample.boxes) for sample in samples])
-    names = ("boxes", "labels", "crowd", "masks", "mask_windows", "has_mask")
+    names = ("boxes", "labels", "crowd", "masks", "mask_windows", "has_mask", "keypoints")
     targets = Targets(valid=torch.arange(most) < counts[:, None], **{name: padded(name) for name in names})
     return batch, targets

@@ -24,7 +24,7 @@ from detector.data.annotations import Annotations, Problems, read_coco
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of what a store holds; older ones are not read
+VERSION = 2  # of what a store holds; older ones are not read
 SMALL = 20_000_000  # bytes of JSON that are parsed faster than it is worth storing
 
 
@@ -34,6 +34,7 @@ def open_coco(
     masks: bool = True,
     on_error: str = "raise",
     max_pixels: int = 100_000_000,
+    keypoints: bool = False,
     cache: str | os.PathLike | None = None,
     small: int = SMALL,
 ) -> Annotations:
@@ -44,6 +45,7 @@ def open_coco(
     """
     path = Path(path)
     options = {"categories": categories and list(categories), "masks": masks, "max_pixels": max_pixels}
+    options["keypoints"] = keypoints
     if cache is None or not path.is_file() or path.stat().st_size < small:
         return read_coco(path, on_error=on_error, **options)
     problems = Problems(path, on_error)

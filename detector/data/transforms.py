@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise it asks the internet for newer versions
@@ -42,6 +43,7 @@ class Transformed(NamedTuple):
     boxes: np.ndarray  # [G, 4] float32, inside the image
     outlines: Outlines
     kept: np.ndarray  # [G] index of each remaining object among those that went in, ascending
+    keypoints: np.ndarray | None  # [G, P, 3] float32
 
 
 class Pipeline:
@@ -68,21 +70,35 @@ class Pipeline:
                     "slip off their objects; use another transform"
                 )
             if isinstance(transform, _SCALING):
-                transform._key2func["keypoints"] = _scaled_as_centres(transform.apply_to_keypoints)
+                transform._key2func["keypoints"] = partial(_scaled_as_centres, transform.apply_to_keypoints)
 
     def __call__(
-        self, image: np.ndarray, boxes: np.ndarray | None = None, outlines: Outlines | None = None, seed: int = 0
+        self,
+        image: np.ndarray,
+        boxes: np.ndarray | None = None,
+        outlines: Outlines | None = None,
+        seed: int = 0,
+        keypoints: np.ndarray | None = None,
+        mirrored: Sequence[int] | None = None,
     ) -> Transformed:
-        """Transform an image [H, W, 3] uint8 with its boxes [G, 4] and outlines: a function of its arguments alone."""
+        """Transform an image [H, W, 3] uint8 with its objects; a function of its arguments alone.
+
+        boxes: [G, 4]. keypoints: [G, P, 3] (x, y, visibility); `mirrored`: [P] which keypoint each one becomes when the
+        picture is mirrored (left and right hands change places).
+        """
         if boxes is None:
             boxes = np.zeros((0, 4), np.float32)
         if outlines is None:
             outlines = Outlines(np.zeros((0, 2)), np.zeros(1, int), np.zeros(0, int), np.zeros(len(boxes), bool))
+        points = outlines.points
+        if keypoints is not None:  # and three corners, which tell afterwards whether the picture was mirrored
+            corners = [[0, 0], [image.shape[1], 0], [0, image.shape[0]]]
+            points = np.concatenate([points, keypoints[..., :2].reshape(-1, 2), corners])
         data = {"image": image}
         if len(boxes):
             data["bboxes"] = np.column_stack([boxes, np.arange(len(boxes))]).astype(np.float32)
-        if len(outlines.points):
-            data["keypoints"] = np.asarray(outlines.points, np.float32) - np.float32(0.5)
+        if len(points):
+            data["keypoints"] = np.asarray(points, np.float32) - np.float32(0.5)
         self.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
         data = self.compose(**data)
 
@@ -97,14 +113,14 @@ class Pipeline:
         rows = data.get("bboxes", ())
         if len(rows):  # without its columns where no box is left
             result[rows[:, 4].astype(int)] = rows[:, :4]
-        if len(outlines.points):
-            points = data["keypoints"][:, :2] + 0.5
-            if len(points) != len(outlines.points):
+        if len(points):
+            moved = data["keypoints"][:, :2] + 0.5
+            if len(moved) != len(points):
                 raise ValueError(
-                    f"the augmentation turned {len(outlines.points)} outline points into {len(points)}; transforms "
+                    f"the augmentation turned {len(points)} outline points into {len(moved)}; transforms "
                     "that copy or cut away keypoints (such as padding by reflection) cannot be used"
                 )
-            outlines = outlines._replace(points=points)
+            outlines = outlines._replace(points=moved[: len(outlines.points)])
             has_rings = outlines.has_rings()
             result[has_rings] = visible_bounds(outlines, height, width)[has_rings]
         result[:, 0::2] = result[:, 0::2].clip(0, width)
@@ -112,7 +128,9 @@ class Pipeline:
         keep = (result[:, 2:] - result[:, :2] >= self.min_size).all(axis=1)
         if not keep.all():
             outlines = outlines.select(keep)
-        return Transformed(image, result[keep].astype(np.float32), outlines, np.flatnonzero(keep))
+        if keypoints is not None:
+            keypoints = _placed(keypoints, moved[-keypoints[..., 0].size - 3 :], (width, height), mirrored)[keep]
+        return Transformed(image, result[keep].astype(np.float32), outlines, np.flatnonzero(keep), keypoints)
 
 
 def _leaves(transform) -> Iterator[A.BasicTransform]:
@@ -123,13 +141,24 @@ def _leaves(transform) -> Iterator[A.BasicTransform]:
         yield transform
 
 
-def _scaled_as_centres(apply_to_keypoints):
-    def scaled(keypoints, **params):
-        shift = np.zeros(keypoints.shape[1], np.float32)
-        shift[:2] = 0.5
-        return apply_to_keypoints(keypoints + shift, **params) - shift
+def _scaled_as_centres(apply_to_keypoints, keypoints: np.ndarray, **params) -> np.ndarray:
+    shift = np.zeros(keypoints.shape[1], np.float32)
+    shift[:2] = 0.5
+    return apply_to_keypoints(keypoints + shift, **params) - shift
 
-    return scaled
+
+def _placed(keypoints: np.ndarray, moved: np.ndarray, size: tuple[int, int], mirrored: Sequence[int] | None):
+    """Keypoints [G, P, 3] at their new places, the first rows of `moved`; three moved corners follow there.
+
+    Keypoints outside the image of `size` (width, height) are no longer labelled.
+    """
+    places, (origin, right, below) = moved[:-3].reshape(*keypoints.shape[:2], 2), moved[-3:]
+    labelled = (keypoints[..., 2] > 0) & (places >= 0).all(-1) & (places <= size).all(-1)
+    placed = np.concatenate([places, keypoints[..., 2:]], axis=2) * labelled[..., None]
+    (a, b), (c, d) = right - origin, below - origin
+    if mirrored is not None and a * d - b * c < 0:
+        placed = placed[:, mirrored]
+    return placed.astype(np.float32)
 
 
 class ResizeShortestEdge(A.DualTransform):

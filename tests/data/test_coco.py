@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import albumentations as A
 import cv2
 import numpy as np
@@ -250,3 +252,53 @@ def test_resizing_enlarges_objects_with_the_image(shared):
         scale = np.array(after.image.shape[1::-1]) / np.array(before.image.shape[1::-1])
         np.testing.assert_allclose(after.boxes, before.boxes * np.tile(scale, 2), atol=0.01)
         assert after.original_size == before.image.shape[:2]
+
+
+def people() -> dict:
+    """Two people with a nose, a left and a right hand; the second lacks the hands."""
+    coco = minimal()
+    coco["categories"][0]["keypoints"] = ["nose", "left_hand", "right_hand"]
+    coco["annotations"][0]["keypoints"] = [15, 8, 2, 6, 12, 2, 22, 12, 1]
+    coco["annotations"][1].update(keypoints=[35, 22, 2, 0, 0, 0, 0, 0, 0], category_id=5)
+    return coco
+
+
+def test_keypoints(tmp_path):
+    sample = dataset(tmp_path, people(), keypoints=True)[0]
+    expected = [[[15.5, 8.5, 2], [6.5, 12.5, 2], [22.5, 12.5, 1]], [[35.5, 22.5, 2], [0, 0, 0], [0, 0, 0]]]
+    np.testing.assert_allclose(sample.keypoints, expected)
+    _, targets = collate([sample, dataset(tmp_path, people(), keypoints=True)[1]])
+    np.testing.assert_allclose(targets.keypoints[0], expected)
+    assert targets.keypoints.shape == (2, 2, 3, 3) and not targets.keypoints[1].any()
+    assert dataset(tmp_path, people())[0].keypoints is None
+
+
+def test_mirrored_keypoints_change_sides(tmp_path):
+    flipped = dataset(tmp_path, people(), [A.HorizontalFlip(p=1)], keypoints=True)[0].keypoints
+    np.testing.assert_allclose(flipped[0], [[44.5, 8.5, 2], [37.5, 12.5, 1], [53.5, 12.5, 2]], atol=1e-4)
+    turned = dataset(tmp_path, people(), [A.HorizontalFlip(p=1), A.VerticalFlip(p=1)], keypoints=True)[0].keypoints
+    np.testing.assert_allclose(turned[0], [[44.5, 31.5, 2], [53.5, 27.5, 2], [37.5, 27.5, 1]], atol=1e-4)
+
+
+def test_keypoints_that_leave_the_image_are_unlabelled(tmp_path):
+    sample = dataset(tmp_path, people(), [A.Crop(10, 0, 50, 40, p=1), A.Resize(80, 80)], keypoints=True)[0]
+    np.testing.assert_allclose(sample.keypoints[0], [[11, 17, 2], [0, 0, 0], [25, 25, 1]], atol=1e-4)
+
+
+@pytest.mark.parametrize("keypoints", [[1, 2, 2], [1, 2, 3] * 3, [1, float("nan"), 1] * 3, "none"])
+def test_wrong_keypoints(tmp_path, keypoints):
+    coco = people()
+    coco["annotations"][0]["keypoints"] = keypoints
+    with pytest.raises(ValueError, match="annotation 1 keypoints="):
+        dataset(tmp_path, coco, keypoints=True)
+    assert len(dataset(tmp_path, coco)[0].boxes) == 2  # nobody asked for them
+
+
+def test_data_without_keypoints(tmp_path):
+    with pytest.raises(ValueError, match="'keypoints' must be one list of names"):
+        dataset(tmp_path, keypoints=True)
+
+
+def test_data_sets_can_be_sent_to_other_processes(tmp_path):
+    data = dataset(tmp_path, transforms=[A.Resize(80, 90), A.HorizontalFlip(p=1)])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(data))[0].boxes, data[0].boxes)
