@@ -68,7 +68,6 @@ class Data:
     val: Split
     masks: bool
     keypoints: bool
-    keypoints: bool
     mask_size: int
     keep_empty: bool
     on_error: Literal["raise", "skip"]

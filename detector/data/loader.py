@@ -51,6 +51,7 @@ def build_dataset(
         on_error=data["on_error"],
         training=split == "train",
         max_pixels=data["max_pixels"],
+        keypoints=data.get("keypoints", False),
         cache=data.get("cache"),
     )
 
@@ -185,6 +186,12 @@ class Loader:
         """Batches of an evaluation; training has no end."""
         return len(self.sampler)
 
+    def close(self) -> None:
+        """End the worker processes now, without signals."""
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
+
     def state_dict(self) -> dict[str, int]:
         return self.sampler.state_dict()
 
@@ -231,8 +238,9 @@ def build_loader(
 
 
 def _init_worker(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # schedulers signal the whole group: the main process decides
-        signal.signal(number, signal.SIG_IGN)
+    # schedulers and terminals signal the whole group: the main process decides, it has half a minute for its step
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     gc.freeze()  # the collector would touch, and so copy, the memory that is shared with the parent
     cv2.setNumThreads(0)  # the processes are the parallelism
     torch.set_num_threads(1)
