@@ -76,8 +76,8 @@ def is_run(folder: Path) -> bool:
 def read_run(folder: Path, checkpoint: str, evaluate=None) -> Run:
     """The run in a folder. Raises Unusable with the reason if it cannot be compared.
 
-    checkpoint: "last" or "best". evaluate: called with the checkpoint's path if the run has not been evaluated by
-    eval.py yet; None: that is a reason to refuse it.
+    checkpoint: "last" or "best". Its detections are those of eval.py; of the last one else those that training left.
+    evaluate: called with the checkpoint's path if there are none; None: that is a reason to refuse the run.
     """
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -88,7 +88,9 @@ def read_run(folder: Path, checkpoint: str, evaluate=None) -> Run:
         done = max((entry.get("iteration", 0) for entry in log), default=0)
         raise Unusable(f"it is not finished: there is no metrics.json, and its log ends at iteration {done}")
     weights, results = folder / f"{checkpoint}.pt", folder / f"eval_{checkpoint}"
-    if not (results / "predictions.json").exists() or not (results / "about.json").exists():
+    by_training = checkpoint == "last" and (folder / "predictions.json").exists()
+    by_eval = (results / "about.json").exists() and (results / "predictions.json").exists()
+    if not by_eval and not by_training:
         if not weights.exists():
             raise Unusable(f"it has neither {results.name}/predictions.json nor {weights.name} to make it from")
         if evaluate is None:
@@ -98,10 +100,14 @@ def read_run(folder: Path, checkpoint: str, evaluate=None) -> Run:
         except (ValueError, OSError, RuntimeError) as error:
             raise Unusable(f"{weights.name} cannot be evaluated: {error}") from error
     try:
+        if by_eval or not by_training:
+            about = read_json(results / "about.json", "evaluation")
+            truth, images = Path(about["annotations"]), Path(about["images"])
+        else:
+            results, data = folder, config["data"]
+            truth, images = (Path(data["root"]) / data["val"][key] for key in ("annotations", "images"))
         predictions = read_json(results / "predictions.json", "prediction")
-        about = read_json(results / "about.json", "evaluation")
-        truth, images = Path(about["annotations"]), Path(about["images"])
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise Unusable(f"its evaluation cannot be read: {error}") from None
     if not truth.exists():
         raise Unusable(f"its validation annotations {truth} are gone")

@@ -23,7 +23,7 @@ from detector.evaluation.alignment import area_error, box_shift, feature_shift, 
 from detector.evaluation.charts import bar_chart, interval_chart, line_chart, ticks
 from detector.evaluation.comparison import sentence
 from detector.evaluation.cost import measure_cost
-from detector.evaluation.runs import find_folders, group, read_run, roi_name, same_validation_set
+from detector.evaluation.runs import Unusable, find_folders, group, read_run, roi_name, same_validation_set
 from detector.evaluation.study import compare_runs
 from detector.roi import RoIPool
 
@@ -143,6 +143,17 @@ def test_bad_runs_are_named_and_the_rest_is_compared(make_run, tmp_path, capsys)
     assert "neither eval_last/predictions.json nor last.pt" in reasons["unseen"] and len(reasons) == 4
     assert [m["label"] for m in report["methods"]] == ["align", "pool"]
     assert "left out: " in capsys.readouterr().out
+
+
+def test_detections_that_training_left_are_those_of_the_last_checkpoint(make_run, shapes_tiny):
+    folder = make_run("a", roi("align"))
+    (folder / "eval_last" / "predictions.json").rename(folder / "predictions.json")
+    (folder / "eval_last" / "about.json").unlink()
+    run = read_run(folder, "last")
+    assert len(run.predictions) and run.truth == shapes_tiny / "annotations" / "instances_val.json"
+    assert run.images == shapes_tiny / "val"
+    with pytest.raises(Unusable, match="neither eval_best"):
+        read_run(folder, "best")
 
 
 def test_nothing_to_compare(make_run, tmp_path):
