@@ -6,14 +6,15 @@ Dimensions: N images, C channels; stage s (2..5, the "C2".."C5" of FPN) has stri
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from detector.backbone.deform import DeformConv2d
 from detector.layers import norm_layer
+from detector.weights.loading import load_foreign, misfit
 
 BLOCKS = {
     10: (BasicBlock, (1, 1, 1, 1)),
@@ -40,7 +41,8 @@ class ResNet(torchvision.models.ResNet):
         deform_modulated: and modulated ("v2").
         stages: the stages whose maps are returned, for instance [2, 3, 4, 5] for FPN or [4] for C4.
         frozen_stages: the stem (1) and the stages up to this one are not trained; 0 trains everything.
-        weights: None, the name of torchvision's weights ('IMAGENET1K_V1' ...), or the path of a state dict.
+        weights: None, the name of torchvision's weights ('IMAGENET1K_V1' ...), or a file, see weights.load_foreign. The
+            tensors alone: model.weights brings the settings with them, and stage 5 of a C4 model.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class ResNet(torchvision.models.ResNet):
         for stage in range(2, self.stages[-1] + 1):
             dilate = dilate_last and stage == 5
             layer = self._make_layer(block, width << (stage - 2), repeats[stage - 2], 1 if stage == 2 else 2, dilate)
+            if dilate:  # from the first block on, as detectron2 and mmdetection do and torchvision does not
+                layer[0].conv2.dilation = layer[0].conv2.padding = (2, 2)
             setattr(self, f"layer{stage - 1}", layer)
         self.out_channels = [(width << (stage - 2)) * block.expansion for stage in self.stages]
         self.strides = [16 if dilate_last and stage == 5 else 1 << stage for stage in self.stages]
@@ -103,25 +107,20 @@ class ResNet(torchvision.models.ResNet):
             getattr(self, f"layer{stage - 1}").requires_grad_(False)
 
     def load_weights(self, weights: str, depth: int) -> None:
-        """Load torchvision's weights of that name or a state dict file; the classifier's keys are left out.
+        """Load torchvision's weights of that name, or the backbone of a file that weights.load_foreign reads.
 
         Raises ValueError with the keys where the file does not fit.
         """
-        if weights.endswith((".pt", ".pth")):
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+        name = f"resnext{depth}_{self.groups}x{self.base_width}d" if self.groups > 1 else f"resnet{depth}"
+        if Path(weights).suffix or Path(weights).is_file():
+            state = load_foreign(weights).state_dict
         else:
-            state = torchvision.models.get_model_weights(f"resnet{depth}")[weights].get_state_dict(progress=True)
-        wanted = self.state_dict()
-        unused = ("fc.", *(f"layer{stage - 1}." for stage in range(self.stages[-1] + 1, 6)))
-        state = {key: value for key, value in state.items() if not key.startswith(unused)}
-        missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
-        unknown = [key for key in state if key not in wanted]
-        shapes = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
-        if missing or unknown or shapes:
-            raise ValueError(
-                f"backbone weights {weights} do not fit ResNet-{depth}: missing {missing[:5]} ({len(missing)}), "
-                f"unknown {unknown[:5]} ({len(unknown)}), of another shape {shapes[:5]} ({len(shapes)})"
-            )
+            state = load_foreign(torchvision.models.get_model_weights(name)[weights].get_state_dict()).state_dict
+        last = self.stages[-1] - 1
+        state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+        state = {key: value for key, value in state.items() if not key.startswith("layer") or int(key[5]) <= last}
+        if found := misfit(self, state):
+            raise ValueError(f"backbone weights {weights} do not fit {name}: {found}")
         self.load_state_dict(state, strict=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import get_weight
 
 from detector.weights.keymaps import (
     CAFFE2_TO_DETECTRON2,
@@ -34,6 +35,7 @@ TABLES = {
 }
 CAFFE2 = compile_table(CAFFE2_TO_DETECTRON2)
 COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none and nothing depends on it
+WITHOUT_EPS = r"_fpn_coco-[0-9a-f]{8}|RCNN_ResNet50_FPN_Weights\.COCO"  # torchvision's first published detectors
 HEADS = r"(box|mask|keypoint)_head\.(stages\.\d+\.)?predictor\."  # what depends on the number of classes
 
 
@@ -67,8 +69,9 @@ def load_foreign(
     """Weights of torchvision, detectron2 or mmdetection as a state dict of our model, with the settings they need.
 
     Args:
-        path_or_state_dict: a file (.pth, .pt, detectron2's and Caffe2's .pkl, .safetensors) or what was in it. Nothing
-            in it is executed.
+        path_or_state_dict: a file (.pth, .pt, detectron2's and Caffe2's .pkl, .safetensors), what was in it, or a name
+            of torchvision's such as 'MaskRCNN_ResNet50_FPN_Weights.COCO_V1', which is downloaded. Nothing in a file
+            is executed.
         source: 'torchvision', 'detectron2', 'mmdet', or 'detector' (our own checkpoints); None looks at the keys.
         style: 'caffe' or 'pytorch': where bottlenecks stride and how images are normalised. None takes what the file
             says, else what that framework's published models of that kind have.
@@ -83,7 +86,10 @@ def load_foreign(
     if style not in (None, "caffe", "pytorch"):
         raise ValueError(f"style={style!r}: expected 'caffe', 'pytorch' or None")
     is_path = isinstance(path_or_state_dict, str | Path)
-    contents = read_file(path_or_state_dict) if is_path else path_or_state_dict
+    if is_path and re.fullmatch(r"\w+_Weights\.\w+", str(path_or_state_dict)):
+        contents = get_weight(str(path_or_state_dict)).get_state_dict()
+    else:
+        contents = read_file(path_or_state_dict) if is_path else path_or_state_dict
     theirs = state_dict_of(contents)
     source = source or recognise(theirs)
     if source != "torchvision":
@@ -93,7 +99,7 @@ def load_foreign(
     state, unused = translate(theirs, source)
     if unused:
         log.info("not used by the model: %s", ", ".join(unused))
-    if is_path and source == "torchvision" and re.search(r"_fpn_coco-[0-9a-f]{8}", str(path_or_state_dict)):
+    if is_path and source == "torchvision" and re.search(WITHOUT_EPS, str(path_or_state_dict)):
         without_eps(state)
     presets = presets_of(source, state, style)
     if source == "detectron2" and "pixel_mean" in theirs:
@@ -187,7 +193,7 @@ def missing_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_eps(state: dict[str, Tensor]) -> None:
-    """torchvision's first detectors (`..._fpn_coco-<hash>.pth`) run with eps = 0: take ours off the variances."""
+    """torchvision's first detectors run their batch norms with eps = 0: take ours off the variances."""
     for key in state:
         if key.endswith("running_var"):
             state[key] = state[key] - 1e-5

@@ -209,3 +209,12 @@ def test_convert(tmp_path, capsys):
     found = model.predict(np.zeros((64, 96, 3), np.uint8))
     assert found.boxes.shape[1] == 4
     assert isinstance(model, nn.Module) and not model.training
+
+
+def test_torchvisions_first_detectors_have_no_eps(tmp_path):
+    variances = {"backbone.body.bn1.running_var": torch.full((64,), 2e-5)}
+    torch.save(variances, tmp_path / "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth")
+    state, _ = load_foreign(tmp_path / "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth", source="torchvision")
+    torch.testing.assert_close(state["backbone.bn1.running_var"] + 1e-5, torch.full((64,), 2e-5))
+    state, _ = load_foreign(variances, source="torchvision")
+    assert torch.equal(state["backbone.bn1.running_var"], torch.full((64,), 2e-5))
