@@ -107,20 +107,20 @@ class RoIAlign(RoIOp):
         """
         x1, y1, x2, y2 = regions.boxes.unbind(1)
         h, w = self.output_size
-        y, y_there = all_points(self.grid(y1, y2, h), regions.heights)  # [R, h, Sy]
-        x, x_there = all_points(self.grid(x1, x2, w), regions.widths)  # [R, w, Sx]
+        y, y_there = points(self.grid(y1, y2, h), regions.heights)  # [R, h, Sy]
+        x, x_there = points(self.grid(x1, x2, w), regions.widths)  # [R, w, Sx]
 
         def pool(at: slice) -> Tensor:
             there = y_there[at, :, None, :, None] & x_there[at, None, :, None, :]  # [r, h, w, Sy, Sx]
             roi, i, j, n, m = there.nonzero(as_tuple=True)
             own = Regions(*(t[at][roi] for t in regions))
             y_axis, x_axis = one_point(y[at][roi, i, n], own.heights), one_point(x[at][roi, j, m], own.widths)
-            points = pool_cells(features, own, y_axis, x_axis)
+            values = pool_cells(features, own, y_axis, x_axis)
             counts = there.flatten(3).sum(3).flatten()
-            return max_of_runs(points.flatten(1), counts).view(-1, h, w, features[0].shape[1])
+            return max_of_runs(values.flatten(1), counts).view(-1, h, w, features[0].shape[1])
 
-        points = y_there.flatten(1).sum(1) * x_there.flatten(1).sum(1) * features[0].shape[1]
-        parts = [checkpoint(pool, at, use_reentrant=False) for at in runs(points, CHUNK)]
+        costs = y_there.flatten(1).sum(1) * x_there.flatten(1).sum(1) * features[0].shape[1]
+        parts = [checkpoint(pool, at, use_reentrant=False) for at in runs(costs, CHUNK)]
         return torch.cat(parts).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
@@ -148,41 +148,37 @@ class Grid(NamedTuple):
 
 def mean_of_points(grid: Grid, size: Tensor) -> Axis:
     """The cells that the points of each bin touch, weighted for the mean: `grid.first` is [R, h or 1, w or 1]."""
-    wide = size.view(-1, 1, 1, 1)
+    positions, there = points(grid, size)
+    last = size.view(-1, 1, 1, 1) - 1
+    cells, weights = bilinear(positions, last + 1)  # [R, h, w, S, 2]
     if isinstance(grid.counts, int):
-        n = torch.arange(grid.counts, dtype=grid.first.dtype, device=size.device)
-        cells, weights = bilinear(grid.at(n), wide)
         return Axis(cells.flatten(3)[:, :, :, None], (weights / grid.counts).flatten(3)[:, :, :, None])
-    # Adaptive: points lie more than half a cell and at most one apart, so they touch every cell between the first and
-    # the last, and at most four of them touch the same one. Their number is not bounded, that of a map's cells is.
-    counts = grid.counts.view(-1, 1, 1, 1)
-    ends = torch.cat([torch.zeros_like(counts), counts - 1], 3)
-    lowest, highest = grid.at(ends).detach().clamp(min=0).minimum(wide - 1).int().unbind(3)
-    cells, there, used = cells_between(lowest, (highest + 2).minimum(wide[..., 0]), size)
-    step = grid.bin_size.detach().view(-1, 1, 1, 1) / counts.clamp(min=1)
-    before = ((cells - 1 - grid.first.detach()[..., None]) / step - grid.far).nan_to_num(0).floor().clamp(min=0)
-    n = before[..., None] + torch.arange(5, device=size.device)  # [R, h, w, K, 5]
-    touched, weights = bilinear(grid.at(n), wide[..., None])
-    touches = (touched == cells[..., None, None]) & (n < counts[..., None])[..., None] & there[..., None, None]
-    weights = torch.where(touches, weights, 0).sum((4, 5)) / counts.clamp(min=1)
-    return Axis(cells[:, :, :, None], weights[:, :, :, None], used)
+    # Many points touch the same cells, which lie side by side: add up their weights.
+    weights = torch.where(there[..., None], weights, 0) / grid.counts.clamp(min=1).view(-1, 1, 1, 1, 1)
+    ends = torch.stack([torch.zeros_like(grid.counts), grid.counts - 1], 1)[:, None, None]
+    lowest, highest = grid.at(ends).detach().clamp(min=0).minimum(last).int().unbind(3)
+    touched, _, used = cells_between(lowest, (highest + 2).minimum(last[..., 0] + 1), size)
+    place = (cells - lowest[..., None, None]).clamp(0, touched.shape[3] - 1).flatten(3).long()
+    weights = weights.new_zeros(touched.shape).scatter_add(3, place, weights.flatten(3))
+    return Axis(touched[:, :, :, None], weights[:, :, :, None], used)
 
 
-def all_points(grid: Grid, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions [R, bins, S] of the points, and which exist.
+def points(grid: Grid, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions [R, ..., S] of the points of bins, and which exist.
 
-    Where a bin has more points than fit the map, those around the map: the others read 0 like their neighbours here.
+    Of a bin with more points than fit the map, those around the map: the others read 0, as their neighbours here do.
     """
     if isinstance(grid.counts, int):
         positions = grid.at(torch.arange(grid.counts, dtype=grid.first.dtype, device=size.device))
         return positions, torch.ones_like(positions, dtype=torch.bool)
-    counts = grid.counts[:, None, None]
-    step = grid.bin_size.detach()[:, None] / grid.counts.clamp(min=1)[:, None]
-    before = ((-1 - grid.first.detach()) / step - grid.far).nan_to_num(0).floor().clamp(min=0)
-    before = torch.minimum(before, (counts - 1).clamp(min=0)[..., 0])
+    shape = (-1, *[1] * (grid.first.ndim - 1))
+    counts = grid.counts.view(shape)
+    step = grid.bin_size.detach().view(shape) / counts.clamp(min=1)
+    before = ((-1 - grid.first.detach()) / step - grid.far).nan_to_num(0).floor()
+    before = before.clamp(min=0).minimum((counts - 1).clamp(min=0))
     most = min(int(counts.max()), 2 * int(size.max()) + 5) if len(counts) else 1
     n = before[..., None] + torch.arange(most, device=size.device)
-    return grid.at(n), n < counts
+    return grid.at(n), n < counts[..., None]
 
 
 def one_point(position: Tensor, size: Tensor) -> Axis:
