@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..structures import to_device
 from .coco import as_rle, check_annotation, coco_metrics, read_json
+from .proposals import OBJECT, proposal_recall, without_classes
 from .results import detections_to_coco, write_json
 
 log = logging.getLogger(__name__)
@@ -42,11 +43,16 @@ def evaluate(
     and data set have them.
     folder: predictions.json and metrics.json are written there, the former before anything is measured.
 
+    A model without a box head is measured by its proposals, whatever their class, with "AR300" and "AR1000" beside the
+    usual numbers.
+
     Returns ({iou type: the numbers of coco_metrics}, with "per_class": {iou type: {name: numbers}} beside them) on
     every rank, and the COCO results on rank 0 (an empty list elsewhere). The model's training mode is as it was before.
     """
     device = torch.device(device)
-    found, kinds = predict(model, loader, dataset.category_ids, device, precision, paste, progress)
+    proposals_only = getattr(model, "box_head", model) is None
+    category_ids = [OBJECT] if proposals_only else dataset.category_ids
+    found, kinds = predict(model, loader, category_ids, device, precision, paste, progress)
     shards = _gather((found, kinds))
     outcome: list = [None]
     results: list[dict] = []
@@ -60,9 +66,13 @@ def evaluate(
             results = [entry for image in truth["images"] for entry in by_image[image["id"]]]
             if folder is not None:
                 write_json(Path(folder) / "predictions.json", results)
+            if proposals_only:
+                truth = without_classes(truth)
             if iou_types is None:
                 iou_types = measurable(truth, set().union(*(kinds for _, kinds in shards)))
             outcome = [measure(truth, results, iou_types, evaluator, per_class)]
+            if proposals_only:
+                outcome[0]["bbox"] |= proposal_recall(truth, results)
             if folder is not None:
                 write_json(Path(folder) / "metrics.json", outcome[0], indent=1)
         except Exception as error:  # the other ranks wait for the outcome: they must not wait for ever
