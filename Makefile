@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test test-oldest lint format bench wheels gpu-check clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -23,8 +23,19 @@ demo: $(READY) data/shapes/annotations/instances_val.json  ## train, evaluate an
 data/shapes/annotations/instances_val.json: data/make_shapes.py | $(READY)
 	$(PY) data/make_shapes.py --out data/shapes
 
+# One thread for each of two processes: small tensors gain nothing from more, and processes run truly side by side.
 test: $(READY)  ## the whole test suite
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+
+test-oldest: .venv-oldest/.ready  ## the test suite on the oldest supported PyTorch
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile
+
+.venv-oldest/.ready: pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	grep -vE '^(torch|torchvision)==' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,timm]' \
+		-c .venv-oldest/constraints.txt -c constraints-oldest.txt
+	@touch $@
 
 lint: $(READY)  ## style and correctness checks
 	$(PY) -m ruff check .
@@ -35,7 +46,22 @@ format: $(READY)  ## apply the style
 	$(PY) -m ruff format .
 
 bench: $(READY)  ## every benchmark that fits in ten minutes on this machine
-	$(PY) benchmarks/roi_ops.py
+	$(PY) benchmarks/roi_ops.py --json benchmarks/results/roi_ops_cpu.json
+	$(PY) benchmarks/train_step.py --repeats 3 --json benchmarks/results/train_step_cpu.json
+
+# A machine with a GPU and PyTorch but no package index gets what is missing there as wheels.
+MISSING := hydra-core omegaconf pycocotools albumentations albucore hotcoco stringzilla simsimd pydantic pydantic_core \
+	annotated-types typing-inspection
+wheels: constraints.txt  ## the packages that a bare PyTorch installation lacks, into wheels/
+	rm -rf wheels
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
+		--platform manylinux2014_x86_64 -d wheels \
+		$(foreach name,$(MISSING),$(shell grep -iE '^$(name)==' constraints.txt))
+	$(PYTHON) -m pip wheel --quiet --no-deps -w wheels $$(grep '^antlr4' constraints.txt)
+
+gpu-check:  ## tests and measurements that need a GPU, under ten minutes; python needs torch with CUDA
+	$(PYTHON) benchmarks/gpu_check.py --wheels wheels $(if $(OUT),--output $(OUT))
 
 clean:  ## remove the environment, generated data and runs
 	rm -rf $(VENV) data/shapes runs multirun
