@@ -25,20 +25,26 @@ def paste_window(
         raise ValueError(f"paste is {paste!r}; choose one of {', '.join(PASTE_METHODS)}")
     if paste == "torchvision":
         box = _torchvision_box(box, mask.shape[0])
-    top, rows = _interpolation(box[1], box[3], height, mask.shape[0])
-    left, columns = _interpolation(box[0], box[2], width, mask.shape[1])
-    values = rows @ mask @ columns.T
+    cells = np.zeros((mask.shape[0] + 2, mask.shape[1] + 2), dtype=np.float32)
+    cells[1:-1, 1:-1] = mask
+    top, y, y_share = _neighbours(box[1], box[3], height, mask.shape[0])
+    left, x, x_share = _neighbours(box[0], box[2], width, mask.shape[1])
+    # gathers: as matrix products of this size they cost forty times as much where BLAS has several threads
+    rows = cells[y] + y_share[:, None] * (cells[y + 1] - cells[y])
+    values = rows[:, x] + x_share * (rows[:, x + 1] - rows[:, x])
     return (values > threshold if paste == "torchvision" else values >= threshold), top, left
 
 
-def _interpolation(start: float, end: float, size: int, cells: int) -> tuple[int, np.ndarray]:
-    """First pixel inside [start, end) and the image, and the weights [pixels, cells] of the mask's cells there."""
+def _neighbours(start: float, end: float, size: int, cells: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """First pixel inside [start, end) and the image; for each pixel [pixels] the cell before its centre, counted in a
+    mask with a zero cell at each end, and the share of the cell after it."""
     first, last = max(int(np.ceil(start - 0.5)), 0), min(int(np.ceil(end - 0.5)), size)
     if not end > start or last <= first:
-        return 0, np.zeros((0, cells), dtype=np.float32)
+        return 0, np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.float32)
     centres = np.arange(first, last, dtype=np.float32) + np.float32(0.5)
-    position = (centres - np.float32(start)) * np.float32(cells / (end - start)) - np.float32(0.5)
-    return first, np.maximum(1 - np.abs(position[:, None] - np.arange(cells, dtype=np.float32)), 0)
+    position = (centres - np.float32(start)) * np.float32(cells / (end - start)) + np.float32(0.5)
+    before = position.astype(np.intp).clip(max=cells)
+    return first, before, position - before
 
 
 def _torchvision_box(box: np.ndarray, cells: int) -> np.ndarray:
