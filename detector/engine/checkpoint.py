@@ -26,7 +26,8 @@ from ..config import ConfigError, RunError
 FORMAT = "detector checkpoint 1"
 # a run that differs from its checkpoint in one of these is another run; in the others it may go on differently
 IDENTITY = ("seed", "model", "roi", "data", "augment", "optimizer", "training")
-IRRELEVANT = ("name", "run_dir", "resume", "runtime", "evaluation")
+IRRELEVANT = ("name", "run_dir", "resume", "runtime", "evaluation", "weights")
+MOVABLE = ("data.root", "data.prepare")  # the same data may lie elsewhere
 log = logging.getLogger(__name__)
 
 
@@ -165,7 +166,7 @@ def compare_configs(stored: Mapping[str, Any], current: Mapping[str, Any]) -> No
     differing = [key for key in sorted({*old, *new}) if old.get(key, "absent") != new.get(key, "absent")]
     differing = [key for key in differing if key.split(".")[0] not in IRRELEVANT]
     lines = {key: f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}" for key in differing}
-    serious = [lines[key] for key in differing if key.split(".")[0] in IDENTITY]
+    serious = [lines[key] for key in differing if key.split(".")[0] in IDENTITY and key not in MOVABLE]
     if serious:
         raise ConfigError(
             f"the checkpoint is of a run with another configuration ({'; '.join(serious[:8])}). Give the same "

@@ -145,6 +145,10 @@ class StopRequest:
             yield item
 
     @property
+    def name(self) -> str:
+        return signal.Signals(self.signal).name
+
+    @property
     def exit_code(self) -> int:
         return 128 + (self.signal or signal.SIGTERM)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import resource
 import sys
 import time
@@ -110,7 +111,8 @@ class Journal:
         now = time.perf_counter()
         took, steps = now - self.clock, iteration - self.clocked
         line: dict[str, Any] = {"iteration": iteration, "epoch": round(epoch, 4)}
-        line |= dict(zip(keys, means.tolist(), strict=True))
+        # JSON has no infinity, which is what fp16 gradients are until the scaler's scale fits
+        line |= {key: value if math.isfinite(value) else None for key, value in zip(keys, means.tolist(), strict=True)}
         line |= {
             "lr": lr,
             "images_per_second": round(steps * self.batch_size / took, 3),
@@ -126,7 +128,8 @@ class Journal:
         if self.world.main:
             self.write(line)
             self.say(line, now)
-        if self.board and iteration % self.runtime.histograms_every == 0:
+        every = self.runtime.histograms_every
+        if self.board and iteration // every > (iteration - steps) // every:
             for key, value in stats.items():
                 if key.endswith("offsets") and value.numel():
                     self.board.add_histogram(key, value.detach().float().cpu(), iteration)

@@ -73,6 +73,7 @@ def train(cfg: DictConfig) -> float | None:
         stack.callback(journal.close)
         if found:
             journal.load_state_dict(found["meters"])
+        del found, weights, fill  # their memory
 
         model = state.model
         if runtime.compile:
@@ -121,6 +122,7 @@ def train(cfg: DictConfig) -> float | None:
             else:
                 update(state, norm, training)
                 journal.add(losses, norm, waited)
+            state.scaler.update()
             state.optimizer.zero_grad()
             lr = state.optimizer.param_groups[0]["lr"]
             state.scheduler.step()
@@ -134,7 +136,7 @@ def train(cfg: DictConfig) -> float | None:
             if stopping or ends or hits(state.iteration, save_every) or hits(state.iteration, evaluate_every):
                 save()  # before an evaluation too, which may take long
             if stopping:
-                log.warning("signal %s: saved after iteration %d; start again to go on", stop.signal, state.iteration)
+                log.warning("%s: saved after iteration %d; start again to go on", stop.name, state.iteration)
                 raise SystemExit(stop.exit_code)
 
         if world.main:
@@ -178,7 +180,6 @@ def update(state: State, norm: Tensor, training: Training) -> None:
     if training.clip_value:
         torch.nn.utils.clip_grad_value_(state.parameters, training.clip_value)
     state.scaler.step(state.optimizer)
-    state.scaler.update()
     if state.ema:
         state.ema.update(state.model, state.iteration)
 

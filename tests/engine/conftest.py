@@ -72,17 +72,17 @@ def run(config):
 class Program:
     """`python train.py` on the tiny run, in a process of its own."""
 
-    def __init__(self, arguments: list[str], ranks: int = 1, environment: dict[str, str] | None = None):
+    def __init__(self, arguments: list[str], ranks: int = 1, folder: Path = ROOT):
         launcher = [sys.executable]
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", "--standalone"]
         self.process = subprocess.Popen(
             [*launcher, str(ROOT / "train.py"), *arguments],
-            cwd=ROOT,
+            cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         self.output = ""
 

@@ -175,5 +175,7 @@ def test_compare_configs(caplog):
     checkpoint.compare_configs(old, {**old, "schedule": {"max_iterations": 9, "m": [1, 2]}})
     assert "schedule.max_iterations: 5 -> 9" in caplog.text
     assert "schedule.m.1: absent -> 2" in caplog.text
+    checkpoint.compare_configs({**old, "data": {"root": "a"}}, {**old, "data": {"root": "b"}})
+    assert "data.root: a -> b" in caplog.text
     with pytest.raises(ConfigError, match=r"optimizer\.lr: 0\.1 -> 0\.2; seed: 0 -> 1"):
         checkpoint.compare_configs(old, {**old, "seed": 1, "optimizer": {"lr": 0.2}})
