@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from torch import Tensor
+import hydra
+from torch import Tensor, nn
 
+from detector.weights.loading import ForeignWeights, load_into
 from detector.weights.presets import groups, has
 
 DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
@@ -45,6 +47,13 @@ def model_config(state: dict[str, Tensor], presets: dict[str, Any]) -> dict[str,
         config["keypoint_head"] = keypoint_head(state)
     apply_presets(config, presets)
     return config
+
+
+def build_model(weights: ForeignWeights) -> nn.Module:
+    """The detector that the weights are of, filled with them, in evaluation mode."""
+    model = hydra.utils.instantiate(model_config(*weights), _convert_="all")
+    load_into(model, weights.state_dict)
+    return model.eval()
 
 
 def part(name: str) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import hydra
+from omegaconf import OmegaConf
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
+from detector.config import compose
 from detector.engine import checkpoint
-from detector.weights.architecture import model_config
-from detector.weights.loading import load_foreign, load_into
+from detector.weights.architecture import build_model, model_config
+from detector.weights.loading import load_foreign
 
 COCO_91 = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]  # by COCO's ids; "N/A" where there is none
 COCO_IDS = [i for i, name in enumerate(COCO_91) if i and name != "N/A"]
@@ -40,10 +41,11 @@ def convert(
     weights = load_foreign(source, framework, style)
     config = model_config(*weights)
     names, ids = category_names(config["num_classes"], categories)
-    model = hydra.utils.instantiate(config, _convert_="all")
-    load_into(model, weights.state_dict)
-    resize = {"_target_": "detector.data.ResizeShortestEdge", "size": 800, "max_size": 1333}
-    config = {"model": config, "augment": {"val": [resize]}, "data": {"pad_multiple": 32}}
+    model = build_model(weights)
+    data = "coco_keypoints" if "keypoint_head" in config else "coco"
+    usual = compose("train", ["experiment=none", "augment=default", f"data={data}"])  # images of 800 to 1333 px, as all
+    usual = {key: OmegaConf.to_container(usual[key], resolve=True) for key in ("augment", "data")}
+    config = {"model": config, **usual, "seed": 0}
     state = {"model": model.state_dict(), "ema": None, "config": config, "categories": names, "category_ids": ids}
     checkpoint.save(state | {"iteration": 0, "metrics": {}, "best": {}}, Path(out))
     return config

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from detector.structures import Batch
-from detector.weights import load_foreign, load_into, misfit, model_config
+from detector.weights import build_model, load_foreign, misfit, model_config
 
 LAYOUTS = [
     "detectron2-cascade_mask_rcnn_R_50_FPN_1x",
@@ -122,7 +122,4 @@ def stand_in_model(shared, name: str) -> torch.nn.Module:
     stand_in = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stand_in)
     theirs = {key: torch.as_tensor(stand_in.weight(key, shape)) for key, shape in layout["state_dict"].items()}
-    weights = load_foreign(theirs, source=name.split("-")[0])
-    model = hydra.utils.instantiate(model_config(*weights), _convert_="all")
-    load_into(model, weights.state_dict)
-    return model.eval()
+    return build_model(load_foreign(theirs, source=name.split("-")[0]))
