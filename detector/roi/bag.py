@@ -9,7 +9,7 @@ to offsets, modulation and boxes. On a GPU a Triton kernel does the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,40 +59,42 @@ def max_bag(table: Tensor, indices: Tensor, valid: Tensor) -> Tensor:
 
 def as_table(feature: Tensor) -> Tensor:
     """[N, C, H, W] as [N*H*W, C]: a view of a channels_last map, a copy of a contiguous one."""
-    return feature.permute(0, 2, 3, 1).reshape(-1, feature.shape[1])
+    return feature.permute(0, 2, 3, 1).reshape(-1, feature.shape[1]).contiguous()
 
 
 def pool_cells(features: Sequence[Tensor], regions: Regions, y: Axis, x: Axis) -> Tensor:
     """Sum of the cells of every bin, each weighted with its row's weight times its column's: [R, C, h, w]."""
-    h, w = (max(y.cells.shape[d], x.cells.shape[d]) for d in (1, 2))
     tables = [as_table(f) for f in features]
     if choose_path(tables[0], ("triton", "bag")) == "triton":
-        rows = weighted_bag(*_one_table(tables, regions, y, x))
-        return rows.view(-1, h, w, rows.shape[1]).permute(0, 3, 1, 2)
-    dtype = torch.promote_types(tables[0].dtype, torch.float32)
-    tables = [table.to(dtype) for table in tables]
-    parts = []
-    for at in _chunks(regions, y, x):
-        bags, weights = zip(*_level_bags(len(tables), *at))
-        parts.append(_WeightedSum.apply(len(at[0].boxes) * h * w, bags, *tables, *(v.to(dtype) for v in weights)))
-    rows = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(features[0].dtype)
-    return rows.view(-1, h, w, rows.shape[1]).permute(0, 3, 1, 2)
+        parts = [weighted_bag(*bags) for bags in _padded_bags(tables, regions, y, x)]
+    else:
+        dtype = torch.promote_types(tables[0].dtype, torch.float32)
+        tables, parts = [table.to(dtype) for table in tables], []
+        for count, bags, weights in _ragged_bags(len(tables), regions, y, x):
+            parts.append(_WeightedSum.apply(count, bags, *tables, *(v.to(dtype) for v in weights)))
+    return _as_maps(parts, y, x).to(features[0].dtype)
 
 
 def pool_max(features: Sequence[Tensor], regions: Regions, y: Axis, x: Axis) -> Tensor:
     """Maximum of the cells of every bin, those with a positive weight; 0 for a bin without any: [R, C, h, w]."""
-    h, w = (max(y.cells.shape[d], x.cells.shape[d]) for d in (1, 2))
     tables = [as_table(f) for f in features]
     if choose_path(tables[0], ("triton", "bag")) == "triton":
-        table, indices, weights = _one_table(tables, regions, y, x)
-        rows = max_bag(table, indices, weights > 0)
-        return rows.view(-1, h, w, rows.shape[1]).permute(0, 3, 1, 2)
+        padded = _padded_bags(tables, regions, y, x)
+        return _as_maps([max_bag(table, indices, weights > 0) for table, indices, weights in padded], y, x)
     parts = []
-    for at in _chunks(regions, y, x):
-        bags = [_drop(b, weights) for b, weights in _level_bags(len(tables), *at)]
-        parts.append(_Maximum.apply(len(at[0].boxes) * h * w, bags, *tables))
+    for count, bags, weights in _ragged_bags(len(tables), regions, y, x):
+        parts.append(_Maximum.apply(count, [_drop(b, v > 0) for b, v in zip(bags, weights)], *tables))
+    return _as_maps(parts, y, x)
+
+
+def _as_maps(parts: list[Tensor], y: Axis, x: Axis) -> Tensor:
+    """Rows [R*h*w, C] in parts as [R, C, h, w], channels_last."""
     rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return rows.view(-1, h, w, rows.shape[1]).permute(0, 3, 1, 2)
+    return rows.view(-1, *_bins(y, x), rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def _bins(y: Axis, x: Axis) -> tuple[int, int]:
+    return max(y.cells.shape[1], x.cells.shape[1]), max(y.cells.shape[2], x.cells.shape[2])
 
 
 def max_of_runs(table: Tensor, counts: Tensor) -> Tensor:
@@ -215,36 +217,47 @@ def runs(costs: Tensor, limit: int) -> list[slice]:
     return [slice(a, b) for a, b in zip(begins, [*begins[1:], len(costs)])]
 
 
-def _chunks(regions: Regions, y: Axis, x: Axis) -> list[tuple[Regions, Axis, Axis]]:
-    """Runs of RoIs that read at most CHUNK cells together, but at least one RoI each."""
-    bins = max(y.cells.shape[1], x.cells.shape[1]) * max(y.cells.shape[2], x.cells.shape[2]) * y.cells.shape[3]
-    reads = _used(y).long() * _used(x) * bins
-    return [tuple(_rows(whole, at) for whole in (regions, y, x)) for at in runs(reads, CHUNK)]
+def _ragged_bags(levels: int, regions: Regions, y: Axis, x: Axis) -> Iterator[tuple[int, list[Bags], list[Tensor]]]:
+    """Bags that hold no more cells than their RoI uses, CHUNK of them at a time.
+
+    Yields: how many bags, those of each level, and the weights of their entries.
+    """
+    h, w = _bins(y, x)
+    tall, wide = (
+        torch.full_like(regions.images, axis.cells.shape[4]) if axis.used is None else axis.used for axis in (y, x)
+    )
+    for at in runs(h * w * y.cells.shape[3] * tall.long() * wide, CHUNK):
+        part = [_rows(whole, at) for whole in (regions, y, x)]
+        found = [[] for _ in range(levels)]
+        kinds, which = (regions.levels << 40 | tall.long() << 20 | wide)[at].unique(return_inverse=True)
+        for i, kind in enumerate(kinds.tolist()):
+            rois = (which == i).nonzero()[:, 0]
+            own, rows, columns = (_rows(whole, rois) for whole in part) if len(kinds) > 1 else part
+            rows = Axis(*(t[..., : kind >> 20 & 0xFFFFF] for t in rows[:2]))
+            columns = Axis(*(t[..., : kind & 0xFFFFF] for t in columns[:2]))
+            found[kind >> 40].append((*_expand(own, rows, columns), rois))
+        none = which[:0]
+        empty = none.int()[:, None], y.weights.flatten()[:0, None], none
+        joined = [_join(groups or [empty], in_order=levels == len(kinds) == 1) for groups in found]
+        yield len(which) * h * w, *zip(*joined)
+
+
+def _padded_bags(tables: list[Tensor], regions: Regions, y: Axis, x: Axis) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """All levels as one table, with the indices and weights [B, K] of bags that are all as long as the longest.
+
+    For GPUs: nothing here waits for the device.
+    """
+    starts = per_level(regions.levels, [sum(map(len, tables[:i])) for i in range(len(tables))], torch.int32)
+    table = tables[0] if len(tables) == 1 else torch.cat(tables)
+    h, w = _bins(y, x)
+    step = max(1, CHUNK // (h * w * y.cells.shape[3] * y.cells.shape[4] * x.cells.shape[4]))
+    for i in range(0, max(1, len(starts)), step):
+        at = slice(i, i + step)
+        yield table, *_expand(*(_rows(whole, at) for whole in (regions, y, x)), starts[at])
 
 
 def _rows(whole: Regions | Axis, at: Tensor | slice) -> Regions | Axis:
     return type(whole)(*(t if t is None else t[at] for t in whole))
-
-
-def _used(axis: Axis) -> Tensor:
-    return torch.full_like(axis.cells[:, 0, 0, 0, 0], axis.cells.shape[4]) if axis.used is None else axis.used
-
-
-def _level_bags(levels: int, regions: Regions, y: Axis, x: Axis) -> list[tuple[Bags, Tensor]]:
-    """For each level the bags of its RoIs and the weights of their entries, RoIs with as many cells together."""
-    kind = regions.levels << 40 | _used(y).long() << 20 | _used(x)
-    kinds, which = kind.unique(return_inverse=True)
-    found = [[] for _ in range(levels)]
-    for i, value in enumerate(kinds.tolist()):
-        level, tall, wide = value >> 40, value >> 20 & 0xFFFFF, value & 0xFFFFF
-        rois = (which == i).nonzero()[:, 0]
-        own = slice(None) if len(kinds) == 1 else rois
-        rows = Axis(y.cells[own][..., :tall], y.weights[own][..., :tall])
-        columns = Axis(x.cells[own][..., :wide], x.weights[own][..., :wide])
-        found[level].append((*_expand(_rows(regions, own), rows, columns), rois))
-    none = kind.new_zeros(0)
-    empty = none.int()[:, None], y.weights.flatten()[:0, None], none
-    return [_join(groups or [empty], in_order=levels == len(kinds) == 1) for groups in found]
 
 
 def _join(groups: list[tuple[Tensor, Tensor, Tensor]], in_order: bool) -> tuple[Bags, Tensor]:
@@ -257,7 +270,7 @@ def _join(groups: list[tuple[Tensor, Tensor, Tensor]], in_order: bool) -> tuple[
 
 
 def _expand(regions: Regions, y: Axis, x: Axis, start: Tensor | int = 0) -> tuple[Tensor, Tensor]:
-    """Indices and weights [B, K] of all bags of some RoIs; `start` is the row of the table where the map begins."""
+    """Indices and weights [B, K] of all bags of some RoIs; `start` is the row of the table where their map begins."""
     first = (start + regions.images * regions.heights * regions.widths).view(-1, 1, 1, 1, 1)
     rows = first + y.cells * regions.widths.view(-1, 1, 1, 1, 1)
     indices = rows[..., :, None] + x.cells[..., None, :]
@@ -266,15 +279,7 @@ def _expand(regions: Regions, y: Axis, x: Axis, start: Tensor | int = 0) -> tupl
     return indices.reshape(-1, k), weights.reshape(-1, k)
 
 
-def _one_table(tables: list[Tensor], regions: Regions, y: Axis, x: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """All levels as one table, with the indices and weights [B, K] of all bags."""
-    starts = [sum(len(t) for t in tables[:i]) for i in range(len(tables))]
-    start = per_level(regions.levels, starts, torch.int32)
-    return tables[0] if len(tables) == 1 else torch.cat(tables), *_expand(regions, y, x, start)
-
-
-def _drop(bags: Bags, weights: Tensor) -> Bags:
-    """The bags without their entries of weight 0."""
-    keep = weights > 0
+def _drop(bags: Bags, keep: Tensor) -> Bags:
+    """The bags without the entries that are not to be kept."""
     before = F.pad(keep.cumsum(0), (1, 0))  # entries kept before each
     return bags._replace(indices=bags.indices[keep], offsets=before[bags.offsets])
