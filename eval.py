@@ -4,6 +4,7 @@
     python eval.py checkpoint=... evaluator=pycocotools           the reference implementation: the same numbers
     python eval.py checkpoint=... data.val.annotations=annotations/other.json data.val.images=other
     python eval.py checkpoint=... model.box_head.score_threshold=0.001
+    python eval.py checkpoint=... flip=true 'scales=[0.75,1,1.25]'         test-time augmentation
     torchrun --nproc-per-node=2 eval.py checkpoint=...                     each image on one of the ranks
 
 Exit codes: 0 done, 1 failed, 2 a setting, the checkpoint or the data cannot work.
@@ -31,11 +32,13 @@ class Keys:
     workers: int
     threads: int | None
     paste: Literal["aligned", "torchvision"]
+    flip: bool
+    scales: list[float]
     data: dict
     model: dict
 
 
-@entry_point("eval", Keys)
+@entry_point("eval", Keys, paths=("checkpoint", "output", "data.root", "data.val.images", "data.val.annotations"))
 def main(cfg):
     """The work is done in detector/evaluation/run.py."""
     from detector.evaluation.run import evaluate_checkpoint

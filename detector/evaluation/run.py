@@ -7,6 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
+from ..augmented import Augmented
 from ..config import config_errors
 from ..data import build_dataset, build_loader
 from ..engine import distributed
@@ -35,8 +36,11 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
         ranks = {"rank": world.rank, "world": world.size}
         loader = build_loader(dataset, cfg.batch_size, cfg.workers, training=False, **ranks, **padding)
     folder = Path(cfg.output) if cfg.output else Path(cfg.checkpoint).parent / f"eval_{Path(cfg.checkpoint).stem}"
+    plain = not cfg.flip and list(cfg.scales) == [1.0]
+    with config_errors("scales"):
+        network = model if plain else Augmented(model, list(cfg.scales), cfg.flip)
     metrics, results = evaluate(
-        model,
+        network,
         loader,
         dataset,
         world.device,

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from detector.config import CONFIGS, ConfigError, compose
+from detector.config import CONFIGS, ConfigError, compose, quoted
 from detector.evaluation import coco_metrics
 from detector.evaluation.run import evaluate_checkpoint
 
@@ -73,6 +73,35 @@ def test_two_ranks_write_the_files_of_one(checkpoint, tmp_path):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
 
 
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("checkpoint=runs/roi=pool,seed=1/best.pt", "checkpoint='runs/roi=pool,seed=1/best.pt'"),
+        ("checkpoint=it's.pt", "checkpoint='it\\'s.pt'"),
+        ("checkpoint='a=b'", "checkpoint='a=b'"),
+        ("images=[a.png,b.png]", "images=[a.png,b.png]"),
+        ("output=null", "output=null"),
+        ("batch_size=3", "batch_size=3"),
+        ("--cfg", "--cfg"),
+    ],
+)
+def test_paths_are_taken_as_they_are_typed(text, expected):
+    assert quoted(text, ("checkpoint", "images", "output")) == expected
+    if not text.startswith("--"):
+        key, _, value = expected.partition("=")
+        found = compose("eval" if key != "images" else "predict", [expected])[key]
+        typed = text.partition("=")[2]
+        assert found == (
+            None
+            if value == "null"
+            else 3
+            if value == "3"
+            else typed.strip("'")
+            if "[" not in typed
+            else ["a.png", "b.png"]
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
@@ -86,3 +115,12 @@ def test_two_ranks_write_the_files_of_one(checkpoint, tmp_path):
 def test_mistakes_end_with_one_line_and_code_2(checkpoint, change, message):
     result = script(*options(checkpoint), change)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_test_time_augmentation(checkpoint, tmp_path):
+    evaluate_checkpoint(compose("eval", [*options(checkpoint, output=tmp_path / "plain")]))
+    evaluate_checkpoint(compose("eval", [*options(checkpoint, output=tmp_path / "both"), "flip=true"]))
+    plain, both = (json.loads((tmp_path / name / "predictions.json").read_text()) for name in ("plain", "both"))
+    assert len(plain) == len(both) and plain != both
+    with pytest.raises(ConfigError, match=r"scales: scales=\[\]"):
+        evaluate_checkpoint(compose("eval", [*options(checkpoint, output=tmp_path / "none"), "scales=[]"]))
