@@ -58,9 +58,10 @@ class State:
         model = model.to(world.device)
         if runtime.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        optimizer = build_optimizer(build(cfg.optimizer, "optimizer"), model, training)
-        scheduler = LambdaLR(optimizer, schedule.factor(per_epoch))
         scaler = torch.amp.GradScaler(world.device.type, enabled=runtime.precision == "fp16")
+        factory = build(cfg.optimizer, "optimizer")
+        optimizer = build_optimizer(factory, model, training, fused=not scaler.is_enabled())
+        scheduler = LambdaLR(optimizer, schedule.factor(per_epoch))
         ema = EMA(model, training.ema_decay) if training.ema_decay else None
         return cls(model, ema, optimizer, scheduler, scaler)
 
