@@ -90,6 +90,8 @@ def check_inputs(features: Sequence[Tensor], rois: Tensor, levels: Tensor, strid
         raise ValueError(f"strides must be {len(features)} positive numbers, one per level, got {list(strides)}")
     if rois.ndim != 2 or rois.shape[1] != 5:
         raise ValueError(f"rois must have shape [R, 5] = (batch_index, x1, y1, x2, y2), got {list(rois.shape)}")
+    if len(rois) and len(first) == 0:
+        raise ValueError(f"rois has {len(rois)} rows, but the features hold no image: {list(first.shape)}")
     if not rois.is_floating_point():
         raise TypeError(f"rois must be floating point, got {rois.dtype}")
     if levels.shape != rois.shape[:1]:
