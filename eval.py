@@ -25,7 +25,7 @@ class Keys:
     checkpoint: str
     output: str | None
     evaluator: Literal["hotcoco", "pycocotools"]
-    iou_types: list[Literal["bbox", "segm", "boundary", "keypoints"]] | None
+    iou_types: list[Literal["bbox", "segm", "boundary", "keypoints", "voc"]] | None
     batch_size: int
     device: str
     precision: Literal["fp32", "bf16", "fp16"]

@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from ..structures import to_device
 from .coco import as_rle, check_annotation, coco_metrics, read_json
+from .lvis import is_federated, lvis_metrics
 from .proposals import OBJECT, proposal_recall, without_classes
 from .results import detections_to_coco, write_json
+from .voc import voc_metrics
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,8 @@ def evaluate(
     loader: yields (Batch, Targets), all images of the data set; in a distributed run each rank's loader gives its own
     part, and an image that several ranks see counts once. dataset: a CocoDataset; its annotation file is the truth.
     precision: fp32, or bf16/fp16 autocast. iou_types: what to measure; None: boxes, and masks or keypoints where model
-    and data set have them.
+    and data set have them. Besides those of coco_metrics there is "voc": VOC's AP of boxes. Boxes and masks of a data
+    set with LVIS's lists of checked categories are measured by LVIS's federated AP.
     folder: predictions.json and metrics.json are written there, the former before anything is measured.
 
     A model without a box head is measured by its proposals, whatever their class, with "AR300" and "AR1000" beside the
@@ -164,7 +167,15 @@ def measurable(annotations: dict, predicted: set[str]) -> list[str]:
 
 def measure(annotations: dict, results: list[dict], iou_types: Sequence[str], evaluator: str, per_class: bool) -> dict:
     """The layout of metrics.json: {iou type: numbers} and, if asked for, {"per_class": {iou type: {name: numbers}}}."""
-    metrics = {kind: coco_metrics(annotations, results, kind, evaluator, per_class) for kind in iou_types}
+
+    def numbers(kind: str) -> dict:
+        if kind == "voc":
+            return voc_metrics(annotations, results, per_class)
+        if kind in ("bbox", "segm") and is_federated(annotations):
+            return lvis_metrics(annotations, results, kind, per_class)
+        return coco_metrics(annotations, results, kind, evaluator, per_class)
+
+    metrics = {kind: numbers(kind) for kind in iou_types}
     if per_class:
         metrics["per_class"] = {kind: metrics[kind].pop("per_class") for kind in iou_types}
     return metrics
@@ -193,7 +204,7 @@ def _gather(value) -> list | None:
 # -------------------------------------------------------------------------------------------------------------- tables
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
-TITLES = {"bbox": "box", "segm": "mask", "boundary": "boundary", "keypoints": "keypoint"}
+TITLES = {"bbox": "box", "segm": "mask", "boundary": "boundary", "keypoints": "keypoint", "voc": "VOC box"}
 
 
 def summary_table(metrics: dict) -> str:
@@ -217,7 +228,7 @@ def class_table(metrics: dict, annotations: dict) -> str:
             for a in annotations["annotations"]
             if a["category_id"] == category["id"] and not a.get("iscrowd")
         ]
-        numbers = [percent(metrics["per_class"][k][category["name"]][c]) for k in kinds for c in COLUMNS[:3]]
+        numbers = [percent(metrics["per_class"][k][category["name"]].get(c)) for k in kinds for c in COLUMNS[:3]]
         rows.append([category["name"], str(len(set(objects))), str(len(objects)), *numbers])
     return table(header, rows)
 

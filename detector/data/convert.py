@@ -1,0 +1,78 @@
+"""Data sets in other formats as COCO annotation files beside their pictures, which stay where they are.
+
+    python -m detector.data.convert voc data/VOCdevkit         then: python train.py data=voc data.root=data/VOCdevkit
+    python -m detector.data.convert voc my_data --train trainval --val test
+    python -m detector.data.convert cityscapes data/cityscapes
+    python -m detector.data.convert lvis data/coco
+    python -m detector.data.convert yolo my_data
+
+Writes ROOT/annotations/FORMAT_train.json and FORMAT_val.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from detector.data.formats import READERS
+
+SPLITS = {"voc": (["VOC2007/trainval", "VOC2012/trainval"], ["VOC2007/test"])}
+
+
+def convert(kind: str, root: str | Path, splits: Sequence[str]) -> dict:
+    """COCO instances of several splits of one data set together; categories are joined by name.
+
+    kind: voc, cityscapes, lvis or yolo; see `detector.data.formats`. root, splits: see the readers there.
+
+    Raises ValueError for an unknown kind or no splits, and what the reader raises.
+    """
+    if kind not in READERS:
+        raise ValueError(f"format {kind!r} is unknown; choose one of {', '.join(READERS)}")
+    if not splits:
+        raise ValueError("splits: there are none")
+    parts = [READERS[kind](Path(root), split) for split in splits]
+    if len(parts) == 1:
+        return parts[0]
+    names = list(dict.fromkeys(category["name"] for part in parts for category in part["categories"]))
+    joined = {"images": [], "annotations": [], "categories": [{"id": i, "name": n} for i, n in enumerate(names, 1)]}
+    for part in parts:
+        image_ids = {image["id"]: len(joined["images"]) + i for i, image in enumerate(part["images"], 1)}
+        ids = {category["id"]: names.index(category["name"]) + 1 for category in part["categories"]}
+        joined["images"] += [{**image, "id": image_ids[image["id"]]} for image in part["images"]]
+        first = len(joined["annotations"]) + 1
+        for number, entry in enumerate(part["annotations"], first):
+            own = {"id": number, "image_id": image_ids[entry["image_id"]], "category_id": ids[entry["category_id"]]}
+            joined["annotations"].append(entry | own)
+    return joined
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0: written; 2: it cannot be, and why."""
+    parser = argparse.ArgumentParser(
+        prog="python -m detector.data.convert", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("format", choices=READERS)
+    parser.add_argument("root", type=Path, help="the folder of the data set")
+    parser.add_argument("--train", nargs="+", metavar="SPLIT", help="splits to train on (VOC: VOC2007/trainval ...)")
+    parser.add_argument("--val", nargs="+", metavar="SPLIT", help="splits to evaluate on")
+    args = parser.parse_args(arguments)
+    train, val = SPLITS.get(args.format, (["train"], ["val"]))
+    try:
+        for name, splits in (("train", args.train or train), ("val", args.val or val)):
+            content = convert(args.format, args.root, splits)
+            path = args.root / "annotations" / f"{args.format}_{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(content))
+            images, objects, categories = (len(content[key]) for key in ("images", "annotations", "categories"))
+            print(f"{path}: {images} images, {objects} objects of {categories} categories")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
