@@ -6,6 +6,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import detection, resnet18, resnet34, resnet101
 
 from detector.config import CONFIGS, build, check
@@ -179,3 +180,32 @@ def test_backbones_have_torchvisions_parameters():
             ).state_dict()
         wanted = {k: v.shape for k, v in wanted.items() if not k.startswith("fc.") and "num_batches" not in k}
         assert {k: v.shape for k, v in found.items()} == wanted
+
+
+@pytest.mark.parametrize("version", ["", "_v2"])
+def test_as_many_flops_as_torchvisions(version):
+    """Of Mask R-CNN on 800 x 1216 px, 1000 proposals and 100 masks, network parts by network parts."""
+    cfg = config(f"model=mask_rcnn{version}")
+    cfg.num_classes = 90
+    with torch.device("meta"):
+        ours = build(cfg, "model").eval()
+        other = getattr(detection, f"maskrcnn_resnet50_fpn{version}")(weights=None, weights_backbone=None).eval()
+        images, boxes, masks = torch.empty(1, 3, 800, 1216), torch.empty(1000, 256, 7, 7), torch.empty(100, 256, 14, 14)
+
+        def flops(run) -> int:
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                run()
+            return counter.get_total_flops()
+
+        heads = other.roi_heads
+        assert flops(lambda: ours.rpn.head(ours.neck(ours.backbone(images)))) == flops(
+            lambda: other.rpn.head(list(other.backbone(images).values()))
+        )
+        background = 2 * 1000 * 4 * heads.box_predictor.bbox_pred.in_features  # boxes that torchvision gives it
+        assert flops(lambda: ours.box_head.predictor(ours.box_head.trunk(boxes))) == (
+            flops(lambda: heads.box_predictor(heads.box_head(boxes))) - background
+        )
+        background = 2 * 100 * 28 * 28 * heads.mask_predictor.mask_fcn_logits.in_channels
+        assert flops(lambda: ours.mask_head.predictor(ours.mask_head.trunk(masks))) == (
+            flops(lambda: heads.mask_predictor(heads.mask_head(masks))) - background
+        )

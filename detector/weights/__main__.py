@@ -1,4 +1,8 @@
-"""python -m detector.weights convert SOURCE OUT: a foreign detector's weights as a checkpoint of ours."""
+"""Weights in and out.
+
+python -m detector.weights convert SOURCE OUT      a foreign detector's weights as a checkpoint of ours
+python -m detector.weights export CHECKPOINT OUT   a checkpoint of ours as .safetensors, .pt2 (torch.export) or .onnx
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,17 @@ from detector.weights.loading import SOURCES
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0: written; 2: it cannot be, and why."""
-    parser = argparse.ArgumentParser(prog="python -m detector.weights", description=__doc__)
-    command = parser.add_subparsers(required=True, metavar="convert").add_parser(
-        "convert", help="write SOURCE's weights, with a complete config, to OUT"
+    parser = argparse.ArgumentParser(
+        prog="python -m detector.weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    commands = parser.add_subparsers(required=True, dest="command", metavar="convert|export")
+    command = commands.add_parser("export", help="write CHECKPOINT for other programs")
+    command.add_argument("checkpoint", help="of a run, like runs/quickstart/best.pt")
+    command.add_argument("out", help="a name that ends in .safetensors, .pt2 or .onnx")
+    command.add_argument(
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the canvas, for .pt2 and .onnx"
+    )
+    command = commands.add_parser("convert", help="write SOURCE's weights, with a complete config, to OUT")
     command.add_argument("source", help="a .pth, .pt, .pkl or .safetensors file")
     command.add_argument("out", help="the checkpoint to write; detector.load, eval.py and predict.py take it")
     command.add_argument(
@@ -27,10 +38,16 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        if args.command == "export":
+            from detector.weights.export import export
+
+            export(args.checkpoint, args.out, args.size and tuple(args.size))
+            print(args.out)
+            return 0
         names = args.categories.read_text().split("\n") if args.categories else None
         names = names and [name.strip() for name in names if name.strip()]
         config = convert(args.source, args.out, args.framework, args.style, names)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     backbone = config["model"]["backbone"]

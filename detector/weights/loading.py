@@ -102,6 +102,7 @@ def load_foreign(
     if is_path and source == "torchvision" and re.search(WITHOUT_EPS, str(path_or_state_dict)):
         without_eps(state)
     presets = presets_of(source, state, style)
+    presets |= pixels_in(contents)
     if source == "detectron2" and "pixel_mean" in theirs:
         presets["pixel_mean"] = theirs["pixel_mean"].flatten().tolist()
         presets["pixel_std"] = theirs["pixel_std"].flatten().tolist()
@@ -125,14 +126,28 @@ def recognise(state: Mapping[str, Tensor]) -> str:
 
 def style_in(contents: Mapping[str, Any], name: str) -> str | None:
     """'caffe' or 'pytorch' if a checkpoint says it: in the config text it carries or in its file's name."""
-    meta = contents.get("meta") if isinstance(contents.get("meta"), dict) else {}
-    text = next((meta[key] for key in ("config", "cfg") if isinstance(meta.get(key), str)), "")
-    found = re.search(r"""style=['"](caffe|pytorch)['"]""", text)
+    found = re.search(r"""style=['"](caffe|pytorch)['"]""", config_text(contents))
     if found:
         return found[1]
     if contents.get("__author__") == "torchvision":  # detectron2's conversion of torchvision's classifier
         return "pytorch"
     return "caffe" if re.search(r"caffe|msra", name, re.IGNORECASE) else None
+
+
+def config_text(contents: Mapping[str, Any]) -> str:
+    """The config that mmdetection wrote into its checkpoint; empty if there is none."""
+    meta = contents.get("meta") if isinstance(contents.get("meta"), dict) else {}
+    return next((meta[key] for key in ("config", "cfg") if isinstance(meta.get(key), str)), "")
+
+
+def pixels_in(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """Pixel statistics and channel order, if the config in the checkpoint says them."""
+    pattern = r"mean=\[([\d., ]+)\],\s*std=\[([\d., ]+)\],\s*(?:bgr_)?to_rgb=(True|False)"
+    found = re.search(pattern, config_text(contents))
+    if not found:
+        return {}
+    mean, std = ([float(number) for number in found[i].split(",")] for i in (1, 2))
+    return {"pixel_mean": mean, "pixel_std": std, "channel_order": "rgb" if found[3] == "True" else "bgr"}
 
 
 def translate(theirs: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:

@@ -34,9 +34,11 @@ def presets_of(source: str, state: dict[str, Tensor], style: str | None = None) 
     """
     style = style or guess_style(source, state)
     presets: dict[str, Any] = dict(BGR if style == "caffe" else RGB)
-    if source == "detectron2":
-        presets |= BGR  # also where the strides are PyTorch's
-        if groups(state) > 1:
+    # models whose strides are PyTorch's, but whose backbone was trained with Caffe2 on BGR images
+    resnext = groups(state) > 1 and (source == "detectron2" or state["backbone.layer1.0.conv2.weight"].shape[1] == 8)
+    if source == "detectron2" or (source == "mmdet" and (resnext or group_norm(state))):
+        presets |= BGR
+        if resnext:
             presets["pixel_std"] = RESNEXT_STD
     presets["backbone.stride_in_1x1"] = style == "caffe"
     if has(state, "box_head.trunk.layer4."):
@@ -90,7 +92,7 @@ def guess_style(source: str, state: dict[str, Tensor]) -> str:
     but for those without a pyramid (C4, DC5).
     """
     if source == "detectron2":
-        return "pytorch" if groups(state) > 1 or "backbone.bn1.running_mean" not in state else "caffe"
+        return "pytorch" if groups(state) > 1 or group_norm(state) else "caffe"
     if source == "mmdet" and has(state, "rpn.") and not has(state, "neck."):
         return "caffe"
     return "pytorch"
@@ -98,6 +100,11 @@ def guess_style(source: str, state: dict[str, Tensor]) -> str:
 
 def has(state: dict[str, Tensor], prefix: str) -> bool:
     return any(key.startswith(prefix) for key in state)
+
+
+def group_norm(state: dict[str, Tensor]) -> bool:
+    """Whether the backbone's norms have no running statistics."""
+    return "backbone.bn1.weight" in state and "backbone.bn1.running_mean" not in state
 
 
 def groups(state: dict[str, Tensor]) -> int:

@@ -218,3 +218,28 @@ def test_torchvisions_first_detectors_have_no_eps(tmp_path):
     torch.testing.assert_close(state["backbone.bn1.running_var"] + 1e-5, torch.full((64,), 2e-5))
     state, _ = load_foreign(variances, source="torchvision")
     assert torch.equal(state["backbone.bn1.running_var"], torch.full((64,), 2e-5))
+
+
+def test_the_config_in_an_mmdetection_checkpoint_decides(tmp_path):
+    state = {f"backbone.{key}": value for key, value in resnet18().state_dict().items()}
+    text = (
+        "model=dict(backbone=dict(style='caffe'))\nimg_norm_cfg = dict(\n    mean=[1.0, 2.0, 3.0], std=[4.0, 5, 6.5], "
+    )
+    torch.save({"meta": {"config": text + "to_rgb=False)"}, "state_dict": state}, tmp_path / "a.pth")
+    presets = load_foreign(tmp_path / "a.pth", source="mmdet").presets
+    assert presets["backbone.stride_in_1x1"] is True
+    assert (presets["pixel_mean"], presets["pixel_std"]) == ([1, 2, 3], [4, 5, 6.5])
+    assert presets["channel_order"] == "bgr"
+
+
+def test_which_backbones_see_bgr():
+    def presets(width: int, style=None):
+        shapes = {"conv1": (width * 32, 64, 1, 1), "conv2": (width * 32, width, 3, 3)}
+        state = {f"backbone.layer1.0.{key}.weight": torch.empty(shape) for key, shape in shapes.items()}
+        state |= {"backbone.bn1.weight": torch.empty(64), "backbone.bn1.running_mean": torch.empty(64)}
+        return load_foreign(state, source="mmdet").presets
+
+    assert presets(8)["channel_order"] == "bgr" and presets(8)["pixel_std"] == [57.375, 57.12, 58.395]
+    assert presets(4)["channel_order"] == "rgb"
+    gn = load_foreign({"backbone.gn1.weight": torch.empty(64)}, source="mmdet").presets
+    assert gn["channel_order"] == "bgr" and gn["backbone.stride_in_1x1"] is False
