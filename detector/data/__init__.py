@@ -4,7 +4,7 @@ from detector.data.annotations import Annotations, read_coco
 from detector.data.coco import CocoDataset, Sample, collate, read_image
 from detector.data.loader import EvaluationSampler, Loader, TrainingSampler, build_dataset, build_loader
 from detector.data.store import open_coco
-from detector.data.transforms import Pipeline, ResizeShortestEdge
+from detector.data.transforms import Pipeline, ResizeShortestEdge, ScaleJitter
 
 __all__ = [
     "Annotations",
@@ -14,6 +14,7 @@ __all__ = [
     "Pipeline",
     "ResizeShortestEdge",
     "Sample",
+    "ScaleJitter",
     "TrainingSampler",
     "build_dataset",
     "build_loader",

@@ -16,10 +16,11 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from detector.data.annotations import Problems
+from detector.data.annotations import Objects, Problems
+from detector.data.copy_paste import paste
 from detector.data.masks import fill, mask_windows
 from detector.data.store import open_coco
-from detector.data.transforms import Pipeline
+from detector.data.transforms import Pipeline, Transformed
 from detector.structures import Batch, Targets
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class CocoDataset(Dataset):
         max_pixels: larger images are refused.
         keypoints: give keypoints. Names that differ in "left" and "right" change places when a picture is mirrored.
         cache: folder that keeps parsed annotations for the next start; see `open_coco`.
+        copy_paste: share of the images that get some objects of another, drawn by chance (see copy_paste.py).
 
     Attributes:
         categories: name of label 1, 2, ...
@@ -112,9 +114,18 @@ class CocoDataset(Dataset):
         max_pixels: int = 100_000_000,
         keypoints: bool = False,
         cache: str | os.PathLike | None = None,
+        copy_paste: float = 0.0,
     ):
         if mask_size < 1:
             raise ValueError(f"mask_size={mask_size}: must be positive")
+        if not 0 <= copy_paste <= 1:
+            raise ValueError(f"augment.copy_paste={copy_paste}: must be a share between 0 and 1")
+        if copy_paste and (keypoints or not masks):
+            raise ValueError(
+                f"augment.copy_paste={copy_paste} needs outlines, and would cover keypoints: it cannot be used with "
+                f"data.masks={masks}, data.keypoints={keypoints}"
+            )
+        self.copy_paste = copy_paste
         self.folder = Path(images)
         self.annotation_file = Path(annotations)
         self.pipeline = transforms if isinstance(transforms, Pipeline) else Pipeline(transforms)
@@ -171,16 +182,18 @@ class CocoDataset(Dataset):
     def __getitem__(self, position: int | tuple[int, int]) -> Sample:
         epoch, index = position if isinstance(position, tuple) else (0, position)
         key = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0] >> 1)
-        try:
-            image = self.read(index)
-        except (ValueError, OSError) as error:
-            if self.on_error == "raise":
-                raise
-            logger.warning("%s; %s", error, "the next image replaces it" if self.training else "taken as black")
-            image, index = self._replacement(index)
-        objects = self.annotations.objects(self.rows[index])
-        keypoints = objects.keypoints if self.annotations.keypoint_names else None
-        out = self.pipeline(image, objects.boxes, objects.outlines, key, keypoints, self.mirrored)
+        image, index = self._readable(index)
+        objects, out = self._augmented(image, index, key)
+        labels, crowd = objects.labels, objects.crowd
+        chance = np.random.default_rng((key, 1))
+        if self.copy_paste and chance.random() < self.copy_paste:
+            image, other = self._readable(int(chance.integers(len(self))))
+            others, above = self._augmented(image, other, int(chance.integers(1 << 63)))
+            free = np.flatnonzero(above.outlines.has_rings() & ~others.crowd[above.kept])
+            some = chance.permutation(free)[: chance.integers(len(free) + 1)]
+            chosen = np.isin(np.arange(len(above.kept)), some)
+            out = paste(out, above, chosen, len(labels), self.pipeline.min_size)
+            labels, crowd = np.concatenate([labels, others.labels]), np.concatenate([crowd, others.crowd])
         masks = windows = has_mask = None
         if self.masks:
             windows = mask_windows(out.boxes, self.mask_size)
@@ -192,13 +205,29 @@ class CocoDataset(Dataset):
             image_id=int(self.image_ids[index]),
             key=key,
             boxes=out.boxes,
-            labels=objects.labels[out.kept],
-            crowd=objects.crowd[out.kept],
+            labels=labels[out.kept],
+            crowd=crowd[out.kept],
             masks=masks,
             mask_windows=windows,
             has_mask=has_mask,
             keypoints=out.keypoints,
         )
+
+    def _readable(self, index: int) -> tuple[np.ndarray, int]:
+        """The image and its index, or what replaces it where it cannot be read."""
+        try:
+            return self.read(index), index
+        except (ValueError, OSError) as error:
+            if self.on_error == "raise":
+                raise
+            logger.warning("%s; %s", error, "the next image replaces it" if self.training else "taken as black")
+            return self._replacement(index)
+
+    def _augmented(self, image: np.ndarray, index: int, seed: int) -> tuple[Objects, Transformed]:
+        """The objects of image `index` as they are in the file, and what the pipeline makes of both."""
+        objects = self.annotations.objects(self.rows[index])
+        keypoints = objects.keypoints if self.annotations.keypoint_names else None
+        return objects, self.pipeline(image, objects.boxes, objects.outlines, seed, keypoints, self.mirrored)
 
     def _replacement(self, index: int) -> tuple[np.ndarray, int]:
         if not self.training:

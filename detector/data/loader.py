@@ -53,6 +53,7 @@ def build_dataset(
         max_pixels=data["max_pixels"],
         keypoints=data.get("keypoints", False),
         cache=data.get("cache"),
+        copy_paste=augment.get("copy_paste", 0.0) if augment and split == "train" else 0.0,
     )
 
 

@@ -9,6 +9,7 @@ Dimensions: G objects, Q rings in the order of their objects, P points in the or
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cv2
@@ -47,6 +48,19 @@ class Outlines(NamedTuple):
             ring_objects=(np.cumsum(keep) - 1)[self.ring_objects[rings]],
             even_odd=self.even_odd[keep],
         )
+
+
+def join(parts: Sequence[Outlines]) -> Outlines:
+    """The outlines of several lists of objects as those of one."""
+    points = np.cumsum([0, *(len(part.points) for part in parts)])
+    objects = np.cumsum([0, *(len(part.even_odd) for part in parts)])
+    starts = [part.ring_starts[:-1] + first for part, first in zip(parts, points)]
+    return Outlines(
+        points=np.concatenate([part.points for part in parts]),
+        ring_starts=np.concatenate([*starts, points[-1:]]),
+        ring_objects=np.concatenate([part.ring_objects + first for part, first in zip(parts, objects)]),
+        even_odd=np.concatenate([part.even_odd for part in parts]),
+    )
 
 
 def trace_rings(mask: np.ndarray) -> list[np.ndarray]:

@@ -161,7 +161,23 @@ def _placed(keypoints: np.ndarray, moved: np.ndarray, size: tuple[int, int], mir
     return placed.astype(np.float32)
 
 
-class ResizeShortestEdge(A.DualTransform):
+class Resize(A.DualTransform):
+    """What resizing transforms share: a subclass says `new`, the (height, width) that the image gets."""
+
+    def apply(self, img, new, interpolation, **params):
+        return img if img.shape[:2] == new else cv2.resize(img, new[::-1], interpolation=interpolation)
+
+    def apply_to_bboxes(self, bboxes, **params):
+        return bboxes  # relative to the image's sides
+
+    def apply_to_keypoints(self, keypoints, new, shape, **params):
+        keypoints = keypoints.copy()
+        scale = np.array(new[::-1], np.float32) / np.array(shape[1::-1], np.float32)
+        keypoints[:, :2] = (keypoints[:, :2] + 0.5) * scale - 0.5
+        return keypoints
+
+
+class ResizeShortestEdge(Resize):
     """Scale the image so that its shorter side becomes `size`, but its longer side at most `max_size`.
 
     Args:
@@ -202,14 +218,36 @@ class ResizeShortestEdge(A.DualTransform):
         # the tiny addition undoes the division's rounding: 800 / 3 * 3 must be 800
         return {"new": tuple(max(1, int(side * scale + shift + 1e-6)) for side in (height, width))}
 
-    def apply(self, img, new, interpolation, **params):
-        return img if img.shape[:2] == new else cv2.resize(img, new[::-1], interpolation=interpolation)
 
-    def apply_to_bboxes(self, bboxes, **params):
-        return bboxes  # relative to the image's sides
+class ScaleJitter(Resize):
+    """Scale the image so that it just fits into a square of `size` times a factor drawn uniformly from `scale`.
 
-    def apply_to_keypoints(self, keypoints, new, shape, **params):
-        keypoints = keypoints.copy()
-        scale = np.array(new[::-1], np.float32) / np.array(shape[1::-1], np.float32)
-        keypoints[:, :2] = (keypoints[:, :2] + 0.5) * scale - 0.5
-        return keypoints
+    With scale (0.1, 2) and a crop of `size` behind it this is large-scale jitter (Ghiasi et al. 2021).
+
+    Args:
+        size: pixels.
+        scale: (least, largest) factor.
+        interpolation: OpenCV's constant, bilinear by default.
+    """
+
+    class InitSchema(A.BasicTransform.InitSchema):
+        size: int
+        scale: tuple[float, float]
+        interpolation: int
+
+    def __init__(
+        self,
+        size: int = 1024,
+        scale: tuple[float, float] = (0.1, 2.0),
+        interpolation: int = cv2.INTER_LINEAR,
+        p: float = 1.0,
+    ):
+        super().__init__(p=p)
+        self.size, self.scale, self.interpolation = size, tuple(scale), interpolation
+        if size < 1 or not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"ScaleJitter: size={size} must be positive and scale={scale} be 0 < least <= largest")
+
+    def get_params_dependent_on_data(self, params, data):
+        height, width = params["shape"][:2]
+        factor = self.py_random.uniform(*self.scale) * self.size / max(height, width)
+        return {"new": tuple(max(1, int(side * factor + 0.5)) for side in (height, width))}

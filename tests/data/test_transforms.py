@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detector.data import Pipeline, ResizeShortestEdge
+from detector.data import Pipeline, ResizeShortestEdge, ScaleJitter
 from detector.data.masks import fill, visible_bounds
 from tests.data.coco_files import outlines_of
 
@@ -50,6 +50,7 @@ LINEAR = {
     "longest side": A.LongestMaxSize(480),
     "shortest side": A.SmallestMaxSize(360),
     "shortest edge": ResizeShortestEdge(250, None),
+    "scale jitter": ScaleJitter(250, (0.8, 2.0)),
     "scale": A.RandomScale((1, 2), p=1),
     "crop": A.RandomCrop(100, 100),
     "crop and resize": A.RandomSizedCrop((90, 110), (300, 400)),
@@ -215,3 +216,16 @@ def test_transforms_that_lose_the_outlines_are_refused():
     outlines = outlines_of([[[[10, 10], [50, 10], [50, 50]]]])
     with pytest.raises(ValueError, match="outline points"):
         reflecting(np.zeros((100, 100, 3), np.uint8), np.array([[10, 10, 50, 50]]), outlines)
+
+
+def test_scale_jitter_draws_from_the_whole_range():
+    jitter, image = Pipeline([ScaleJitter(100, (0.1, 2.0))]), np.zeros((30, 60, 3), np.uint8)
+    sides = np.array([jitter(image, seed=seed).image.shape[:2] for seed in range(200)])
+    assert 10 <= sides[:, 1].min() < 30 and 170 < sides[:, 1].max() <= 200
+    assert (abs(sides[:, 1] - 2 * sides[:, 0]) <= 1).all()
+
+
+@pytest.mark.parametrize("settings", [{"size": 0}, {"scale": (0.0, 1.0)}, {"scale": (2.0, 1.0)}])
+def test_scale_jitter_refuses(settings):
+    with pytest.raises(ValueError):
+        ScaleJitter(**settings)
