@@ -35,7 +35,7 @@ class Keys:
     workers: int
 
 
-@entry_point("compare", Keys)
+@entry_point("compare", Keys, paths=("runs", "output"))
 def main(cfg):
     """The work is done in detector/evaluation/study.py."""
     from detector.evaluation.study import compare_runs

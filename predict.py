@@ -33,7 +33,7 @@ class Keys:
     paste: Literal["aligned", "torchvision"]
 
 
-@entry_point("predict", Keys)
+@entry_point("predict", Keys, paths=("checkpoint", "images", "output"))
 def main(cfg):
     """The work is done in detector/predict.py."""
     from detector.predict import predict_files

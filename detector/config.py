@@ -78,12 +78,13 @@ class Data:
     pad_to: tuple[int, int] | None
 
 
-def entry_point(config_name: str, keys: type) -> Callable:
+def entry_point(config_name: str, keys: type, paths: Collection[str] = ()) -> Callable:
     """Decorator: a function of the checked config becomes a Hydra program.
 
     Args:
         config_name: the primary config in configs/.
         keys: a dataclass (or callable) whose arguments are the allowed top-level keys.
+        paths: keys whose values are taken as they are typed: run folders have '=' and ',' in their names.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -102,6 +103,7 @@ def entry_point(config_name: str, keys: type) -> Callable:
         @functools.wraps(task)
         def main() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out as they are: Hydra's own report exits with 1
+            sys.argv[1:] = [quoted(text, paths) for text in sys.argv[1:]]
             try:
                 app()
             except Exception as error:
@@ -112,6 +114,15 @@ def entry_point(config_name: str, keys: type) -> Callable:
         return main
 
     return decorate
+
+
+def quoted(text: str, paths: Collection[str]) -> str:
+    """An override of a key in `paths` with its value in quotes, unless it is a list, empty, null or quoted already."""
+    key, equals, value = text.partition("=")
+    if key not in paths or not equals or value in ("", "null") or value[0] in "['\"":
+        return text
+    escaped = value.replace("'", "\\'")
+    return f"{key}='{escaped}'"
 
 
 def give_up(message: str, code: int, error: Exception) -> NoReturn:

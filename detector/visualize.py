@@ -30,7 +30,7 @@ INK, PAPER = (20, 20, 20), (250, 250, 250)
 def color(index: int) -> tuple[int, int, int]:
     """The RGB colour of class or object 0, 1, ..."""
     rgb, turn = np.array(PALETTE[index % len(PALETTE)], float), index // len(PALETTE) % 3
-    mixed = rgb if turn == 0 else 0.5 * (rgb + 255) if turn == 1 else 0.6 * rgb
+    mixed = rgb if turn == 0 else 0.5 * (rgb + 255) if turn == 1 else 0.75 * rgb
     return tuple(int(v) for v in mixed.round())
 
 

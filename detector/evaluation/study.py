@@ -12,7 +12,7 @@ from hotcoco import COCO
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from ..config import ConfigError, compose, config_errors
+from ..config import ConfigError, compose, config_errors, quoted
 from ..data import build_dataset, collate, read_image
 from ..engine import distributed
 from ..engine.settings import Runtime
@@ -42,13 +42,8 @@ def compare_runs(cfg: DictConfig) -> dict:
     runs: list[Run] = []
 
     def evaluate(weights: Path) -> None:
-        options = [
-            f"checkpoint={weights}",
-            f"device={cfg.device}",
-            f"batch_size={cfg.batch_size}",
-            f"workers={cfg.workers}",
-        ]
-        evaluate_checkpoint(compose("eval", options))
+        options = [f"{key}={cfg[key]}" for key in ("device", "batch_size", "workers")]
+        evaluate_checkpoint(compose("eval", [quoted(f"checkpoint={weights}", ["checkpoint"]), *options]))
 
     for folder in find_folders(cfg.runs if isinstance(cfg.runs, str) else list(cfg.runs)):
         try:

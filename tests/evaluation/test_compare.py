@@ -276,13 +276,15 @@ def model_of(run_config, state):
 
 def test_run_without_evaluation_is_evaluated_and_probed(make_run, model_of, state, tmp_path):
     for name in ("align", "pool", "deformable"):
-        folder = make_run(name, roi(name))
+        folder = make_run(f"roi={name},seed=0", roi(name))
         for file in (folder / "eval_last").iterdir():
             file.unlink()
         config, model = yaml.safe_load((folder / "config.yaml").read_text()), model_of(roi(name))
         checkpoints.save(state | {"config": config, "model": model.state_dict()}, folder / "last.pt")
     report = compare_runs(settings(tmp_path, evaluate="true", probe_images=2, workers=0, pictures=0))
-    assert (tmp_path / "runs" / "align" / "eval_last" / "predictions.json").exists() and not report["left_out"]
+    assert (tmp_path / "runs" / "roi=align,seed=0" / "eval_last" / "predictions.json").exists() and not report[
+        "left_out"
+    ]
     assert report["cost"]["align"]["parameters"] == report["cost"]["pool"]["parameters"] > 0
     shifts = {name: max(report["alignment"][name]["feature_shift"]) for name in ("align", "pool")}
     assert shifts["pool"] > 5 * shifts["align"] and report["alignment"]["align"]["area_error"] is None
