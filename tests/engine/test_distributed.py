@@ -79,6 +79,13 @@ def test_same_seed_same_run_with_and_without_workers(run, tmp_path):
     assert curve(other) != curve(runs[0])
 
 
+def test_deterministic_algorithms_suffice_and_agree(run, tmp_path):
+    few = ["runtime.deterministic=true", "schedule.max_iterations=3", "roi=deformable"]
+    runs = [run(*few, f"run_dir={tmp_path / name}") for name in ("a", "b")]
+    torch.use_deterministic_algorithms(False)
+    assert curve(runs[0]) == curve(runs[1])
+
+
 def test_random_state_round_trip():
     distributed.seed_everything(3)
     state = distributed.random_state()
