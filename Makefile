@@ -13,7 +13,7 @@ install: $(READY)  ## virtual environment with the project and its tested versio
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,timm]' -c constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,timm,export]' -c constraints.txt
 	@touch $@
 
 demo: $(READY) data/shapes/annotations/instances_val.json  ## train, evaluate and draw on generated shapes
@@ -33,7 +33,7 @@ test-oldest: .venv-oldest/.ready  ## the test suite on the oldest supported PyTo
 .venv-oldest/.ready: pyproject.toml constraints.txt constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	grep -vE '^(torch|torchvision)==' constraints.txt > .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,timm]' \
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,timm,export]' \
 		-c .venv-oldest/constraints.txt -c constraints-oldest.txt
 	@touch $@
 

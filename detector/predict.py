@@ -22,10 +22,12 @@ from .data import Pipeline, Sample, collate, read_image
 from .engine import checkpoint as checkpoints
 from .engine import distributed
 from .engine.settings import Runtime
+from .evaluation.evaluator import autocast
 from .evaluation.masks import encode_window, paste_masks
 from .evaluation.results import to_original, write_json
 from .structures import Detections, to_device
 from .visualize import draw
+from .weights.portable import load_safetensors
 
 
 def load(
@@ -43,7 +45,7 @@ def load(
     Raises ConfigError (a ValueError) naming the file if it is missing, damaged, or its weights do not fit its config.
     """
     name = checkpoint if isinstance(checkpoint, (str, Path)) else "checkpoint"
-    state = checkpoint if isinstance(checkpoint, Mapping) else checkpoints.load(checkpoint)
+    state = checkpoint if isinstance(checkpoint, Mapping) else read(checkpoint)
     config, categories = state["config"], list(state["categories"])
     node = merge(config["model"], {"backbone": {"weights": None}} if "weights" in config["model"]["backbone"] else {})
     node = merge(node, changes or {})
@@ -58,6 +60,11 @@ def load(
     model.preprocess = validation_transforms(config)
     model.predict = partial(predict, model)
     return model
+
+
+def read(path: str | Path) -> dict:
+    """A checkpoint, or a safetensors file that `python -m detector.weights export` wrote."""
+    return load_safetensors(path) if Path(path).suffix == ".safetensors" else checkpoints.load(path)
 
 
 def validation_transforms(config: Mapping) -> Pipeline:
@@ -89,19 +96,28 @@ def merge(base: Mapping, changes: Mapping) -> dict:
 
 
 def predict(
-    model: nn.Module, image: str | Path | np.ndarray, threshold: float = 0.0, paste: str = "aligned"
+    model: nn.Module,
+    image: str | Path | np.ndarray,
+    threshold: float = 0.0,
+    paste: str = "aligned",
+    precision: str = "fp32",
 ) -> Detections:
     """Detections of at least `threshold` in one image: a file, or an array [H, W, 3] uint8 RGB.
 
     Returns boxes [D, 4] in pixels of the image, scores [D], labels [D] (1..K), valid [D] (all True) and, of a model
-    with a mask head, masks [D, H, W] bool; best first, on the CPU. model: as `load` returns it.
+    with a mask head, masks [D, H, W] bool; best first, on the CPU. model: as `load` returns it. precision: fp32, or
+    bf16, fp16: autocast of the network's layers.
     """
-    return predict_batch(model, [image], threshold, paste)[0]
+    return predict_batch(model, [image], threshold, paste, precision)[0]
 
 
 @torch.inference_mode()
 def predict_batch(
-    model: nn.Module, images: Sequence[str | Path | np.ndarray], threshold: float = 0.0, paste: str = "aligned"
+    model: nn.Module,
+    images: Sequence[str | Path | np.ndarray],
+    threshold: float = 0.0,
+    paste: str = "aligned",
+    precision: str = "fp32",
 ) -> list[Detections]:
     """`predict` for several images in one pass of the network."""
     arrays = [read_image(image) if isinstance(image, (str, Path)) else _check(image) for image in images]
@@ -112,7 +128,10 @@ def predict_batch(
     multiple = (model.config.get("data") or {}).get("pad_multiple", 32)
     batch, _ = collate(samples, multiple)
     device = next(model.parameters()).device
-    found = to_original(model(to_device(batch, device)), to_device(batch, device))
+    batch = to_device(batch, device)
+    with autocast(device, precision):
+        found = model(batch)
+    found = to_original(found, batch)
     results = []
     for n, array in enumerate(arrays):
         keep = found.valid[n] & (found.scores[n] >= threshold)

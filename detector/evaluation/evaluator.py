@@ -97,14 +97,11 @@ def predict(
     progress: bool = True,
 ) -> tuple[dict[int, list[dict]], set[str]]:
     """COCO results by image id for all images of `loader`, and the IoU types that the model predicts."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    dtype = PRECISIONS[precision]
     results: dict[int, list[dict]] = {}
     kinds = {"bbox"}
     quiet = None if progress and _rank() == 0 else True  # None: where nobody watches
     bar = tqdm(loader, desc="evaluate", unit="batch", disable=quiet, leave=False)
-    with eval_mode(model), torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+    with eval_mode(model), torch.inference_mode(), autocast(device, precision):
         for batch, _ in bar:
             detections = model(to_device(batch, device))
             kinds |= {k for k, v in (("segm", detections.masks), ("keypoints", detections.keypoints)) if v is not None}
@@ -112,6 +109,13 @@ def predict(
             for entry in detections_to_coco(detections, batch, category_ids, paste=paste):
                 results[entry["image_id"]].append(entry)
     return results, kinds
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast to bf16 or fp16; nothing for fp32. Raises ValueError for another precision."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
 @contextlib.contextmanager

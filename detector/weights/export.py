@@ -76,6 +76,7 @@ class Exportable(nn.Module):
         boxes, scores, levels = clip(torch.cat(boxes)[None], sizes)[0], torch.cat(scores), torch.cat(levels)
         kept = torch.nonzero((boxes[:, 2:] - boxes[:, :2] > rpn.min_size).all(1))[:, 0]
         boxes, scores, levels = boxes[kept], scores[kept], levels[kept]
+        boxes, scores, levels = two_more(boxes), two_more(scores, torch.finfo(scores.dtype).min), two_more(levels)
         keep = self.nms(boxes, scores, levels, rpn.nms_threshold)
         return first(boxes[keep], rpn.post_nms_top_n[1])
 
@@ -88,15 +89,15 @@ class Exportable(nn.Module):
         boxes = clip(head.coder.decode(deltas, proposals[:, None])[None], sizes)[0].expand(-1, scores.shape[1], -1)
         large = (boxes[..., 2:] - boxes[..., :2] > head.min_size).all(-1)
         row, column = torch.nonzero((scores > head.score_threshold) & large & real[:, None], as_tuple=True)
-        boxes, scores = boxes[row, column], scores[row, column]
-        group = torch.zeros_like(column) if head.nms_agnostic else column
+        boxes, scores, labels = two_more(boxes[row, column]), two_more(scores[row, column]), two_more(column + 1)
+        group = torch.zeros_like(labels) if head.nms_agnostic else labels
         keep = self.nms(boxes, scores, group, head.nms_threshold)
-        return first(boxes[keep], limit), first(scores[keep], limit), first(column[keep] + 1, limit)
+        return first(boxes[keep], limit), first(scores[keep], limit), first(labels[keep], limit)
 
     @staticmethod
     def nms(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) -> Tensor:
         """Rows that survive, best first. Groups are moved apart so that they cannot overlap."""
-        away = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).amax(0) + 1
+        away = boxes.flatten().amax(0) + 1
         return nms(boxes + (group * away)[:, None], scores, threshold)
 
 
@@ -110,6 +111,11 @@ def pool(extractor: RoIExtractor, features: Sequence[Tensor], boxes: Tensor) -> 
         values = roi_align(feature.float(), rois, op.output_size, 1 / stride, op.sampling_ratio, op.aligned)
         pooled = pooled + values * (levels == level)[:, None, None, None]
     return pooled.to(features[0].dtype)
+
+
+def two_more(values: Tensor, fill: float = 0) -> Tensor:
+    """`values` with two more rows, which end up as padding: programs of torch.export want at least two of a kind."""
+    return torch.cat([values, values.new_full((2, *values.shape[1:]), fill)])
 
 
 def first(values: Tensor, count: int) -> Tensor:
@@ -170,29 +176,25 @@ def export(checkpoint: str | Path, out: str | Path, size: tuple[int, int] | None
         raise ValueError(
             f"{out}: give the size (height, width) of the canvas; 800 1344 holds images of the usual resize"
         )
-    model = load(checkpoint)
-    if suffix == ".pt2":
-        return torch.export.save(export_program(model, size), out)
-    return export_onnx(model, out, size)
+    program = export_program(load(checkpoint), size)
+    return torch.export.save(program, out) if suffix == ".pt2" else save_onnx(program, out)
 
 
-def export_onnx(model: nn.Module, path: str | Path, size: tuple[int, int]) -> None:
-    """Write `Exportable(model)` for a canvas of `size` (height, width) as ONNX, opset 18, with the names of the
-    module's docstring.
+def save_onnx(program: torch.export.ExportedProgram, path: str | Path) -> None:
+    """Write a program of `export_program` as ONNX, opset 18, with the names of the module's docstring.
 
-    Raises ValueError as export_program, ModuleNotFoundError without the packages of the extra `export`.
+    Raises ModuleNotFoundError without the packages of the extra `export`.
     """
     try:
         from detector.weights.onnx_ops import translations
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"ONNX needs {error.name}: pip install 'two-stage-detector[export]'") from None
-    program = torch.onnx.export(
-        export_program(model, size),
+    torch.onnx.export(
+        program,
         dynamo=True,
         opset_version=18,
         input_names=["images", "image_size"],
-        output_names=list(OUTPUTS if model.mask_head is not None else OUTPUTS[:3]),
+        output_names=list(OUTPUTS[: len(program.graph_signature.user_outputs)]),
         custom_translation_table=translations(),
         verbose=False,
-    )
-    program.save(path)
+    ).save(path)

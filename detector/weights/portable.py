@@ -43,7 +43,7 @@ def load_safetensors(path: str | Path) -> dict[str, Any]:
                     f"{path}: safetensors without the config of a detector of this project; give the weights of other "
                     "programs as model.weights or model.backbone.weights"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path}: not readable as safetensors: cut short or of another format ({error})") from error
     return {"model": tensors, "ema": None} | {field: json.loads(header[field]) for field in FIELDS}
