@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from hotcoco import COCO
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from ..config import ConfigError, compose, config_errors, quoted
+from ..config import CONFIGS, ConfigError, config_errors
 from ..data import build_dataset, collate, read_image
 from ..engine import distributed
 from ..engine.settings import Runtime
@@ -42,8 +42,10 @@ def compare_runs(cfg: DictConfig) -> dict:
     runs: list[Run] = []
 
     def evaluate(weights: Path) -> None:
-        options = [f"{key}={cfg[key]}" for key in ("device", "batch_size", "workers")]
-        evaluate_checkpoint(compose("eval", [quoted(f"checkpoint={weights}", ["checkpoint"]), *options]))
+        settings = OmegaConf.load(CONFIGS / "eval.yaml")  # Hydra runs this program and cannot compose another
+        del settings["defaults"], settings["hydra"]
+        changes = {key: cfg[key] for key in ("device", "batch_size", "workers")}
+        evaluate_checkpoint(OmegaConf.merge(settings, changes, {"checkpoint": str(weights)}))
 
     for folder in find_folders(cfg.runs if isinstance(cfg.runs, str) else list(cfg.runs)):
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -290,6 +292,28 @@ def test_run_without_evaluation_is_evaluated_and_probed(make_run, model_of, stat
     assert shifts["pool"] > 5 * shifts["align"] and report["alignment"]["align"]["area_error"] is None
     assert report["offsets"]["deformable"]["box_head"]["mean_px"] == 0 and set(report["offsets"]) == {"deformable"}
     assert "<h2>Alignment" in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_program_evaluates_a_run_that_was_not(make_run, model_of, state, tmp_path):
+    """Inside Hydra, where another configuration cannot be composed."""
+    folder = make_run("roi=align,seed=0", roi("align"))
+    for file in (folder / "eval_last").iterdir():
+        file.unlink()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    checkpoints.save(state | {"config": config, "model": model_of(roi("align")).state_dict()}, folder / "last.pt")
+    options = {
+        "runs": folder,
+        "output": tmp_path / "report",
+        "samples": 20,
+        "device": "cpu",
+        "workers": 0,
+        "probe_images": 0,
+    }
+    command = [sys.executable, "compare.py", *(f"{key}={value}" for key, value in options.items())]
+    result = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0 and "left out" not in result.stdout, result.stdout + result.stderr
+    assert (folder / "eval_last" / "predictions.json").exists() and (tmp_path / "report" / "report.html").exists()
 
 
 def test_feature_shift(model_of):
