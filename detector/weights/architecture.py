@@ -12,7 +12,6 @@ from detector.weights.loading import ForeignWeights, load_into
 from detector.weights.presets import groups, has
 
 DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
-RATIOS = 3  # aspect ratios of the anchors; all published models have 0.5, 1 and 2
 PYRAMID_SIZES, SINGLE_SIZES = [[32], [64], [128], [256], [512]], [[32, 64, 128, 256, 512]]
 
 

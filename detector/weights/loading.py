@@ -23,7 +23,7 @@ from detector.weights.keymaps import (
     rename,
     resnet,
 )
-from detector.weights.presets import has, presets_of
+from detector.weights.presets import RGB, has, presets_of
 from detector.weights.reading import read_file, state_dict_of
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ TABLES = {
     "mmdet": compile_table(MMDET | resnet("", "backbone.")),
 }
 CAFFE2 = compile_table(CAFFE2_TO_DETECTRON2)
+RATIOS = 3  # of the anchors; all published models have 0.5, 1 and 2
 COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none and nothing depends on it
 WITHOUT_EPS = r"_fpn_coco-[0-9a-f]{8}|RCNN_ResNet50_FPN_Weights\.COCO"  # torchvision's first published detectors
 HEADS = r"(box|mask|keypoint)_head\.(stages\.\d+\.)?predictor\."  # what depends on the number of classes
@@ -92,8 +93,7 @@ def load_foreign(
         contents = read_file(path_or_state_dict) if is_path else path_or_state_dict
     theirs = state_dict_of(contents)
     source = source or recognise(theirs)
-    if source != "torchvision":
-        style = style or style_in(contents, Path(path_or_state_dict).name if is_path else "")
+    style = style or style_in(contents, Path(path_or_state_dict).name if is_path else "")
     if source == "detector":
         return ForeignWeights(theirs, {})
     state, unused = translate(theirs, source)
@@ -102,11 +102,7 @@ def load_foreign(
     if is_path and source == "torchvision" and re.search(WITHOUT_EPS, str(path_or_state_dict)):
         without_eps(state)
     presets = presets_of(source, state, style)
-    presets |= pixels_in(contents)
-    if source == "detectron2" and "pixel_mean" in theirs:
-        presets["pixel_mean"] = theirs["pixel_mean"].flatten().tolist()
-        presets["pixel_std"] = theirs["pixel_std"].flatten().tolist()
-    return ForeignWeights(state, presets)
+    return ForeignWeights(state, presets | pixels_in(contents, theirs))
 
 
 def recognise(state: Mapping[str, Tensor]) -> str:
@@ -140,8 +136,14 @@ def config_text(contents: Mapping[str, Any]) -> str:
     return next((meta[key] for key in ("config", "cfg") if isinstance(meta.get(key), str)), "")
 
 
-def pixels_in(contents: Mapping[str, Any]) -> dict[str, Any]:
-    """Pixel statistics and channel order, if the config in the checkpoint says them."""
+def pixels_in(contents: Mapping[str, Any], theirs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Pixel statistics and channel order, if the checkpoint has them: in detectron2's buffers, in mmdetection's."""
+    if contents.get("__author__") == "torchvision":
+        return RGB
+    if "pixel_mean" in theirs and "pixel_std" in theirs:
+        mean, std = (theirs[key].flatten().tolist() for key in ("pixel_mean", "pixel_std"))
+        # the order is not stored, but natural images are reddest
+        return {"pixel_mean": mean, "pixel_std": std, "channel_order": "rgb" if mean[0] > mean[2] else "bgr"}
     pattern = r"mean=\[([\d., ]+)\],\s*std=\[([\d., ]+)\],\s*(?:bgr_)?to_rgb=(True|False)"
     found = re.search(pattern, config_text(contents))
     if not found:
@@ -191,8 +193,8 @@ def reorder(key: str, value: Tensor, source: str, state: Mapping[str, Tensor]) -
         return value[1:]
     if source == "detectron2" and key.startswith(("rpn.head.objectness_logits.", "rpn.head.deltas.")):
         # theirs: size by size, and ratio by ratio within a size
-        sizes = state["rpn.head.objectness_logits.bias"].shape[0] // 3
-        return value.unflatten(0, (sizes, 3, -1)).transpose(0, 1).flatten(0, 2)
+        sizes = state["rpn.head.objectness_logits.bias"].shape[0] // RATIOS
+        return value.unflatten(0, (sizes, RATIOS, -1)).transpose(0, 1).flatten(0, 2)
     return value
 
 

@@ -243,3 +243,21 @@ def test_which_backbones_see_bgr():
     assert presets(4)["channel_order"] == "rgb"
     gn = load_foreign({"backbone.gn1.weight": torch.empty(64)}, source="mmdet").presets
     assert gn["channel_order"] == "bgr" and gn["backbone.stride_in_1x1"] is False
+
+
+def test_which_order_detectron2_s_buffers_are_in():
+    def order(*mean: float) -> str:
+        buffers = {"pixel_mean": torch.tensor(mean).view(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
+        state = {"backbone.stem.conv1.weight": torch.zeros(64, 3, 7, 7)} | buffers
+        presets = load_foreign(state, source="detectron2").presets
+        assert presets["pixel_mean"] == pytest.approx(list(mean)) and presets["pixel_std"] == [1, 1, 1]
+        return presets["channel_order"]
+
+    assert order(103.53, 116.28, 123.675) == "bgr" and order(123.675, 116.28, 103.53) == "rgb"
+
+
+def test_caffe_backbones_under_torchvisions_names(tmp_path):
+    torch.save(resnet18().state_dict(), tmp_path / "resnet18_msra.pth")
+    assert load_foreign(tmp_path / "resnet18_msra.pth").presets["channel_order"] == "bgr"
+    torch.save(resnet18().state_dict(), tmp_path / "resnet18.pth")
+    assert load_foreign(tmp_path / "resnet18.pth").presets["channel_order"] == "rgb"
