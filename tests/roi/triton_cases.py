@@ -6,17 +6,23 @@ Not collected by itself: test_triton.py runs this file on the CPU under Triton's
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import hydra
 import pytest
 import torch
 import torchvision
+from omegaconf import OmegaConf
 
+from detector.roi import make_op
+from detector.roi.dispatch import use_path
 from detector.roi.triton_align import roi_align_fused
 from detector.roi.triton_bag import max_bag_cuda, weighted_bag_cuda
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # a few units in the last place
 STRIDES = (4, 8, 16)
+CONFIGS = Path(__file__).parents[2] / "configs" / "roi"
 
 
 @pytest.fixture(autouse=True)
@@ -345,6 +351,30 @@ def test_no_rois_with_offsets():
     out = roi_align_fused(features, ROIS[:0], LEVELS[:0], STRIDES, (2, 2), offsets=offsets, modulation=modulation)
     grads = gradients(out, [*features, offsets, modulation], out)
     assert [g.shape for g in grads] == [t.shape for t in [*features, offsets, modulation]]
+
+
+# --- the methods on this path, one of each kind; tests/gpu has them all ---
+
+
+@pytest.mark.parametrize(
+    "name", ["align_max", "modulated_deformable", "pool", "position_sensitive_align", "precise", "warp"]
+)
+def test_methods_give_what_the_bag_gives(name):
+    features = maps(channels=4)
+    factory = hydra.utils.instantiate(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+    op = make_op(factory, output_size=2, channels=4, levels=3).to(DEVICE)
+    for parameter in op.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    inputs = [*features, *op.parameters()]
+    rois = torch.cat([ROIS[1:2], ODD_ROIS[:3]])
+    levels = torch.tensor([0, 1, 2, 2], device=DEVICE)
+    grad, results = torch.randn(4, op.output_channels(4), 2, 2, device=DEVICE), {}
+    for path in ("bag", "triton"):
+        with use_path(path):  # around the backward pass too, which recomputes some
+            out = op(features, rois, levels, STRIDES).features
+            results[path] = [out, *gradients(out, inputs, grad)]
+    for bag, ours in zip(results["bag"], results["triton"]):
+        close(ours, bag, slack=32)
 
 
 # --- registration with PyTorch, and what is refused ---
