@@ -39,7 +39,7 @@ class Keys:
     runtime: dict
 
 
-@entry_point("train", Keys)
+@entry_point("train", Keys, paths=("resume", "run_dir", "data.root"))
 def main(cfg):
     """The training loop is detector/engine/train.py."""
     from detector.engine.train import train  # after the check, which needs no torch of its own

@@ -169,11 +169,6 @@ class Journal:
             for key, value in numbers.items() if self.board else ():
                 self.board.add_scalar(f"{kind}/{key}", value, iteration)
 
-    def picture(self, name: str, image: Any, iteration: int) -> None:
-        """An uint8 [H, W, 3] picture."""
-        if self.board:
-            self.board.add_image(name, image, iteration, dataformats="HWC")
-
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Time that does not count as training, in throughput and ETA."""
