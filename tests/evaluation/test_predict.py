@@ -94,9 +94,7 @@ def test_predict_gives_whole_masks_in_pixels_of_the_image(model, photo):
         and found.masks.dtype == torch.bool
     )
     assert (found.boxes[:, :2] >= 0).all() and (found.boxes[:, 2:] <= torch.tensor([width, height])).all()
-    torch.testing.assert_close(
-        found.boxes, raw[0].boxes[0] * width / 128, atol=1e-3, rtol=1e-4
-    )
+    torch.testing.assert_close(found.boxes, raw[0].boxes[0] * width / 128, atol=1e-3, rtol=1e-4)
     assert (found.scores.diff() <= 0).all() and set(found.labels.tolist()) <= set(range(1, 6))
     for mask, (x1, y1, x2, y2) in zip(found.masks.numpy(), found.boxes.numpy()):
         rows, columns = np.nonzero(mask)
