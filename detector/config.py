@@ -265,7 +265,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 def near(name: Any, options: Iterable[Any]) -> str:
     """'; did you mean a, b?' or '.'"""
-    matches = difflib.get_close_matches(str(name), [str(option) for option in options], n=3, cutoff=0.5)
+    matches = difflib.get_close_matches(str(name), {str(option): None for option in options}, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(matches)}?" if matches else "."
 
 

@@ -113,6 +113,10 @@ def test_training_without_targets_says_so():
         ({"num_classes": 0}, "num_classes=0"),
         ({"channel_order": "rbg"}, "rbg"),
         ({"rpn": {"negative_iou": 0.9}}, "negative_iou"),
+        ({"rpn": {"nms_threshold": -1.0}}, "nms_threshold=-1.0"),
+        ({"rpn": {"post_nms_top_n": (1000, 0)}}, "post_nms_top_n=0"),
+        ({"box_head": {"positive_fraction": 1.5}}, "positive_fraction=1.5"),
+        ({"box_head": {"detections_per_image": 0}}, "detections_per_image=0"),
     ],
 )
 def test_bad_settings_are_named(settings, word):

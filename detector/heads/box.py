@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from detector import losses
 from detector.boxes import BoxCoder, clip, nms_by_image, of_label, soft_nms_by_image, take
+from detector.checks import check_counts, check_fractions
 from detector.heads.trunk import FCTrunk
 from detector.matching import IGNORED, check_thresholds, match
 from detector.roi import RoIExtractor, make_op
@@ -116,6 +117,10 @@ class BoxHead(nn.Module):
     ):
         super().__init__()
         check_thresholds(negative_iou, positive_iou)
+        check_fractions(
+            positive_fraction=positive_fraction, score_threshold=score_threshold, nms_threshold=nms_threshold
+        )
+        check_counts(batch_size_per_image=batch_size_per_image, detections_per_image=detections_per_image)
         check_choice("nms", nms, ("hard", "linear", "gaussian"))
         op = make_op(roi, output_size, channels=in_channels, levels=len(strides))
         self.extractor = RoIExtractor(op, strides, level_rule, canonical_level, canonical_size)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from detector import losses
 from detector.boxes import BoxCoder, clip, nms_by_image, take
+from detector.checks import check_counts, check_fractions
 from detector.layers import conv_block, init_normal
 from detector.matching import check_thresholds, match
 from detector.rpn.anchors import AnchorGenerator
@@ -79,6 +80,12 @@ class RPN(nn.Module):
     ):
         super().__init__()
         check_thresholds(negative_iou, positive_iou)
+        check_fractions(nms_threshold=nms_threshold, positive_fraction=positive_fraction)
+        check_counts(
+            batch_size_per_image=batch_size_per_image,
+            pre_nms_top_n=min(pre_nms_top_n),
+            post_nms_top_n=min(post_nms_top_n),
+        )
         if rank_by not in ("logit", "probability"):
             raise ValueError(f"rank_by={rank_by!r}: expected 'logit' or 'probability'")
         self.anchors = AnchorGenerator(strides, anchor_sizes, aspect_ratios, anchor_rounding)
