@@ -51,7 +51,7 @@ bench: $(READY)  ## every benchmark that fits in ten minutes on this machine
 
 # A machine with a GPU and PyTorch but no package index gets what is missing there as wheels.
 MISSING := hydra-core omegaconf pycocotools albumentations albucore hotcoco stringzilla simsimd pydantic pydantic_core \
-	annotated-types typing-inspection
+	annotated-types typing-inspection typing_extensions
 wheels: constraints.txt  ## the packages that a bare PyTorch installation lacks, into wheels/
 	rm -rf wheels
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \

@@ -119,7 +119,8 @@ def candidates(method: str, maps: str, size: int, rois: Tensor, levels: Tensor, 
             out = f[0].new_zeros(len(rois), CHANNELS, size, size)
             for level, feature in enumerate(f):
                 at = (levels == level).nonzero()[:, 0]
-                out[at] = grid_sample_deformable(feature, rois[at], offsets[at], strides[level], size)
+                part = grid_sample_deformable(feature, rois[at], offsets[at], strides[level], size)
+                out[at] = part.to(out.dtype)
             return out
 
         return {"ours": lambda f: op.pool(f, rois, levels, strides, offsets), "grid_sample": grid_sample}
@@ -155,7 +156,7 @@ def measure(method: str, maps: str, count: int, size: int, args: argparse.Namesp
     out_channels = channels // (size * size) if method == "position_sensitive" else channels
     grad = torch.randn(count, out_channels, size, size, device=device, dtype=dtype)
 
-    def step(function: Callable, layout: torch.memory_format) -> Callable[[], None]:
+    def step(function: Callable, layout: torch.memory_format, autocast: bool = False) -> Callable[[], None]:
         leaves = [f.contiguous(memory_format=layout).requires_grad_() for f in features]
         gradient = grad.contiguous(memory_format=layout)
 
@@ -163,14 +164,17 @@ def measure(method: str, maps: str, count: int, size: int, args: argparse.Namesp
             offsets.grad = None
             for leaf in leaves:
                 leaf.grad = None
-            function(leaves).backward(gradient)
+            with torch.autocast(device.partition(":")[0], dtype, enabled=autocast and dtype != torch.float32):
+                out = function(leaves).to(dtype)
+            out.backward(gradient)
 
         return run
 
     functions = candidates(method, maps, size, rois, levels, offsets)
     steps = {"ours": step(functions.pop("ours"), torch.channels_last)}
     for name, function in functions.items():  # in whichever layout it is faster
-        tried = {str(layout): step(function, layout) for layout in (torch.contiguous_format, torch.channels_last)}
+        layouts = torch.contiguous_format, torch.channels_last
+        tried = {str(layout): step(function, layout, autocast=True) for layout in layouts}  # theirs lack bfloat16
         best = {layout: min(times) for layout, times in harness.interleave(tried, 1, device).items()}
         steps[name] = tried[min(best, key=best.get)]
     seconds = harness.interleave(steps, args.repeats, device)

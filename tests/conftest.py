@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 from hypothesis import settings
 
@@ -13,6 +15,11 @@ settings.register_profile("project", deadline=None)  # shared machines stall
 settings.load_profile("project")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Continuous integration tries the same examples every time; elsewhere each run tries new ones.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")
