@@ -1,6 +1,7 @@
 # The two commands a newcomer needs are `make demo` and `make test`; the rest is for developers.
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
@@ -27,14 +28,14 @@ data/shapes/annotations/instances_val.json: data/make_shapes.py | $(READY)
 test: $(READY)  ## the whole test suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
-test-oldest: .venv-oldest/.ready  ## the test suite on the oldest supported PyTorch
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile
+test-oldest: $(OLDEST)/.ready  ## the test suite on the oldest supported PyTorch
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile
 
-.venv-oldest/.ready: pyproject.toml constraints.txt constraints-oldest.txt
-	$(PYTHON) -m venv .venv-oldest
-	grep -vE '^(torch|torchvision)==' constraints.txt > .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,timm,export]' \
-		-c .venv-oldest/constraints.txt -c constraints-oldest.txt
+$(OLDEST)/.ready: pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(torch|torchvision)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,timm,export]' \
+		-c $(OLDEST)/constraints.txt -c constraints-oldest.txt
 	@touch $@
 
 lint: $(READY)  ## style and correctness checks

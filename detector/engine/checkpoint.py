@@ -14,7 +14,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ FORMAT = "detector checkpoint 1"
 # a run that differs from its checkpoint in one of these is another run; in the others it may go on differently
 IDENTITY = ("seed", "model", "roi", "data", "augment", "optimizer", "training")
 IRRELEVANT = ("name", "run_dir", "resume", "runtime", "evaluation", "weights")
-MOVABLE = ("data.root", "data.prepare")  # the same data may lie elsewhere
+# the same data may lie elsewhere, and what stopped a run may be left out
+MOVABLE = tuple(f"data.{key}" for key in ("root", "prepare", "cache", "on_error", "max_pixels"))
+GROWING = ("model", "data", "training")  # where new versions add keys
 log = logging.getLogger(__name__)
 
 
@@ -65,7 +67,9 @@ def atomically(path: Path, write) -> None:
             os.fsync(folder)  # the new name itself must survive a power cut
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
+            raise  # torch's zip writer makes a RuntimeError of a full disk; others have nothing to do with the file
         free = shutil.disk_usage(path.parent).free / 2**20
         raise RunError(
             f"{path} could not be written ({error}); {free:.0f} MiB are free there. The previous checkpoint is intact: "
@@ -156,17 +160,19 @@ def find(resume: str, folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def compare_configs(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def compare_configs(stored: Mapping[str, Any], current: Mapping[str, Any], chosen: Collection[str] = ()) -> None:
     """Refuse to continue a run as another one.
 
     Raises ConfigError naming the keys if the two differ in what the weights, the data or the steps depend on; warns if
-    they differ elsewhere, as in a longer schedule.
+    they differ elsewhere, as in a longer schedule, or in keys that did not exist when the checkpoint was written.
+    chosen: keys that the command line sets; these are never taken for such new ones.
     """
     old, new = flatten(stored), flatten(current)
     differing = [key for key in sorted({*old, *new}) if old.get(key, "absent") != new.get(key, "absent")]
     differing = [key for key in differing if key.split(".")[0] not in IRRELEVANT]
     lines = {key: f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}" for key in differing}
-    serious = [lines[key] for key in differing if key.split(".")[0] in IDENTITY and key not in MOVABLE]
+    since = {key for key in differing if key.split(".")[0] in GROWING and is_new(key, stored) and key not in chosen}
+    serious = [lines[k] for k in differing if k.split(".")[0] in IDENTITY and k not in MOVABLE and k not in since]
     if serious:
         raise ConfigError(
             f"the checkpoint is of a run with another configuration ({'; '.join(serious[:8])}). Give the same "
@@ -174,6 +180,14 @@ def compare_configs(stored: Mapping[str, Any], current: Mapping[str, Any]) -> No
         )
     for key in differing:
         log.warning("continuing with another setting than before: %s", lines[key])
+
+
+def is_new(key: str, stored: Any) -> bool:
+    """Whether `key` is all that the stored config lacks: the node that it belongs to is there."""
+    *parents, _ = key.split(".")
+    for part in parents:
+        stored = stored.get(part) if isinstance(stored, Mapping) else None
+    return isinstance(stored, Mapping) and key.rpartition(".")[2] not in stored
 
 
 def flatten(config: Any, path: str = "") -> dict[str, Any]:
@@ -201,6 +215,7 @@ def locked(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise RunError(f"{folder} is in use by {holder}; choose another run_dir, or end that one first") from error
+        os.register_at_fork(after_in_child=file.close)  # or a worker keeps it longer than this process
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()

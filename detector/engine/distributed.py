@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from ..config import ConfigError
 from .settings import Runtime
@@ -86,8 +87,7 @@ def start(runtime: Runtime) -> World:
             raise ConfigError(f"runtime.device: rank {local} of this machine has no GPU of its own, there are {count}")
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     torch.backends.cudnn.benchmark = not runtime.deterministic
@@ -95,6 +95,18 @@ def start(runtime: Runtime) -> World:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(runtime.deterministic)
     return World(dist.get_rank() if size > 1 else 0, size, device)
+
+
+def join(backend: str, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Join the process group of torchrun's ranks.
+
+    torchrun's store outlives a restart. Under a name of its own a new attempt cannot find the addresses of killed ranks
+    there. Nodes count their restarts each for itself, so this helps on one node; see docs/reliability.md for several.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def seed_everything(seed: int) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..config import RunError
@@ -18,6 +22,54 @@ from .settings import Runtime
 from .state import State
 
 log = logging.getLogger(__name__)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # disks that cannot be written to
+AGAIN = "the last checkpoint is intact, and the same command goes on from there"
+
+
+@contextlib.contextmanager
+def in_plain_words(folder: Path, world: World) -> Iterator[None]:
+    """A full disk, a killed worker and a lost rank become a RunError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        free = shutil.disk_usage(folder).free / 2**20
+        raise RunError(
+            f"{folder} cannot be written to ({error.strerror}); {free:.0f} MiB are free there. Make room: {AGAIN}"
+        ) from error
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        if reason.startswith("DataLoader worker"):
+            raise RunError(
+                f"rank {world.rank}: a data-loading process has died, most often for want of memory ({reason}). Set "
+                f"runtime.workers or training.batch_size lower: {AGAIN}"
+            ) from error
+        if isinstance(error, dist.DistError) or "gloo" in reason:
+            raise RunError(
+                f"rank {world.rank}: another rank has ended or cannot be reached; what it says itself, or the system's "
+                f"log, tells why ({reason}). {AGAIN.capitalize()}; torchrun --max-restarts=3 does so by itself"
+            ) from error
+        raise
+
+
+def readable(batches: Iterable) -> Iterator:
+    """The batches; an image that cannot be read becomes a RunError."""
+    try:
+        yield from batches
+    except (ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")  # a worker sends its traceback too
+        raise RunError(f"{reason}. Mend it, or go on without what cannot be read: data.on_error=skip") from error
+
+
+def fetch(batches: Iterator, count: int, world: World, save: Callable[[], None]) -> list[tuple[Batch, Targets]]:
+    """The next `count` micro-batches. If they cannot be read, what was learned is saved where no other rank waits."""
+    try:
+        return [next(batches) for _ in range(count)]
+    except RunError:
+        if world.size == 1:
+            save()
+        raise
 
 
 def on_main(world: World, work: Callable[[], Any]) -> None:

@@ -122,6 +122,7 @@ class Journal:
         for key, value in stats.items():
             if key.endswith("offsets") and value.numel():
                 line[f"{key}_mean_abs"], line[f"{key}_max_abs"] = value.abs().mean().item(), value.abs().max().item()
+                line[f"{key}_mean_norm"] = value.norm(dim=1).mean().item()  # of the vectors (dx, dy)
             elif value.numel() == 1:
                 line[key] = value.item()
         self.sums, self.count, self.waited, self.clock, self.clocked = {}, 0, 0.0, now, iteration

@@ -91,7 +91,10 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class OneCycle(Schedule):
-    """Half a cosine up from `start_factor` to 1 at `peak`, and another down to `final_factor`."""
+    """Half a cosine up from `start_factor` to 1 at `peak`, and another down to `final_factor`.
+
+    A run too short for a rise, of which `peak` is less than half an iteration, starts at 1.
+    """
 
     peak: Length = 0.15
     start_factor: float = 0.04
@@ -106,7 +109,7 @@ class OneCycle(Schedule):
 
     def after_warmup(self, warmup, total, per_epoch):
         peak = to_iterations(self.peak, per_epoch, total, "peak")
-        require(0 < peak < total, "peak", self.peak, f"inside the run of {total} iterations")
+        require(peak < total, "peak", self.peak, f"inside the run of {total} iterations")
 
         def factor(iteration: int) -> float:
             if iteration < peak:

@@ -46,7 +46,6 @@ class Runtime:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     workers: int = 2  # data-loading processes of each rank
     threads: int | None = None  # CPU threads of each rank; null: torch's choice
-    channels_last: bool = True
     compile: bool = False
     deterministic: bool = False  # refuse GPU kernels that are not reproducible
     on_nonfinite: Literal["stop", "skip"] = "stop"

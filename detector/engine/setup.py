@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ..config import ConfigError, build, config_errors
+from ..config import ConfigError, build, config_errors, overridden
 from ..data import Loader, build_dataset, build_loader, collate
 from ..evaluation.evaluator import summary_table
 from ..structures import Batch, Targets
@@ -46,7 +46,7 @@ def find_checkpoint(cfg: DictConfig, folder: Path, world: World) -> dict[str, An
     if found is None:
         log.info("training into %s", folder)
     else:
-        checkpoint.compare_configs(found["config"], OmegaConf.to_container(cfg, resolve=True))
+        checkpoint.compare_configs(found["config"], OmegaConf.to_container(cfg, resolve=True), overridden())
         log.info("continuing in %s after iteration %d", folder, found["iteration"])
     if world.main:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
@@ -57,7 +57,10 @@ def resume(found: dict[str, Any], state: State, train_set: Any, world: World) ->
     """Put `state` and the random generators where the checkpoint left them."""
     if found["categories"] != list(train_set.categories):
         raise ConfigError(f"the checkpoint's categories are {found['categories']}, the data's {train_set.categories}")
-    state.load_state_dict(found)
+    try:
+        state.load_state_dict(found)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"the checkpoint does not fit the model and optimizer configured: {error}") from error
     if len(found["rng"]) == world.size:
         set_random_state(found["rng"][world.rank])
 

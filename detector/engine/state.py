@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import build, config_errors
+from ..layers import likes_channels_last
 from .distributed import World
 from .optimizer import EMA, build_optimizer
 from .schedule import Schedule
@@ -56,12 +57,14 @@ class State:
             with config_errors("model.weights"):
                 start(model)
         model = model.to(world.device)
-        if runtime.channels_last:
+        if likes_channels_last(world.device):
             model = model.to(memory_format=torch.channels_last)
         scaler = torch.amp.GradScaler(world.device.type, enabled=runtime.precision == "fp16")
         factory = build(cfg.optimizer, "optimizer")
         optimizer = build_optimizer(factory, model, training, fused=not scaler.is_enabled())
-        scheduler = LambdaLR(optimizer, schedule.factor(per_epoch))
+        with config_errors("schedule"):
+            factor = schedule.factor(per_epoch)
+        scheduler = LambdaLR(optimizer, factor)
         ema = EMA(model, training.ema_decay) if training.ema_decay else None
         return cls(model, ema, optimizer, scheduler, scaler)
 

@@ -49,6 +49,7 @@ def train(cfg: DictConfig) -> float | None:
     world = distributed.start(runtime)
     folder = Path(cfg.run_dir)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(faults.in_plain_words(folder, world))
         faults.on_main(world, lambda: stack.enter_context(checkpoint.locked(folder)))
         stop = stack.enter_context(distributed.stop_on_signal())
         record.start(folder, world)
@@ -85,7 +86,7 @@ def train(cfg: DictConfig) -> float | None:
         )
         stack.callback(train_loader.close)
         stack.callback(val_loader.close)
-        batches = iter(train_loader)
+        batches = faults.readable(train_loader)
         save_every = to_iterations(runtime.checkpoint_every, per_epoch, total)
         evaluate_every = to_iterations(evaluation.every, per_epoch, total) if evaluation.every else total
 
@@ -102,13 +103,14 @@ def train(cfg: DictConfig) -> float | None:
                 state.iteration == total or hits(state.iteration, evaluate_every)
             ):
                 with journal.paused():
-                    better = measure(state, val_loader, val_set, evaluation, runtime, journal, stop, world)
+                    found = faults.readable(val_loader)
+                    better = measure(state, found, val_set, evaluation, runtime, journal, stop, world)
                     save(best=better)
             if state.iteration == total:
                 break
 
             waiting = time.perf_counter()
-            micro_batches = [next(batches) for _ in range(training.accumulate)]
+            micro_batches = faults.fetch(batches, training.accumulate, world, save)
             waited = time.perf_counter() - waiting
             micro_batches = [(to_device(b, world.device), to_device(t, world.device)) for b, t in micro_batches]
             wanted = hits(state.iteration + 1, runtime.log_every)

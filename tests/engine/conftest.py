@@ -72,10 +72,11 @@ def run(config):
 class Program:
     """`python train.py` on the tiny run, in a process of its own."""
 
-    def __init__(self, arguments: list[str], ranks: int = 1, folder: Path = ROOT):
+    def __init__(self, arguments: list[str], ranks: int = 1, folder: Path = ROOT, restarts: int = 0):
         launcher = [sys.executable]
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", "--standalone"]
+            launcher += [f"--max-restarts={restarts}"]
         self.process = subprocess.Popen(
             [*launcher, str(ROOT / "train.py"), *arguments],
             cwd=folder,

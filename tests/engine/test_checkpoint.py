@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import resource
+import signal
 import time
 from pathlib import Path
 
@@ -52,8 +53,6 @@ def test_names_survive_where_links_are_impossible(tmp_path, monkeypatch):
 
 def write_under_a_limit(folder: Path, answers) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    import signal
-
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         checkpoint.save(state(2, size=1_000_000), folder / "last.pt")
@@ -166,6 +165,55 @@ def test_a_folder_in_use_is_refused_by_name_and_freed_by_death(tmp_path):
     process.join()
     with checkpoint.locked(tmp_path):
         pass
+
+
+def lock_and_fork(folder: Path, ready) -> None:
+    with checkpoint.locked(folder):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
+        child.start()
+        ready.put(child.pid)
+        child.join()
+
+
+def test_workers_do_not_keep_the_lock_of_a_killed_process(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready = context.SimpleQueue()
+    process = context.Process(target=lock_and_fork, args=(tmp_path, ready))
+    process.start()
+    worker = ready.get()
+    process.kill()
+    process.join()
+    with checkpoint.locked(tmp_path):  # the worker is still there
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_another_programs_error_is_not_taken_for_a_full_disk(tmp_path):
+    """torch raises a RuntimeError wherever the main process is when a data-loading worker has died."""
+
+    def write(file):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
+        checkpoint.atomically(tmp_path / "last.pt", write)
+    assert not isinstance(caught.value, RunError)
+    assert names(tmp_path) == []
+
+
+def test_keys_that_are_newer_than_the_checkpoint(caplog):
+    old = {"data": {"root": "a", "train": {"images": "x"}}, "model": {"neck": {"channels": [1]}}, "optimizer": {}}
+    new = {**old, "data": {**old["data"], "brightness": 2, "cache": "here"}}
+    checkpoint.compare_configs(old, new)
+    assert "data.brightness: absent -> 2" in caplog.text
+    with pytest.raises(ConfigError, match=r"data\.brightness: absent -> 2"):
+        checkpoint.compare_configs(old, new, chosen={"data.brightness"})
+    for other in (
+        {**old, "optimizer": {"fused": True}},
+        {**old, "model": {"neck": {"channels": [1, 2]}}},
+        {**old, "model": {**old["model"], "mask_head": {"size": 14}}},
+        {**new, "data": {**new["data"], "root": "b", "train": {"images": "y"}}},
+    ):
+        with pytest.raises(ConfigError, match="another configuration"):
+            checkpoint.compare_configs(old, other)
 
 
 def test_compare_configs(caplog):

@@ -57,6 +57,14 @@ def test_one_cycle():
     assert all(a > b for a, b in zip(values[30:-1], values[31:], strict=True))
 
 
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 5])
+def test_one_cycle_of_very_short_runs(total):
+    """Too short to rise: from the top down, or up to the top at the second step."""
+    factor = OneCycle(max_iterations=total).factor(1)
+    values = [factor(t) for t in range(total)]
+    assert max(values) == 1.0 and all(0 < value <= 1 for value in values)
+
+
 schedules = st.one_of(
     st.builds(Step, max_iterations=st.integers(2, 500), warmup=st.floats(0, 0.4), milestones=st.lists(st.floats(0, 1))),
     st.builds(Cosine, max_iterations=st.integers(2, 500), warmup=st.floats(0, 0.4), final_factor=st.floats(0, 1)),

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 
+import hydra
 import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from detector.config import CONFIGS, ConfigError, check
 from detector.engine import checkpoint
 from detector.evaluation import coco_metrics
 from tests.engine.conftest import TINY, Program, curve
+from train import Keys
 
 DEFORMABLE = ["roi=deformable", "model.box_head.roi.predictor_width=8", "model.mask_head.roi.predictor_width=8"]
 
@@ -123,6 +126,33 @@ def test_averaged_weights_are_what_is_evaluated_and_kept(run):
     state = checkpoint.load(folder / "last.pt")
     assert any(not torch.equal(state["ema"][key], state["model"][key]) for key in state["model"])
     assert state["ema"].keys() == state["model"].keys()
+
+
+@pytest.mark.parametrize("model", ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"])
+def test_the_quickstart_with_another_model(model):
+    """Its settings of the mask head apply where the model has one."""
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = hydra.compose("train", [f"model={model}"])
+    check(cfg, Keys)
+    assert cfg.model.box_head.batch_size_per_image == 64
+    assert ("mask_head" in cfg.model) == ("mask" in model)
+    if "mask" in model:
+        assert cfg.model.mask_head.trunk.conv_channels == [64]
+        assert cfg.model.mask_head._target_ == "detector.heads.MaskHead"
+
+
+def test_a_schedule_that_does_not_fit_the_run_is_refused_by_name(run):
+    with pytest.raises(ConfigError, match="schedule: warmup = 500: must be shorter than the run of 8 iterations"):
+        run("schedule.warmup=500")
+
+
+def test_a_checkpoint_of_another_model_is_refused(run):
+    folder = run("schedule.max_iterations=3")
+    state = checkpoint.load(folder / "last.pt")
+    state["model"].pop("mask_head.predictor.mask_logits.weight")
+    checkpoint.save(state, folder / "last.pt")
+    with pytest.raises(ConfigError, match=r"(?s)does not fit the model.*mask_head\.predictor\.mask_logits"):
+        run("schedule.max_iterations=4")
 
 
 def test_metric_of_choice(run):
