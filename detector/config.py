@@ -30,9 +30,12 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
+
+from .multirun import Multirun
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user wants to see where errors come from
@@ -87,17 +90,26 @@ def entry_point(config_name: str, keys: type, paths: Collection[str] = ()) -> Ca
         paths: keys whose values are taken as they are typed: run folders have '=' and ',' in their names.
     """
 
+    expected = (ConfigError, RunError, OmegaConfBaseException)
+
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         started = False
+        multirun = Multirun()
 
         @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
         def app(cfg: DictConfig) -> Any:
             nonlocal started
             started = True
+            if HydraConfig.get().mode == RunMode.MULTIRUN:  # Hydra goes on with the next job if one fails
+                with multirun.job(list(HydraConfig.get().overrides.task), cfg.get("run_dir"), expected) as job:
+                    check(cfg, keys)
+                    value = task(cfg)
+                    job.value = value if isinstance(value, float) else None
+                    return value
             try:
                 check(cfg, keys)
                 return task(cfg)
-            except (ConfigError, RunError, OmegaConfBaseException) as error:
+            except expected as error:
                 give_up(str(error), 1 if isinstance(error, RunError) else 2, error)
 
         @functools.wraps(task)
@@ -107,9 +119,14 @@ def entry_point(config_name: str, keys: type, paths: Collection[str] = ()) -> Ca
             try:
                 app()
             except Exception as error:
-                if started:
+                if not started:
+                    give_up(explain(error, config_name, sys.argv[1:]), 2, error)
+                if not multirun.failed:
                     raise
-                give_up(explain(error, config_name, sys.argv[1:]), 2, error)
+            finally:  # after a signal, too
+                multirun.report()
+            if multirun.failed:
+                raise SystemExit(1)
 
         return main
 

@@ -6,6 +6,7 @@ Dimensions: N images, L levels, R RoIs, C channels, h x w output bins.
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -128,4 +129,9 @@ def make_op(
     given = {"output_size": output_size, "channels": channels, "levels": levels}
     fixed = factory.keywords if isinstance(factory, partial) else {}
     wanted = inspect.signature(factory).parameters
-    return factory(**{name: value for name, value in given.items() if name in wanted and name not in fixed})
+    # A method's own random weights neither change those of what is built after it, so that methods start equal, nor
+    # repeat them.
+    state = torch.get_rng_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(zlib.crc32(state.numpy().tobytes()))
+        return factory(**{name: value for name, value in given.items() if name in wanted and name not in fixed})

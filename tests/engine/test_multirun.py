@@ -1,0 +1,103 @@
+"""A grid of runs: what is done with finished, interrupted and failing ones, and that the methods start equal."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+import torch
+
+from detector.config import build
+from detector.engine import distributed
+from detector.multirun import Multirun
+from tests.engine.conftest import TINY, Program, curve
+
+METHODS = ("pool", "align", "align_max", "deformable", "modulated_deformable")
+
+
+@pytest.mark.slow
+def test_finished_interrupted_and_failing_jobs(shapes_tiny, tmp_path):
+    """The first start is stopped in its second job; the second meets jobs of every kind, failing ones in between."""
+    common = ["-m", *TINY, "schedule.max_iterations=12", f"data.root={shapes_tiny}", "run_dir=runs/grid/${seed}"]
+    first = Program([*common, "seed=0,1,2"], folder=tmp_path)
+    first.wait_for("training into runs/grid/1")
+    assert first.stop(signal.SIGTERM) == 128 + signal.SIGTERM, first.output
+    grid = tmp_path / "runs" / "grid"
+    assert "2 jobs: 1 done, 1 stopped" in first.output
+    assert (grid / "0" / "metrics.json").exists() and not (grid / "1" / "metrics.json").exists()
+    assert (grid / "1" / "last.pt").exists() and not (grid / "2").exists()
+    before = (grid / "0" / "last.pt").stat().st_mtime_ns
+
+    (grid / "3" / "log.jsonl").mkdir(parents=True)  # an error that nobody has thought of
+    second = Program([*common, "seed=-1,0,3,1,2"], folder=tmp_path)
+    assert second.end() == 1, second.output
+    jobs = json.loads((grid / "multirun.json").read_text())
+    assert [job["state"] for job in jobs] == ["failed", "finished before", "failed", "resumed", "done"]
+    assert jobs[0]["reason"] == "seed = -1: must be at least 0" and jobs[2]["reason"].startswith("IsADirectoryError")
+    assert second.output.count("Traceback") == 1  # a wrong setting needs none
+    assert jobs[3]["folder"] == "runs/grid/1" and "seed=1" in jobs[3]["overrides"]
+    assert all(0 <= jobs[i]["value"] <= 1 for i in (1, 3, 4)) and jobs[0]["value"] is None
+    assert (grid / "0" / "last.pt").stat().st_mtime_ns == before
+    assert all((grid / seed / "metrics.json").exists() for seed in "012")
+    assert "5 jobs: 1 finished before, 1 done, 1 resumed, 2 failed" in second.output
+    assert "failed           runs/grid/-1  seed = -1: must be at least 0" in second.output
+
+
+def test_a_finished_run_that_trains_on_is_no_skipped_one(tmp_path):
+    """A longer schedule: the folder is that of a finished run, but the job adds to it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("last.pt", "metrics.json", "log.jsonl"):
+        (folder / name).write_text("{}\n")
+    multirun = Multirun()
+    with multirun.job(["seed=0"], str(folder), ()):
+        pass
+    with multirun.job(["seed=0"], str(folder), ()):
+        (folder / "metrics.json").write_text("{}\n{}\n")
+        (folder / "log.jsonl").write_text("{}\n{}\n")
+    assert [job.state for job in multirun.jobs] == ["finished before", "resumed"] and not multirun.failed
+
+
+def test_a_single_run_reports_nothing(capsys):
+    Multirun().report()
+    assert capsys.readouterr().out == ""
+
+
+def test_methods_start_with_the_same_weights(config):
+    """Whatever two models have in common is equal, the random offset predictors of one notwithstanding."""
+    states = {}
+    for roi in METHODS:
+        distributed.seed_everything(3)
+        states[roi] = build(config(f"roi={roi}").model, "model", num_classes=5).state_dict()
+    common = set(states["pool"])
+    assert common == set(states["align"]) and any("mask_head.predictor" in key for key in common)
+    for roi, state in states.items():
+        own = set(state) - common
+        assert common <= set(state) and all(".op.offset_predictor." in key for key in own), roi
+        assert bool(own) == ("deformable" in roi)
+        assert [key for key in common if not torch.equal(state[key], states["pool"][key])] == []
+    first, second = (
+        states["deformable"][f"{head}.extractor.op.offset_predictor.0.offsets.2.weight"]
+        for head in ("box_head", "mask_head")
+    )
+    assert not torch.equal(first, second)  # heads do not get the same random numbers
+
+
+def test_methods_see_the_same_samples_in_the_same_order(run, tmp_path):
+    """Without learning, the RPN's losses of every step are a fingerprint of its images and their augmentation."""
+    still = ["optimizer.lr=0.0", "augment=symmetry", "training.clip_norm=null"]
+    curves = {
+        roi: curve(run(*still, f"roi={roi}", f"run_dir={tmp_path / roi}")) for roi in ("pool", "align", "deformable")
+    }
+    rpn = {
+        roi: [(line["loss_objectness"], line["loss_rpn_box_reg"]) for line in lines.values()]
+        for roi, lines in curves.items()
+    }
+    assert rpn["pool"] == rpn["align"] == rpn["deformable"] and len(set(rpn["pool"])) == 8
+    # deformable pooling with offsets of zero is RoI Align, on the same RoIs
+    for a, b in zip(curves["align"].values(), curves["deformable"].values()):
+        assert a["loss_classifier"] == pytest.approx(b["loss_classifier"], rel=1e-5)
+        assert a["loss_mask"] == pytest.approx(b["loss_mask"], rel=1e-5)
+    other = curve(run(*still, "seed=1", f"run_dir={tmp_path / 'other'}"))
+    assert other[1]["loss_objectness"] != curves["align"][1]["loss_objectness"]
