@@ -13,11 +13,17 @@ from torchvision.ops import FrozenBatchNorm2d
 from detector.structures import Batch, Targets, to_device
 from detector.weights import load_foreign, load_into, model_config
 
+# Standard deviations at which random weights give images full of detections with scores from 0 to 1.
+CONFIDENT = {"rpn.head.cls_logits.weight": 0.1, "cls_score.weight": 0.5, "bbox_pred.weight": 0.02}
 
-def mask_rcnn_pair(device: str, size: tuple[int, int], num_classes: int = 80) -> tuple[nn.Module, nn.Module]:
+
+def mask_rcnn_pair(
+    device: str, size: tuple[int, int], num_classes: int = 80, confident: bool = False
+) -> tuple[nn.Module, nn.Module]:
     """(ours, torchvision's) Mask R-CNN R50-FPN with equal random weights; stem and stage 2 frozen in both.
 
-    torchvision resizes by itself: it is told to leave images of `size` (height, width) as they are.
+    torchvision resizes by itself: it is told to leave images of `size` (height, width) as they are. `confident` weights
+    find objects everywhere, where those of training's start find none.
     """
     torch.manual_seed(0)
     theirs = maskrcnn_resnet50_fpn(
@@ -30,6 +36,12 @@ def mask_rcnn_pair(device: str, size: tuple[int, int], num_classes: int = 80) ->
     replace_batch_norm(theirs)
     for name, parameter in theirs.backbone.body.named_parameters():
         parameter.requires_grad_(name.startswith(("layer2", "layer3", "layer4")))
+    if confident:
+        with torch.no_grad():
+            for name, weight in theirs.named_parameters():
+                for end, std in CONFIDENT.items():
+                    if name.endswith(end):
+                        weight.normal_(std=std)
     foreign = load_foreign(theirs.state_dict(), "torchvision")
     ours = hydra.utils.instantiate(model_config(*foreign), _convert_="all")
     load_into(ours, foreign.state_dict)

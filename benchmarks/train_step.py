@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from benchmarks.peers import mask_rcnn_pair, synthetic_batch
+from detector.layers import likes_channels_last
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,6 +44,8 @@ def main() -> None:
 
     ours, theirs = mask_rcnn_pair(args.device, args.size)
     data = synthetic_batch(args.batch, args.size, args.objects, args.device)
+    if likes_channels_last(torch.device(args.device)):
+        ours = ours.to(memory_format=torch.channels_last)  # as the training loop does
     ours.train()
     theirs.train()
     losses_of = {

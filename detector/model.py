@@ -122,7 +122,8 @@ class TwoStageDetector(nn.Module):
 
     def features(self, batch: Batch) -> list[Tensor]:
         """Feature levels [N, C, Hl, Wl] of a batch, finest first."""
-        return self.neck(self.backbone(self.normalise(batch)))
+        images = self.normalise(batch).contiguous(memory_format=torch.channels_last)
+        return self.neck(self.backbone(images))
 
     def normalise(self, batch: Batch) -> Tensor:
         """uint8 images [N, 3, H, W] as the network's float input, zero outside each image's content."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detector.layers import conv_block
+from detector.layers import conv_block, conv_layout
 
 
 class FPN(nn.Module):
@@ -69,4 +69,4 @@ class FPN(nn.Module):
         merged = [lateral(x) for lateral, x in zip(self.lateral, maps)]
         for i in range(len(merged) - 1, 0, -1):
             merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=merged[i - 1].shape[-2:], mode="nearest")
-        return [output(x) for output, x in zip(self.output, merged)]
+        return [output(conv_layout(x)) for output, x in zip(self.output, merged)]

@@ -10,11 +10,31 @@ from pathlib import Path
 
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models import resnet
 
 from detector.backbone.deform import DeformConv2d
-from detector.layers import norm_layer
+from detector.layers import conv_norm, norm_layer
 from detector.weights.loading import load_foreign, misfit
+
+
+class Residual:
+    """The forward pass of torchvision's blocks, with frozen norms folded into the convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else conv_norm(x, *self.downsample)
+        for i in range(1, self.convolutions):
+            x = self.relu(conv_norm(x, getattr(self, f"conv{i}"), getattr(self, f"bn{i}")))
+        i = self.convolutions
+        return self.relu(conv_norm(x, getattr(self, f"conv{i}"), getattr(self, f"bn{i}")).add_(shortcut))
+
+
+class BasicBlock(Residual, resnet.BasicBlock):
+    convolutions = 2
+
+
+class Bottleneck(Residual, resnet.Bottleneck):
+    convolutions = 3
+
 
 BLOCKS = {
     10: (BasicBlock, (1, 1, 1, 1)),
@@ -125,7 +145,7 @@ class ResNet(torchvision.models.ResNet):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps [N, C, H / stride, W / stride] of the chosen stages, of images [N, 3, H, W]."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self.relu(conv_norm(images, self.conv1, self.bn1)))
         maps = []
         for stage in range(2, self.stages[-1] + 1):
             x = getattr(self, f"layer{stage - 1}")(x)

@@ -1,0 +1,109 @@
+"""Inference of Mask R-CNN R50-FPN against torchvision's: the same weights and images, 100 detections an image.
+
+    python benchmarks/inference.py                                  batches of 1 and 4 images of 480 x 640 on the CPU
+    python benchmarks/inference.py --device cuda --batch 1 8 --size 800 1333 --dtype bf16
+
+Ours ends with COCO results: masks pasted where they are visible and run-length encoded. torchvision's ends with
+full-size soft masks, as its model returns them; "with RLE" goes on to the same results with pycocotools. The detections
+of both are compared first.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools import mask as rle_tools
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import harness
+from benchmarks.peers import Data, mask_rcnn_pair, synthetic_batch
+from benchmarks.train_step import DTYPES
+from detector.evaluation.results import detections_to_coco
+
+CATEGORIES = list(range(1, 81))
+
+
+def encode(found: list[dict]) -> list[dict]:
+    """COCO results of torchvision's detections."""
+    results = []
+    for image, one in enumerate(found):
+        masks = (one["masks"][:, 0] > 0.5).permute(1, 2, 0).cpu().numpy()
+        rles = rle_tools.encode(np.asfortranarray(masks.astype(np.uint8)))
+        rows = zip(one["boxes"].tolist(), one["scores"].tolist(), one["labels"].tolist(), rles)
+        for (x1, y1, x2, y2), score, label, rle in rows:
+            entry = {"image_id": image, "category_id": label, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+            results.append(entry | {"segmentation": rle})
+    return results
+
+
+def difference(ours: list[dict], theirs: list[dict]) -> dict[str, float]:
+    """How the results differ, pairing those of an image and category by the nearest box; px, scores, IoU of masks."""
+    if len(ours) != len(theirs):
+        raise SystemExit(f"{len(ours)} detections against torchvision's {len(theirs)}")
+    box, score, iou = 0.0, 0.0, 1.0
+    for one in theirs:
+        kind = one["image_id"], one["category_id"]
+        near = min(
+            (other for other in ours if (other["image_id"], other["category_id"]) == kind),
+            key=lambda other: np.abs(np.subtract(other["bbox"], one["bbox"])).max(),
+        )
+        box = max(box, np.abs(np.subtract(near["bbox"], one["bbox"])).max())
+        score = max(score, abs(near["score"] - one["score"]))
+        iou = min(iou, rle_tools.iou([near["segmentation"]], [one["segmentation"]], [0])[0, 0])
+    return {
+        "detections": len(ours),
+        "box_px": round(float(box), 4),
+        "score": round(score, 6),
+        "mask_iou": round(iou, 4),
+    }
+
+
+def contenders(ours, theirs, data: Data, dtype: torch.dtype | None, device: str) -> dict:
+    """The three ways from images to detections."""
+
+    def run(work):
+        def turn():
+            with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not None):
+                return work()
+
+        return turn
+
+    return {
+        "ours": run(lambda: detections_to_coco(ours(data.batch), data.batch, CATEGORIES, paste="torchvision")),
+        "torchvision": run(lambda: theirs(data.images)),
+        "torchvision with RLE": run(lambda: encode(theirs(data.images))),
+    }
+
+
+def main() -> None:
+    options = harness.parser(__doc__)
+    options.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    options.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
+    options.add_argument("--dtype", choices=DTYPES, default="fp32")
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    device = args.device.partition(":")[0]
+
+    ours, theirs = mask_rcnn_pair(args.device, args.size, confident=True)
+    ours.eval()
+    theirs.eval()
+    rows, saved = [], []
+    for batch in args.batch:
+        data = synthetic_batch(batch, args.size, 10, args.device)
+        work = contenders(ours, theirs, data, DTYPES[args.dtype], device)
+        same = difference(work["ours"](), work["torchvision with RLE"]())
+        figures = harness.summary(harness.interleave(work, args.repeats, args.device), reference="torchvision")
+        for name, row in figures.items():
+            row["images_per_s"] = round(1000 * batch / row["median_ms"], 3)
+            rows.append([batch, name, row["median_ms"], row["images_per_s"], row["speedup"]])
+        saved.append({"batch": batch, "figures": figures, "difference": same})
+    print(harness.table(["batch", "", "median ms", "images/s", "speed-up"], rows))
+    print("\nlargest differences: " + "; ".join(f"batch {one['batch']}: {one['difference']}" for one in saved))
+    harness.save(args.json, args.device, size=list(args.size), dtype=args.dtype, inference=saved)
+
+
+if __name__ == "__main__":
+    main()

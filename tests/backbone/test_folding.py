@@ -1,0 +1,48 @@
+"""A frozen batch norm folded into its convolution: the same maps and gradients as torchvision's blocks."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet50
+from torchvision.ops import FrozenBatchNorm2d
+
+from detector.backbone.resnet import ResNet
+from detector.layers import conv_norm, norm_layer
+
+
+@pytest.mark.parametrize("norm", ["frozen_batch_norm", "batch_norm"])
+def test_resnet_equals_torchvision(norm):
+    torch.manual_seed(0)
+    theirs = resnet50(norm_layer=norm_layer(norm)).double()
+    for name, buffer in theirs.named_buffers():
+        if name.endswith(("weight", "running_var")):
+            buffer.uniform_(0.2, 0.6)
+        elif name.endswith(("bias", "running_mean")):
+            buffer.normal_(std=0.1)
+    ours = ResNet(50, norm=norm, frozen_stages=0).double()
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+
+    x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images))))
+    expected = []
+    for layer in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):
+        x = layer(x)
+        expected.append(x)
+    found = ours(images.contiguous(memory_format=torch.channels_last))
+    weights = [torch.randn_like(map_) for map_ in expected]
+    for maps in (found, expected):
+        sum((map_ * weight).sum() for map_, weight in zip(maps, weights)).backward()
+    for mine, wanted in zip(found, expected):
+        torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-9)
+    wanted = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_grouped_dilated_convolution():
+    conv = nn.Conv2d(8, 8, 3, stride=2, padding=2, dilation=2, groups=4, bias=False).double()
+    norm = FrozenBatchNorm2d(8).double()
+    for buffer in norm.buffers():
+        buffer.uniform_(0.5, 2)
+    x = torch.randn(2, 8, 9, 11, dtype=torch.float64)
+    torch.testing.assert_close(conv_norm(x, conv, norm), norm(conv(x)))
