@@ -30,7 +30,7 @@ def feature_shift(
     The maps are a smooth function of the position, waves of 4 to 12 cells, so that the shift itself is exact and only
     the RoI method is measured. boxes [R, 4] in network pixels.
     """
-    extractor = model.box_head.extractor
+    extractor = first_stage(model).extractor
     channels = model.neck.out_channels
     channels = channels if isinstance(channels, int) else channels[0]
     margin = 2 * max(extractor.strides)  # what happens at the map's border is not the question
@@ -83,19 +83,26 @@ def box_shift(model: nn.Module, image: np.ndarray, boxes: Tensor, labels: Tensor
         batch = Batch(*(t.to(device) for t in (canvas, size, size, zero, zero)))
         rois = with_image((boxes.to(device) + top)[None])[0]
         features = model.features(batch)[: model.neck.roi_levels]
-        prediction = model.box_head(features, rois)
+        head, prediction = model.box_head, model.box_head(features, rois)
+        if hasattr(head, "stages"):  # of a cascade, what the last one makes of the boxes of those before it
+            head, prediction, rois = head.stages[-1], prediction.stages[-1], prediction.rois[-1]
         deltas = prediction.box_deltas
         column = (labels.to(device) - 1) if deltas.shape[1] > 1 else torch.zeros_like(labels, device=device)
         deltas = deltas[torch.arange(len(deltas), device=device), column]
-        found = model.box_head.coder.decode(deltas, rois[:, 1:]) - top
+        found = head.coder.decode(deltas, rois[:, 1:]) - top
         first = found if first is None else first
         distances.append(float((found - first).abs().mean()))
     return distances
 
 
+def first_stage(model: nn.Module) -> nn.Module:
+    """The box head, or of a cascade the one that sees the proposals."""
+    return model.box_head.stages[0] if hasattr(model.box_head, "stages") else model.box_head
+
+
 def area_error(model: nn.Module, boxes: Tensor) -> Tensor | None:
     """Relative error [R] of the area that the box head's method reads for RoIs [R, 4]; None if it does not round."""
-    extractor = model.box_head.extractor
+    extractor = first_stage(model).extractor
     if not isinstance(extractor.op, (RoIPool, RoIWarp)):
         return None
     levels = assign_levels(
@@ -118,17 +125,24 @@ def area_error(model: nn.Module, boxes: Tensor) -> Tensor | None:
 def measure_offsets(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
     """How far the learned offsets move the bins of the RoIs that inference pools, by head; {} for methods without.
 
-    {head: {"mean_px", "quantiles_px" (0, 5, ..., 100 %), "modulation" (its mean, or None)}}, in network pixels.
+    In pixels of the image files: {head: {"mean_px" (distance), "mean_abs_px" (along x, along y), "quantiles_px" (0, 5,
+    ..., 100 % of the distances), "histogram" {"edges" [B + 1], "percent" [B] of the bins}, "mean_norm" (of the offsets
+    themselves, before gamma and the RoI's size), "modulation" (its mean, or None), "modulation_histogram" (or None)}}.
     """
-    distances: dict[str, list[Tensor]] = {}
+    moves: dict[str, list[Tensor]] = {}  # [M, 2]
+    norms: dict[str, list[Tensor]] = {}
     modulations: dict[str, list[Tensor]] = {}
+    scales = None  # [N, 2], pixels of the file for one of the network's, along x and y
 
     def keep(name: str):
         def hook(extractor, inputs, output):
+            rois = inputs[1]
             if output.offsets is not None and len(output.offsets):
-                sides = inputs[1][:, 3:] - inputs[1][:, 1:3]
-                moved = extractor.op.gamma * output.offsets.float() * sides[:, :, None, None]
-                distances.setdefault(name, []).append(moved.norm(dim=1).flatten().cpu())
+                sides = (rois[:, 3:] - rois[:, 1:3]) * scales[rois[:, 0].long()]
+                offsets = output.offsets.float()
+                moved = extractor.op.gamma * offsets * sides[:, :, None, None]
+                moves.setdefault(name, []).append(moved.movedim(1, -1).reshape(-1, 2).cpu())
+                norms.setdefault(name, []).append(offsets.norm(dim=1).flatten().cpu())
             if output.modulation is not None:
                 modulations.setdefault(name, []).append(output.modulation.float().flatten().cpu())
 
@@ -138,19 +152,32 @@ def measure_offsets(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any
     handles = [m.register_forward_hook(keep(name)) for name, m in extractors.items()]
     try:
         for batch in batches:
-            model(to_device(batch, next(model.parameters()).device))
+            batch = to_device(batch, next(model.parameters()).device)
+            scales = (batch.original_sizes / batch.image_sizes).flip(1).float()
+            model(batch)
     finally:
         for handle in handles:
             handle.remove()
     found = {}
-    for name, parts in distances.items():
-        values = torch.cat(parts).numpy()
+    for name, parts in moves.items():
+        moved, modulation = torch.cat(parts), modulations.get(name)
+        distances = moved.norm(dim=1).numpy()
         found[name] = {
-            "mean_px": float(values.mean()),
-            "quantiles_px": np.quantile(values, np.linspace(0, 1, 21)).tolist(),
-            "modulation": float(torch.cat(modulations[name]).mean()) if name in modulations else None,
+            "mean_px": float(distances.mean()),
+            "mean_abs_px": moved.abs().mean(0).tolist(),
+            "quantiles_px": np.quantile(distances, np.linspace(0, 1, 21)).tolist(),
+            "histogram": histogram(distances, max(float(np.quantile(distances, 0.995)), 0.01)),
+            "mean_norm": float(torch.cat(norms[name]).mean()),
+            "modulation": None if modulation is None else float(torch.cat(modulation).mean()),
+            "modulation_histogram": None if modulation is None else histogram(torch.cat(modulation).numpy(), 1.0),
         }
     return found
+
+
+def histogram(values: np.ndarray, top: float, count: int = 30) -> dict[str, list[float]]:
+    """{"edges" [count + 1] from 0 to top, "percent" [count] of all values in between}; larger ones are in no bin."""
+    counts, edges = np.histogram(values, bins=count, range=(0, top))
+    return {"edges": edges.tolist(), "percent": (100 * counts / max(len(values), 1)).tolist()}
 
 
 def measure_alignment(model: nn.Module, samples: Sequence[Any], rois: int = 300) -> dict[str, Any]:

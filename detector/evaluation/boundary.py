@@ -9,6 +9,8 @@ outline.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 from hotcoco import mask as rle_tools
@@ -17,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from .masks import encode_window
 
 DILATION_RATIO = 0.02
+LEAST_IOU = 0.5  # the lowest threshold of COCO's AP
 
 
 def boundary_width(height: int, width: int, ratio: float = DILATION_RATIO) -> int:
@@ -37,15 +40,21 @@ def boundary_rle(rle: dict, ratio: float = DILATION_RATIO) -> dict:
     return encode_window((window > eroded) if window.size else window.astype(bool), y, x, height, width)
 
 
+def with_boundaries(ious: np.ndarray, detections: Sequence[dict], truth: Sequence[dict], crowd: Sequence) -> np.ndarray:
+    """min(mask IoU, boundary IoU) [D, G] from the mask IoUs of detections and objects, compressed RLE.
+
+    Where no threshold is in reach, the mask IoU may stay: most detections need no boundary.
+    """
+    rows, columns = (np.flatnonzero((ious >= LEAST_IOU).any(axis)) for axis in (1, 0))
+    if len(rows):
+        found, real = [boundary_rle(detections[i]) for i in rows], [boundary_rle(truth[i]) for i in columns]
+        part = rle_tools.iou(found, real, [crowd[i] for i in columns])
+        ious[np.ix_(rows, columns)] = np.minimum(ious[np.ix_(rows, columns)], part)
+    return ious
+
+
 class BoundaryEval(COCOeval):
     """pycocotools' evaluation with min(mask IoU, boundary IoU); made and run like its parent, with iouType "segm"."""
-
-    def _prepare(self):
-        super()._prepare()  # masks are RLE from here on
-        self._boundaries = {}
-        for group in (*self._gts.values(), *self._dts.values()):
-            for entry in group:
-                self._boundaries[id(entry)] = boundary_rle(entry["segmentation"])
 
     def computeIoU(self, imgId, catId):
         ious = super().computeIoU(imgId, catId)
@@ -53,11 +62,5 @@ class BoundaryEval(COCOeval):
             return ious
         truth, detections = self._gts[imgId, catId], self._dts[imgId, catId]
         order = np.argsort([-d["score"] for d in detections], kind="mergesort")[: self.params.maxDets[-1]]
-        return np.minimum(
-            ious,
-            rle_tools.iou(
-                [self._boundaries[id(detections[i])] for i in order],
-                [self._boundaries[id(t)] for t in truth],
-                [int(t["iscrowd"]) for t in truth],
-            ),
-        )
+        masks = [detections[i]["segmentation"] for i in order], [t["segmentation"] for t in truth]
+        return with_boundaries(ious, *masks, [int(t["iscrowd"]) for t in truth])

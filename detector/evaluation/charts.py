@@ -19,29 +19,28 @@ def line_chart(
     series: Mapping[str, tuple[Sequence[float], Sequence[float | None]]],
     x_name: str,
     y_name: str,
-    bands: Mapping[str, Sequence[float]] | None = None,
+    bands: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     from_zero: bool = False,
 ) -> str:
-    """Curves {name: (x, y)} with their legend. bands: {name: half width at each point}, drawn as a shade."""
+    """Curves {name: (x, y)} with their legend. bands: {name: (low, high) at each point}, drawn as a shade."""
     bands = bands or {}
     points = [(x, y) for xs, ys in series.values() for x, y in zip(xs, ys) if y is not None]
     if not points:
         return ""
-    most = [y + b for n, (_, ys) in series.items() for y, b in zip(ys, bands.get(n) or [0] * len(ys)) if y is not None]
-    least = [y - b for n, (_, ys) in series.items() for y, b in zip(ys, bands.get(n) or [0] * len(ys)) if y is not None]
-    x_ticks = ticks(min(p[0] for p in points), max(p[0] for p in points), 4)
-    y_ticks = ticks(0 if from_zero else min(least), max(most))
-    frame = Frame((min(p[0] for p in points), max(p[0] for p in points)), (y_ticks[0], y_ticks[-1]), len(series))
-    parts = [frame.axes(x_ticks, y_ticks, x_name, y_name)]
+    heights = [y for _, y in points] + [v for band in bands.values() for pair in band for v in pair]
+    x_range = min(p[0] for p in points), max(p[0] for p in points)
+    y_ticks = ticks(min([0.0] * from_zero + heights), max([0.0] * from_zero + heights))
+    frame = Frame(x_range, (y_ticks[0], y_ticks[-1]), len(series))
+    parts = [frame.axes(ticks(*x_range, 4), y_ticks, x_name, y_name)]
+    if y_ticks[0] < 0 < y_ticks[-1]:
+        zero = f"{frame.y(0):.1f}"
+        parts.append(f'<line class="zero" x1="{frame.left}" x2="{frame.right}" y1="{zero}" y2="{zero}"/>')
     for i, (name, (xs, ys)) in enumerate(series.items()):
-        known = [
-            (frame.x(x), frame.y(y), y, b) for x, y, b in zip(xs, ys, bands.get(name) or [0] * len(ys)) if y is not None
-        ]
-        if bands.get(name):
-            edge = [f"{x:.1f},{frame.y(y + b):.1f}" for x, _, y, b in known]
-            edge += [f"{x:.1f},{frame.y(y - b):.1f}" for x, _, y, b in reversed(known)]
+        if band := [(frame.x(x), *pair) for x, y, pair in zip(xs, ys, bands.get(name, ())) if y is not None]:
+            edge = [f"{x:.1f},{frame.y(high):.1f}" for x, _, high in band]
+            edge += [f"{x:.1f},{frame.y(low):.1f}" for x, low, _ in reversed(band)]
             parts.append(f'<polygon class="band s{i % 8}" points="{" ".join(edge)}"/>')
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y, *_ in known)
+        path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(xs, ys) if y is not None)
         parts.append(f'<polyline class="line s{i % 8}" stroke-dasharray="{DASHES[i % 6]}" points="{path}"/>')
     return frame.svg(parts + frame.legend(list(series)), f"{y_name} over {x_name}")
 

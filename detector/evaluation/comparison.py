@@ -21,8 +21,8 @@ FEW_IMAGES, FEW_SEEDS = 100, 3
 def compare(methods: Sequence[Method], samples: int = 1000, seed: int = 0, boundary: bool = True, tick=lambda: None):
     """Compare methods evaluated on one validation set. tick() is called after each run.
 
-    Returns a dict: validation, methods, warnings, kinds, metrics, curves, precision_recall, differences, per_class,
-    tide, training. Fractions of 1; None where COCO has no number.
+    Returns a dict: validation, methods, warnings, kinds, metrics, curves, precision_recall, differences,
+    curve_differences, per_class, tide, training. Fractions of 1; None where COCO has no number.
     """
     truth = read_json(methods[0].runs[0].truth, "annotation")
     kinds = kinds_of(methods, truth, boundary)
@@ -52,6 +52,7 @@ def compare(methods: Sequence[Method], samples: int = 1000, seed: int = 0, bound
         ("curves", threshold_curves),
         ("precision_recall", precision_recall),
         ("differences", differences),
+        ("curve_differences", curve_differences),
         ("per_class", class_differences),
         ("tide", tide),
     ):
@@ -138,6 +139,19 @@ def differences(methods, measured):
     return report
 
 
+def curve_differences(methods, measured):
+    """Each other method against the first, at every IoU threshold."""
+    report = []
+    for other in methods[1:]:
+        found = [
+            compare_pair(methods[0], other, measured, lambda table, t=t: metrics(table)["curve"][:, t])
+            for t in range(len(THRESHOLDS))
+        ]
+        columns = {key: [getattr(entry, key) for entry in found] for key in ("delta", "low", "high")}
+        report.append({"a": methods[0].label, "b": other.label, "thresholds": THRESHOLDS.tolist(), **columns})
+    return report
+
+
 def class_differences(methods, measured):
     """AP of each class: the means, and for each other method the difference to the first with its interval."""
     categories = measured[methods[0].runs[0].folder]["categories"]
@@ -180,7 +194,7 @@ def training_curve(run: Run) -> dict[str, Any]:
     """What the log says over the iterations: the loss and the size of offsets; throughput and memory as medians."""
     lines = [line for line in run.log if "loss" in line]
     curves = {"iteration": [line["iteration"] for line in lines], "loss": [line["loss"] for line in lines]}
-    for key in sorted({key for line in lines for key in line if key == "loss_offset" or "offsets_mean_abs" in key}):
+    for key in sorted({key for line in lines for key in line if key == "loss_offset" or "offsets_mean_norm" in key}):
         curves[key] = [line.get(key) for line in lines]
     rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
     memory = [line["memory_mb"] for line in lines if "memory_mb" in line]

@@ -243,8 +243,17 @@ def precision(report: Mapping) -> str:
         table = html_table(["method", "runs", *COLUMNS], metric_rows(report, kind))
         curves = report["curves"][kind]
         over = {name: (c["thresholds"], [scaled(v) for v in c["mean"]]) for name, c in curves.items()}
-        bands = {name: [scaled(v) for v in c["deviation"]] for name, c in curves.items() if c["deviation"]}
+        bands = {
+            n: around(over[n][1], [scaled(v) for v in c["deviation"]]) for n, c in curves.items() if c["deviation"]
+        }
         figures = [(line_chart(over, "IoU threshold", "AP, %", bands, True), "AP at each IoU threshold")]
+        gains, bands = {}, {}
+        for entry in report["curve_differences"][kind]:
+            name = f"{entry['b']} − {entry['a']}"
+            gains[name] = entry["thresholds"], [scaled(v) for v in entry["delta"]]
+            if None not in entry["low"]:
+                bands[name] = [(scaled(low), scaled(high)) for low, high in zip(entry["low"], entry["high"])]
+        figures.append((line_chart(gains, "IoU threshold", "difference of AP, points", bands), CURVE_TITLE))
         recall = [i / 100 for i in range(101)]
         for threshold in ("0.50", "0.75"):
             found = {name: (recall, c[threshold]) for name, c in report["precision_recall"][kind].items()}
@@ -258,6 +267,14 @@ def precision(report: Mapping) -> str:
             "the image's diagonal of its outline (Cheng et al., CVPR 2021).</p>"
         )
     return "".join(parts)
+
+
+CURVE_TITLE = "Where the difference comes from (shade: 95 % interval)"
+
+
+def around(values: Sequence[float | None], widths: Sequence[float]) -> list[tuple[float, float]]:
+    """Bands of half width `widths`."""
+    return [(value - width, value + width) for value, width in ((v or 0.0, w) for v, w in zip(values, widths))]
 
 
 def classes(report: Mapping) -> str:
@@ -319,32 +336,66 @@ def alignment(report: Mapping) -> str:
 
 
 def training(report: Mapping) -> str:
-    series = {label: (curves[0]["iteration"], curves[0]["loss"]) for label, curves in report["training"].items()}
-    return charts((line_chart(series, "iteration", "loss"), "Loss of the first run of each"))
+    return charts(training_chart(report, {label: (label, "loss") for label in report["training"]}, "loss", "Loss"))
+
+
+def training_chart(report: Mapping, lines: Mapping[str, tuple[str, str]], y_name: str, caption: str) -> tuple[str, str]:
+    """What was logged: mean over a method's runs, with a shade of one standard deviation.
+
+    lines: {name: (method, key of the log)}. Runs whose lines are at other iterations than the first one's are left out.
+    """
+    series, bands = {}, {}
+    for name, (label, key) in lines.items():
+        curves = report["training"][label]
+        curves = [c for c in curves if key in c and c["iteration"] == curves[0]["iteration"]]
+        values = np.array([c[key] for c in curves], float)  # None, for what was infinite, becomes NaN
+        series[name] = curves[0]["iteration"], [None if np.isnan(v) else v for v in values.mean(0).tolist()]
+        if len(curves) > 1:
+            bands[name] = around(series[name][1], np.nan_to_num(values.std(0, ddof=1)).tolist())
+    spread = " (mean of the runs, shade: standard deviation)" if bands else ""
+    return line_chart(series, "iteration", y_name, bands, True), caption + spread
 
 
 def offsets(report: Mapping) -> str:
     sizes, penalties = {}, {}
     for label, curves in report["training"].items():
-        for key, values in curves[0].items():
-            if key.endswith("offsets_mean_abs"):
-                sizes[f"{label}: {key.split('/')[0]}"] = (curves[0]["iteration"], values)
+        for key in curves[0]:
+            if key.endswith("offsets_mean_norm"):
+                sizes[f"{label}: {key.split('/')[0]}"] = label, key
             elif key == "loss_offset":
-                penalties[label] = (curves[0]["iteration"], values)
+                penalties[label] = label, key
     heads = {
-        f"{label}: {head}": found
-        for label, by_head in report.get("offsets", {}).items()
-        for head, found in by_head.items()
+        f"{label}: {head}": f for label, by_head in report.get("offsets", {}).items() for head, f in by_head.items()
     }
-    shares = [i / 20 for i in range(20)]
-    moves = {name: (found["quantiles_px"][:20], shares) for name, found in heads.items()}
-    rows = [[name, number(f["mean_px"], 1, 2), number(f["modulation"], 1, 2)] for name, f in heads.items()]
-    table = html_table(["head", "mean move of a bin, px", "mean modulation"], rows) if rows else ""
-    return table + charts(
-        (line_chart(sizes, "iteration", "mean |offset|", None, True), "Offsets in training, before gamma"),
-        (line_chart(penalties, "iteration", "loss", None, True), "L2 loss of the offsets, weighted"),
-        (line_chart(moves, "move of a bin, px", "share of bins below", None, True), "Offsets of the trained model"),
+    rows = []
+    for name, found in heads.items():
+        pixels = [number(value, 1, 2) for value in (found["mean_px"], *found["mean_abs_px"])]
+        rows.append([name, *pixels, number(found["mean_norm"], 1, 3), number(found["modulation"], 1, 2)])
+    moves = {name: steps(found["histogram"]) for name, found in heads.items()}
+    weights = {
+        name: steps(found["modulation_histogram"]) for name, found in heads.items() if found["modulation_histogram"]
+    }
+    return (html_table(OFFSETS_HEADER, rows) + OFFSETS_NOTE if rows else "") + charts(
+        training_chart(report, sizes, "mean norm", "Norm of the offsets (dx, dy) in training"),
+        training_chart(report, penalties, "loss", "L2 loss of the offsets, weighted"),
+        (line_chart(moves, "move of a bin, px", "% of bins per px", None, True), "Histogram of the moves"),
+        (line_chart(weights, "modulation", "% of bins per unit", None, True), "Histogram of the modulation"),
     )
+
+
+OFFSETS_HEADER = ["head", "mean move, px", "mean |x|, px", "mean |y|, px", "mean norm", "mean modulation"]
+OFFSETS_NOTE = (
+    '<p class="note">Moves of bins in pixels of the image files, over the RoIs that inference pools in some validation '
+    "images, by the first run of each method; the norm is that of the offsets themselves, shares of the RoI's sides "
+    "before gamma.</p>"
+)
+
+
+def steps(histogram: Mapping[str, Sequence[float]]) -> tuple[list[float], list[float]]:
+    """The outline of a histogram as (x, y), y in percent per unit of x."""
+    edges = histogram["edges"]
+    heights = [share / (right - left) for share, left, right in zip(histogram["percent"], edges, edges[1:])]
+    return [x for pair in zip(edges, edges[1:]) for x in pair], [y for height in heights for y in (height, height)]
 
 
 def runs(report: Mapping) -> str:

@@ -15,7 +15,7 @@ import yaml
 
 from ..config import CONFIGS, ConfigError
 from ..engine.checkpoint import flatten
-from .coco import read_json
+from .coco import check_annotations, check_predictions, read_json
 
 # what may differ between the runs of one method, and says nothing about it
 IRRELEVANT = ("seed", "name", "run_dir", "resume", "runtime", "evaluation")
@@ -121,6 +121,25 @@ def same_validation_set(runs: Sequence[Run]) -> tuple[list[Run], dict[Path, str]
     kept = [run for run, digest in zip(runs, digests) if digest == usual]
     others = {run.folder: f"it was evaluated on {run.truth}, the others on {kept[0].truth}" for run in runs}
     return kept, {run.folder: others[run.folder] for run, digest in zip(runs, digests) if digest != usual}
+
+
+def fitting(runs: Sequence[Run]) -> tuple[list[Run], dict[Path, str]]:
+    """The runs whose predictions are COCO results for their validation set, and what is wrong with the others.
+
+    Raises ConfigError if the annotations themselves, the same for all, cannot be used.
+    """
+    try:
+        truth = check_annotations(runs[0].truth)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"runs: their validation set cannot be used: {error}") from error
+    kept, wrong = [], {}
+    for run in runs:
+        try:
+            check_predictions(run.predictions, truth)
+            kept.append(run)
+        except (ValueError, TypeError) as error:
+            wrong[run.folder] = f"its predictions cannot be used: {error}"
+    return kept, wrong
 
 
 def group(runs: Sequence[Run]) -> tuple[list[Method], dict[Path, str]]:

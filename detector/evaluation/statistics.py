@@ -20,7 +20,7 @@ import numpy as np
 from hotcoco import mask as rle_tools
 from scipy import stats
 
-from .boundary import boundary_rle
+from .boundary import with_boundaries
 from .coco import FIELD, as_rle, check_annotations, check_predictions
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -115,7 +115,7 @@ def _ious(detections: list[dict], real: list[dict], iou_type: str, sizes: dict) 
     masks = [[as_rle(e["segmentation"], sizes[e["image_id"]], "") for e in group] for group in (detections, real)]
     ious = rle_tools.iou(*masks, crowd)
     if iou_type == "boundary":
-        ious = np.minimum(ious, rle_tools.iou(*([boundary_rle(mask) for mask in group] for group in masks), crowd))
+        ious = with_boundaries(ious, *masks, crowd)
     return ious
 
 

@@ -23,7 +23,7 @@ from .comparison import compare, without_nan
 from .cost import measure_cost
 from .report import verdicts, write_report
 from .run import evaluate_checkpoint
-from .runs import Method, Run, Unusable, find_folders, group, read_run, same_validation_set
+from .runs import Method, Run, Unusable, find_folders, fitting, group, read_run, same_validation_set
 from .statistics import match
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,9 @@ def compare_runs(cfg: DictConfig) -> dict:
     if not runs:
         raise ConfigError("runs: none can be used: " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))
     runs, others = same_validation_set(runs)
+    runs, wrong = fitting(runs)
+    if not runs:
+        raise ConfigError("runs: none can be used: " + "; ".join(f"{k}: {v}" for k, v in (left_out | wrong).items()))
     methods, repeated = group(runs)
     if cfg.baseline is not None:
         if cfg.baseline not in (labels := [method.label for method in methods]):
@@ -63,7 +66,7 @@ def compare_runs(cfg: DictConfig) -> dict:
         methods.sort(key=lambda method: method.label != cfg.baseline)
     with tqdm(total=sum(len(m.runs) for m in methods), desc="compare", unit="run", leave=False, disable=None) as bar:
         report = compare(methods, cfg.samples, cfg.seed, cfg.boundary, bar.update)
-    report["left_out"] = {str(k): v for k, v in (left_out | others | repeated).items()}
+    report["left_out"] = {str(k): v for k, v in (left_out | others | wrong | repeated).items()}
     probed = {m.label: probe(m.runs[0], device, cfg.probe_images) for m in methods} if cfg.probe_images else {}
     for name in ("cost", "alignment", "offsets"):
         report[name] = {label: found[name] for label, found in probed.items() if found.get(name)}
@@ -91,7 +94,7 @@ def probe(run: Run, device, images: int) -> dict[str, dict]:
         return {}
     batches = [collate([sample])[0] for sample in samples]
     found = {"cost": measure_cost(model, batches), "offsets": measure_offsets(model, batches)}
-    if hasattr(model.box_head, "extractor") and any(len(sample.boxes) for sample in samples):
+    if model.box_head is not None and any(len(sample.boxes) for sample in samples):
         found["alignment"] = measure_alignment(model, samples)
     return found
 

@@ -15,19 +15,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 import detector
 from detector.config import CONFIGS, ConfigError, build, compose
 from detector.data import build_dataset, collate
 from detector.engine import checkpoint as checkpoints
 from detector.evaluation import coco_metrics
-from detector.evaluation.alignment import area_error, box_shift, feature_shift, measure_offsets
+from detector.evaluation.alignment import area_error, box_shift, feature_shift, measure_alignment, measure_offsets
 from detector.evaluation.charts import bar_chart, interval_chart, line_chart, ticks
 from detector.evaluation.comparison import sentence
 from detector.evaluation.cost import measure_cost
+from detector.evaluation.report import steps, training_chart
 from detector.evaluation.runs import Unusable, find_folders, group, read_run, roi_name, same_validation_set
 from detector.evaluation.study import compare_runs
 from detector.roi import RoIPool
+from tests.evaluation.conftest import SMALL
 
 
 def roi(name, **changes):
@@ -218,6 +221,9 @@ def test_the_report(make_run, tmp_path):
     assert len(report["per_class"]["bbox"]["differences"]["align"]) == 5
     assert report["tide"]["bbox"]["pool"]["Loc"] > report["tide"]["bbox"]["align"]["Loc"]
     assert np.mean(report["curves"]["bbox"]["pool"]["mean"]) == pytest.approx(values["AP"]["mean"])
+    (gain,) = report["curve_differences"]["bbox"]
+    assert (gain["a"], gain["b"]) == ("pool", "align") and np.mean(gain["delta"]) == pytest.approx(found["delta"])
+    assert all(low < delta < high for low, delta, high in zip(gain["low"], gain["delta"], gain["high"]))
 
     page = (output / "report.html").read_text()
     parser = Balanced()
@@ -241,6 +247,73 @@ def test_zero_detections_one_run_and_absent_classes(make_run, tmp_path):
     assert any("pool: no detections at all" in text for text in report["warnings"])
     assert any("align: one run. Its intervals cover the choice of images" in text for text in report["warnings"])
     assert any("8 validation images are few" in text for text in report["warnings"])
+
+
+def test_no_detections_in_any_run(make_run, tmp_path):
+    for name in ("align", "pool"):
+        (make_run(name, roi(name)) / "eval_last" / "predictions.json").write_text("[]")
+    report = compare_runs(settings(tmp_path))
+    assert report["kinds"] == ["bbox"] and report["metrics"]["bbox"]["pool"]["AP"]["mean"] == 0
+    assert sum("no detections at all" in text for text in report["warnings"]) == 2
+
+
+def test_a_class_without_ground_truth(make_run, tmp_path):
+    """It has no AP, it is in no mean, and the report says so."""
+    folders = [make_run(name, roi(name), noise=noise) for name, noise in (("align", 0.05), ("pool", 0.2))]
+    about = json.loads((folders[0] / "eval_last" / "about.json").read_text())
+    truth = json.loads(Path(about["annotations"]).read_text())
+    truth["categories"].append({"id": 99, "name": "unicorn"})
+    (tmp_path / "more.json").write_text(json.dumps(truth))
+    for folder in folders:
+        (folder / "eval_last" / "about.json").write_text(
+            json.dumps(about | {"annotations": str(tmp_path / "more.json")})
+        )
+    report = compare_runs(settings(tmp_path))
+    assert "The validation set has no object of unicorn: left out of every mean." in report["warnings"]
+    classes = report["per_class"]["bbox"]
+    assert classes["categories"][-1] == "unicorn" and classes["mean"]["pool"][-1] is None
+    assert classes["differences"]["pool"][-1]["delta"] is None
+    expected = coco_metrics(about["annotations"], folders[1] / "eval_last" / "predictions.json")["AP"]
+    assert report["metrics"]["bbox"]["pool"]["AP"]["mean"] == pytest.approx(expected)
+    assert not re.search(r"\bnan\b", (tmp_path / "report" / "report.md").read_text())
+
+
+def test_another_validation_set_and_foreign_predictions_are_left_out(make_run, tmp_path, capsys):
+    folders = {name: make_run(name, roi(name)) for name in ("align", "pool", "warp", "precise", "align_max")}
+    about = json.loads((folders["warp"] / "eval_last" / "about.json").read_text())
+    other = json.loads(Path(about["annotations"]).read_text())
+    other["images"] = other["images"][:4]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    (folders["warp"] / "eval_last" / "about.json").write_text(
+        json.dumps(about | {"annotations": str(tmp_path / "other.json")})
+    )
+    for name, key, value in (("precise", "image_id", 10**6), ("align_max", "score", "high")):
+        file = folders[name] / "eval_last" / "predictions.json"
+        entries = json.loads(file.read_text())
+        file.write_text(json.dumps([entries[0] | {key: value}, *entries[1:]]))
+    report = compare_runs(settings(tmp_path))
+    reasons = {path.rpartition("/")[2]: reason for path, reason in report["left_out"].items()}
+    assert set(reasons) == {"warp", "precise", "align_max"}
+    assert "it was evaluated on" in reasons["warp"] and "other.json" in reasons["warp"]
+    assert (
+        reasons["precise"].startswith("its predictions cannot be used: ")
+        and "image_id is 1000000" in reasons["precise"]
+    )
+    assert "score is 'high'" in reasons["align_max"]
+    assert [m["label"] for m in report["methods"]] == ["align", "pool"]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert all(str(folders[name]) in page for name in reasons) and "<h3>Left out</h3>" in page
+
+
+def test_annotations_that_nobody_can_use(make_run, tmp_path):
+    folder = make_run("align", roi("align"))
+    about = json.loads((folder / "eval_last" / "about.json").read_text())
+    (tmp_path / "broken.json").write_text('{"images": []}')
+    (folder / "eval_last" / "about.json").write_text(json.dumps(about | {"annotations": str(tmp_path / "broken.json")}))
+    with pytest.raises(
+        ConfigError, match=r"their validation set cannot be used: .*broken\.json.*'annotations' must be a list"
+    ):
+        compare_runs(settings(tmp_path))
 
 
 def test_one_method_alone_is_reported(make_run, tmp_path):
@@ -351,11 +424,63 @@ def test_offsets_in_pixels(model_of, run_config):
         lambda _, inputs, output: sides.append(inputs[1][:, 3:] - inputs[1][:, 1:3])
     )
     found = measure_offsets(model, [batch])
-    expected = 0.1 * (sides[0] * torch.tensor([0.3, 0.4])).norm(dim=1)
-    assert found["box_head"]["mean_px"] == pytest.approx(expected.mean().item(), rel=1e-5)
-    assert found["box_head"]["quantiles_px"][-1] == pytest.approx(expected.max().item(), rel=1e-5)
-    assert found["box_head"]["modulation"] == 0.5 and found["mask_head"]["mean_px"] == 0
+    assert batch.image_sizes.tolist() == [[128, 128]] and batch.original_sizes.tolist() == [[96, 96]]
+    moves = 0.1 * sides[0] * torch.tensor([0.3, 0.4]) * 96 / 128
+    box_head, distances = found["box_head"], moves.norm(dim=1)
+    assert box_head["mean_px"] == pytest.approx(distances.mean().item(), rel=1e-5)
+    assert box_head["mean_abs_px"] == pytest.approx(moves.mean(0).tolist(), rel=1e-5)
+    assert box_head["quantiles_px"][-1] == pytest.approx(distances.max().item(), rel=1e-5)
+    assert box_head["mean_norm"] == pytest.approx(0.5) and box_head["modulation"] == 0.5
+    edges, percent = box_head["histogram"]["edges"], box_head["histogram"]["percent"]
+    for low, high, share in zip(edges, edges[1:], percent):
+        inside = ((distances > low + 1e-5) & (distances < high - 1e-5)).float().mean()
+        assert share >= 100 * inside - 1e-4
+    assert 99 <= sum(percent) <= 100 + 1e-9
+    assert box_head["modulation_histogram"]["percent"][15] == 100  # all of them are 1/2
+    assert found["mask_head"]["mean_px"] == 0 and found["mask_head"]["histogram"]["percent"][0] == 100
     assert measure_offsets(model_of(roi("align")), [batch]) == {}
+
+
+def test_offsets_in_the_report(make_run, model_of, state, tmp_path):
+    """Norms and L2 loss over training as means of the seeds, histograms, moves in pixels."""
+    for seed in (0, 1):
+        folder = make_run(f"deformable_{seed}", roi("modulated_deformable"), seed)
+        keys = ("loss", "loss_offset", "box_head/offsets_mean_norm")
+        lines = [{"iteration": i} | dict.fromkeys(keys, (seed + 1) / i) for i in (20, 40)]
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        config, model = yaml.safe_load((folder / "config.yaml").read_text()), model_of(roi("modulated_deformable"))
+        checkpoints.save(state | {"config": config, "model": model.state_dict()}, folder / "last.pt")
+    report = compare_runs(settings(tmp_path, probe_images=1, pictures=0))
+    page = (tmp_path / "report" / "report.html").read_text()
+    captions = ("Norm of the offsets (dx, dy) in training", "L2 loss of the offsets", "Histogram of the moves")
+    for caption in (*captions, "Histogram of the modulation", "mean |x|, px"):
+        assert caption in page
+    chart, _ = training_chart(report, {"a": ("modulated_deformable", "loss_offset")}, "loss", "L2")
+    assert "<polygon" in chart
+    assert set(report["offsets"]["modulated_deformable"]) == {"box_head", "mask_head"}
+
+
+def test_steps_outline_a_histogram():
+    assert steps({"edges": [0, 2, 4], "percent": [60, 40]}) == ([0, 2, 2, 4], [30, 30, 20, 20])
+
+
+def test_alignment_of_a_cascade(model_of, run_config):
+    """Its first stage pools the proposals, its last stage says where the boxes are."""
+    config = copy.deepcopy(run_config)
+    changes = [s for s in SMALL if not s.startswith(("model/", "model.mask_head"))]
+    cfg = compose("train", [*changes, "model=cascade_rcnn", "roi=pool", f"data.root={config['data']['root']}"])
+    torch.manual_seed(0)
+    cascade = build(OmegaConf.to_container(cfg.model, resolve=True), "model", num_classes=5).eval()
+    dataset = build_dataset(config["data"], "val", config["augment"])
+    found = measure_alignment(cascade, [dataset[0], dataset[1]])
+    assert max(found["feature_shift"]) > 0.2 and found["area_error"] is not None
+    assert found["box_shift"][0] == 0 and found["box_shift"][3] > 0
+    # the last stage decides: without it nothing is left but what the others did
+    image, boxes = dataset[0].image, torch.from_numpy(dataset[0].boxes)
+    before = box_shift(cascade, image, boxes, torch.ones(len(boxes), dtype=torch.long), (0, 5))[1]
+    torch.nn.init.normal_(cascade.box_head.stages[-1].predictor.box_deltas.weight, std=0.1)
+    after = box_shift(cascade, image, boxes, torch.ones(len(boxes), dtype=torch.long), (0, 5))[1]
+    assert after > 2 * before
 
 
 def test_cost(model_of, run_config):
@@ -373,7 +498,7 @@ def test_cost(model_of, run_config):
 
 def test_charts_are_valid_and_leave_gaps():
     charts = [
-        line_chart({"a & b": ([0, 1, 2], [1, None, 3]), "c": ([0, 1], [0, 2])}, "x", "y", {"c": [0.1, 0.2]}),
+        line_chart({"a & b": ([0, 1, 2], [1, None, 3]), "c": ([0, 1], [0, 2])}, "x", "y", {"c": [(-0.1, 0.2), (1, 3)]}),
         interval_chart([("a < b", 1, 0.5, 2), ("none", None, None, None)], "difference"),
         bar_chart({"a": {"one": 1, "two": None}, "b": {"one": -2, "two": 3}}, "y"),
     ]
@@ -384,6 +509,7 @@ def test_charts_are_valid_and_leave_gaps():
         and charts[1].count("<circle") == 1
         and charts[2].count('<rect class="bar') == 5
     )
+    assert charts[0].count("<polygon") == 1 and 'class="zero"' in charts[0]
     assert line_chart({}, "x", "y") == interval_chart([], "x") == bar_chart({}, "y") == ""
     assert line_chart({"a": ([1], [None])}, "x", "y") == ""
 
