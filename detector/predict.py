@@ -9,6 +9,7 @@ from functools import partial
 from glob import glob
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from hydra.utils import instantiate
@@ -25,7 +26,7 @@ from .engine.settings import Runtime
 from .evaluation.evaluator import autocast
 from .evaluation.masks import encode_window, paste_masks
 from .evaluation.results import to_original, write_json
-from .structures import Detections, to_device
+from .structures import Batch, Detections, to_device
 from .visualize import draw
 from .weights.portable import load_safetensors
 
@@ -121,14 +122,8 @@ def predict_batch(
 ) -> list[Detections]:
     """`predict` for several images in one pass of the network."""
     arrays = [read_image(image) if isinstance(image, (str, Path)) else _check(image) for image in images]
-    samples = []
-    for number, array in enumerate(arrays):
-        none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool), None, None, None
-        samples.append(Sample(model.preprocess(array).image, array.shape[:2], number, 0, *none))
-    multiple = (model.config.get("data") or {}).get("pad_multiple", 32)
-    batch, _ = collate(samples, multiple)
-    device = next(model.parameters()).device
-    batch = to_device(batch, device)
+    batch = as_batch(model, arrays)
+    device = batch.images.device
     with autocast(device, precision):
         found = model(batch)
     found = to_original(found, batch)
@@ -141,6 +136,19 @@ def predict_batch(
             one = one._replace(masks=torch.from_numpy(masks))
         results.append(one)
     return results
+
+
+def as_batch(model: nn.Module, arrays: Sequence[np.ndarray], scale: float = 1.0) -> Batch:
+    """Images [H, W, 3] uint8 as the model wants them, on its device; `scale` makes them smaller than it is used to."""
+    samples = []
+    for number, array in enumerate(arrays):
+        none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool), None, None, None
+        image = model.preprocess(array).image
+        if scale != 1:
+            image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        samples.append(Sample(image, array.shape[:2], number, 0, *none))
+    multiple = (model.config.get("data") or {}).get("pad_multiple", 32)
+    return to_device(collate(samples, multiple)[0], next(model.parameters()).device)
 
 
 def _check(image: np.ndarray) -> np.ndarray:
