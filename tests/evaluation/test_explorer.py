@@ -14,14 +14,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from torch import nn
 
 import detector
 from detector.config import CONFIGS, ConfigError, build, compose
 from detector.data import read_image
 from detector.evaluation.alignment import area_error
 from detector.evaluation.explorer import explore, write_page
-from detector.evaluation.explorer.page import collect, decode, encode, render
-from detector.roi import PreciseRoIPool, RoIAlign, RoIPool, RoIWarp, assign_levels
+from detector.evaluation.explorer.page import collect, decode, encode, find_extractor, render
+from detector.roi import PreciseRoIPool, RoIAlign, RoIExtractor, RoIPool, RoIWarp, assign_levels
 from tests.evaluation.conftest import SMALL
 
 MODIFIED = ["model.box_head.roi.predictor_width=32", "model.mask_head.roi.predictor_width=8"]
@@ -523,6 +524,15 @@ def test_heads_and_settings(shapes_tiny, photo, tmp_path):
         write_page(model, image, tmp_path / "page.html", head="tail")
     with pytest.raises(ConfigError, match="max_mb = 0"):
         write_page(model, image, tmp_path / "page.html", max_mb=0)
+
+
+def test_head_of_a_cascade():
+    stages = nn.ModuleList(nn.ModuleDict({"extractor": RoIExtractor(RoIAlign(7), STRIDES)}) for _ in range(2))
+    model = nn.ModuleDict({"box_head": nn.ModuleDict({"stages": stages})})
+    assert find_extractor(model, "box_head") is stages[0]["extractor"]
+    assert find_extractor(model, "box_head.stages.1") is stages[1]["extractor"]
+    with pytest.raises(ConfigError, match=r"are none"):
+        find_extractor(nn.ModuleDict(), "box_head")
 
 
 def test_command(checkpoint, photo, tmp_path):

@@ -28,7 +28,8 @@ const halves = (() => {
 
 function numbers({ type, data }) {
   const buffer = bytes(data);
-  return { float32: () => new Float32Array(buffer), float16: () => halves(buffer), int8: () => new Int8Array(buffer) }[type]();
+  if (type === "float16") return halves(buffer);
+  return type === "int8" ? new Int8Array(buffer) : new Float32Array(buffer);
 }
 
 function readLayers(layers) {
@@ -113,9 +114,10 @@ function liveliest() {
 function missing(method) {
   if (METHODS[method].kind !== "deformable") return null;
   const { learned } = scene();
-  if (!learned) return state.scene ? "needs the predictor of a checkpoint" : "this checkpoint predicts no offsets; train with roi=deformable";
-  if (METHODS[method].modulated && !learned.predictors[0].modulation) return "this checkpoint predicts no modulation; train with roi=modulated_deformable";
-  return null;
+  if (!learned && state.scene) return "needs the predictor of a checkpoint";
+  if (!learned) return "this checkpoint predicts no offsets; train with roi=deformable";
+  const without = METHODS[method].modulated && !learned.predictors[0].modulation;
+  return without ? "this checkpoint predicts no modulation; train with roi=modulated_deformable" : null;
 }
 
 let remembered = { key: null, value: null }; // the predictor is the only slow part, and two methods ask for it
@@ -145,7 +147,8 @@ const ranges = new Map();
 /** Lowest and highest value of a channel on a level: what the colours span. */
 function rangeOf(map, channel) {
   if (!ranges.has(map)) ranges.set(map, []);
-  return (ranges.get(map)[channel] ??= plane(map, channel).reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]));
+  const extend = ([low, high], v) => [Math.min(low, v), Math.max(high, v)];
+  return (ranges.get(map)[channel] ??= plane(map, channel).reduce(extend, [Infinity, -Infinity]));
 }
 
 function colour(value, [low, high]) {
@@ -163,7 +166,7 @@ function colours(map, channel, veil = false) {
   const spread = Math.sqrt(values.reduce((a, b) => a + (b - mean) ** 2, 0) / values.length) || 1;
   const image = new ImageData(map.width, map.height);
   values.forEach((v, k) => {
-    const alpha = veil ? Math.min(0.25 + (0.3 * Math.abs(v - mean)) / spread, 1) : 1;
+    const alpha = veil ? Math.min(0.1 + (0.35 * Math.abs(v - mean)) / spread, 1) : 1;
     image.data.set([...colour(v, rangeOf(map, channel)), 255 * alpha], 4 * k);
   });
   return image;
@@ -185,7 +188,7 @@ function tint(map, channel, veil) {
 function short(value) {
   const text = Number.isInteger(value) || Math.abs(value) >= 1000 ? String(Math.round(value))
     : Number(value.toPrecision(3)).toString();
-  return text.replace("-", "−").replace(/e.*/, (power) => power.replace("e−", "e−"));
+  return text.replaceAll("-", "−");
 }
 
 const fixed = (value, digits = 2) => (Math.abs(value) < 0.5 * 10 ** -digits ? 0 : value).toFixed(digits).replace("-", "−");
@@ -248,19 +251,24 @@ function drawCloseup(shown) {
       context.strokeStyle = "#0005";
       context.lineWidth = unit;
       context.beginPath();
-      for (let u = left; u <= right; u++) { context.moveTo(u * map.stride, top * map.stride); context.lineTo(u * map.stride, bottom * map.stride); }
-      for (let v = top; v <= bottom; v++) { context.moveTo(left * map.stride, v * map.stride); context.lineTo(right * map.stride, v * map.stride); }
+      const line = (...ends) => {
+        const [a, b, c, d] = ends.map((v) => v * map.stride);
+        context.moveTo(a, b);
+        context.lineTo(c, d);
+      };
+      for (let u = left; u <= right; u++) line(u, top, u, bottom);
+      for (let v = top; v <= bottom; v++) line(left, v, right, v);
       context.stroke();
     }
     if (cell >= NUMBER_CELL) {
-      context.font = `${Math.min(cell / 4.2, 15) * unit}px system-ui, sans-serif`;
+      context.font = `${Math.min(cell / 3.8, 15) * unit}px system-ui, sans-serif`;
       context.textAlign = "center";
       for (let v = top; v < bottom; v++) {
         for (let u = left; u < right; u++) {
           const value = values[v * map.width + u];
           context.fillStyle = ink(colour(value, rangeOf(map, state.channel)));
           // at the foot of the cell: points lie around its middle
-          context.fillText(short(value), (u + 0.5) * map.stride, (v + 0.93) * map.stride);
+          context.fillText(compact(value), (u + 0.5) * map.stride, (v + 0.93) * map.stride);
         }
       }
     }
@@ -283,13 +291,14 @@ function drawReading({ reading, map, values }) {
   lines(marks, full, "under", 3 * unit, stride);
   lines(marks, full, "bin", 1.4 * unit, stride);
   lines(marks, [reading.read], "under", 5 * unit, stride);
-  lines(marks, [reading.read], "read", 3 * unit, stride, reading.whole || METHODS[reading.method].kind === "warp" ? `${8 * unit} ${5 * unit}` : null);
+  lines(marks, [reading.read], "read", 3 * unit, stride, rounds(reading) ? `${8 * unit} ${5 * unit}` : null);
   if (reading.offsets) drawOffsets(reading, unit, stride);
   const { bin = -1, point = -1 } = state.chosen ?? {};
   if (bin >= 0) lines(marks, [reading.bins[bin]], "chosen", 2.5 * unit, stride);
 
   const count = reading.points.reduce((sum, points) => sum + points.length, 0);
-  const room = stride / unit / Math.sqrt(count / Math.max(reading.bins.reduce((s, [a, b, c, d]) => s + (c - a) * (d - b), 0), 0.1));
+  const area = reading.bins.reduce((sum, [a, b, c, d]) => sum + (c - a) * (d - b), 0);
+  const room = stride / unit * Math.sqrt(Math.max(area, 0.1) / count); // CSS pixels between points
   const radius = Math.min(Math.max(room / 5, 1.3), 4.5) * unit;
   reading.points.forEach((points, b) => {
     const best = reading.reduction === "max" && points.length ? winner(points, values, map.width) : -1;
@@ -305,6 +314,9 @@ function drawReading({ reading, map, values }) {
   });
   if (bin >= 0 && reading.points[bin].length) drawNeighbours(reading.points[bin], point, unit, stride);
 }
+
+/** Whether a method reads whole cells, or a RoI made of them. */
+const rounds = ({ method }) => ["pool", "warp"].includes(METHODS[method].kind);
 
 function drawOffsets({ regular, offsets }, unit, stride) {
   regular.forEach(([a, b, c, d], k) => {
@@ -325,8 +337,8 @@ function drawNeighbours(points, point, unit, stride) {
   for (const { u, v, weight } of chosen.cells) {
     lines(closeup.marks, [[u, v, u + 1, v + 1]], "neighbour", 2 * unit, stride);
     if (size < 7) continue;
-    const place = { class: "tag", x: (u + 0.5) * stride, y: (v + 0.02) * stride + size * unit, "font-size": size * unit, "stroke-width": 3 * unit };
-    svg("text", place, closeup.marks).textContent = chosen.cells.length > 1 ? `× ${weight.toFixed(2)}` : "";
+    const place = { x: (u + 0.5) * stride, y: (v + 0.02) * stride + size * unit, "font-size": size * unit };
+    svg("text", { class: "tag", ...place, "stroke-width": 3 * unit }, closeup.marks).textContent = chosen.cells.length > 1 ? `× ${weight.toFixed(2)}` : "";
   }
 }
 
@@ -405,20 +417,26 @@ function fillScene() {
 function aboutImage() {
   const { name, checkpoint, own, head, file_size: file, picture, boxes } = content;
   const size = `${picture.width} × ${picture.height} px`;
-  const scaled = file[0] === picture.width && file[1] === picture.height ? size : `${file.join(" × ")} px, ${size} for the network`;
-  return `${name} (${scaled}), ${boxes.length} detections. ${checkpoint}: its ${head.replaceAll("_", " ")} pools with ${own.name}, ${own.size.join(" × ")} bins.`;
+  const same = file[0] === picture.width && file[1] === picture.height;
+  const sizes = same ? size : `${file.join(" × ")} px, ${size} for the network`;
+  const method = `its ${head.replaceAll("_", " ")} pools with ${own.name}, ${own.size.join(" × ")} bins`;
+  return `${name} (${sizes}), ${boxes.length} detections. ${checkpoint}: ${method}.`;
 }
 
 function smallPrint() {
   const notes = [];
   const { maps, picture, usual_size: usual, learned, own } = content;
   notes.push(`Feature maps are stored as ${[...new Set(maps.map((m) => m.type))].join(" and ")}.`);
-  if (picture.width !== usual[0]) notes.push(`To keep the page small the network saw the image at ${picture.width} × ${picture.height} instead of ${usual.join(" × ")} pixels.`);
+  if (picture.width !== usual[0]) {
+    const sizes = `${picture.width} × ${picture.height} instead of ${usual.join(" × ")} pixels`;
+    notes.push(`To keep the page small the network saw the image at ${sizes}.`);
+  }
   if (learned) {
     const types = [...new Set(learned.predictors.flatMap((p) => [...p.offsets, ...p.modulation]).map((l) => l.type))];
-    notes.push(`The offset predictor is stored as ${types.join(" and ")}; its offsets are within ${short(Math.max(learned.error_px, 1e-4))} px of the model's.`);
+    const error = short(Math.max(learned.error_px, 1e-4));
+    notes.push(`The offset predictor is stored as ${types.join(" and ")}; its offsets are within ${error} px of the model's.`);
   }
-  if (!METHODS[own.method]) notes.push(`The checkpoint's own method, ${own.name}, is not among those that this page computes.`);
+  if (!METHODS[own.method]) notes.push(`The checkpoint's own method, ${own.name}, is not among those shown here.`);
   return notes.join(" ");
 }
 
@@ -498,7 +516,8 @@ $("channels").addEventListener("click", (event) => {
   const columns = Number($("channels").dataset.columns);
   const rows = Math.ceil(map.channels / columns);
   const at = (v, length, count) => Math.min(Math.floor((v / length) * count), count - 1);
-  const channel = at(event.clientY - place.top, place.height, rows) * columns + at(event.clientX - place.left, place.width, columns);
+  const line = at(event.clientY - place.top, place.height, rows);
+  const channel = line * columns + at(event.clientX - place.left, place.width, columns);
   if (channel < map.channels) set({ channel });
 });
 
@@ -532,7 +551,8 @@ function showControls({ level, map }) {
   for (const [side, value] of Object.entries(values)) {
     if (document.activeElement !== $(`roi-${side}`) || !state.held) $(`roi-${side}`).value = Number(value.toFixed(2));
   }
-  $("map-note").textContent = `level ${level + 1} of ${scene().maps.length}, stride ${map.stride}, ${map.width} × ${map.height} cells, channel ${state.channel}`;
+  const size = `stride ${map.stride}, ${map.width} × ${map.height} cells`;
+  $("map-note").textContent = `level ${level + 1} of ${scene().maps.length}, ${size}, channel ${state.channel}`;
   return Object.entries(values).map(([side, value]) => `${side} ${Number(value.toFixed(2))}`).join(", ");
 }
 
@@ -550,7 +570,13 @@ function showCards(shown) {
     }
     const { reading, output, map } = method === state.method ? shown : compute({ method });
     drawOutput(canvas, output, reading.size, range);
-    note.textContent = `area ${signed(100 * areaError(reading), 1)} %, off by ${fixed(away(reading) * map.stride, 1)} px`;
+    const error = areaError(reading);
+    const empty = reading.points.filter((points) => points.length === 0).length;
+    note.textContent = [
+      `area ${Number.isFinite(error) ? signed(100 * error, 1) : "–"} %`,
+      `off by ${fixed(away(reading) * map.stride, 1)} px`,
+      ...(empty ? [`${empty} bins empty`] : []),
+    ].join(", ");
   }
   $("methods-note").textContent = `channel ${state.channel}; the colours are those of the map`;
   [$("scale-low").textContent, $("scale-high").textContent] = range.map(short);
@@ -563,8 +589,9 @@ function away({ real, read, offsets }) {
 }
 
 function showFacts({ reading, map }) {
-  const entries = ([x1, y1, x2, y2], digits) => [x1, y1, x2 - x1, y2 - y1, (x2 - x1) * (y2 - y1)].map((v) => fixed(v, digits));
-  const rounded = reading.whole || METHODS[reading.method].kind === "warp";
+  const entries = ([x1, y1, x2, y2], digits) =>
+    [x1, y1, x2 - x1, y2 - y1, (x2 - x1) * (y2 - y1)].map((v) => fixed(v, digits));
+  const rounded = rounds(reading);
   const [real, read] = [entries(reading.real, 2), entries(reading.read, rounded ? 0 : 2)];
   $("facts").replaceChildren(
     row("th", ["in cells", "the RoI", rounded ? "quantised" : "as read"]),
@@ -573,7 +600,8 @@ function showFacts({ reading, map }) {
   const error = areaError(reading);
   const dropped = reading.whole && new Set(reading.points.flat().map(({ x, y }) => `${x},${y}`)).size;
   const extent = (reading.read[2] - reading.read[0]) * (reading.read[3] - reading.read[1]);
-  const strong = Object.assign(document.createElement("b"), { textContent: Number.isFinite(error) ? `${signed(100 * error, 1)} %` : "–" });
+  const share = Number.isFinite(error) ? `${signed(100 * error, 1)} %` : "–";
+  const strong = Object.assign(document.createElement("b"), { textContent: share });
   const distance = fixed(away(reading) * map.stride, 2);
   const words = reading.offsets ? `area error; the offsets move bins by ${distance} px on average`
     : `area error; its centre is ${distance} px from the RoI's`;
@@ -599,7 +627,9 @@ function showPoint({ reading, map, values, learned }) {
     return;
   }
   const whole = reading.whole || point.x === null;
-  if (!whole) title.textContent += `, point ${state.chosen.point + 1} of ${points.length}: x ${fixed(point.x)}, y ${fixed(point.y)}`;
+  if (!whole) {
+    title.textContent += `, point ${state.chosen.point + 1} of ${points.length}: x ${fixed(point.x)}, y ${fixed(point.y)}`;
+  }
   const value = pointValue(point, values, map.width);
   if (reading.whole) {
     title.textContent += `, cell ${state.chosen.point + 1} of ${points.length}`;
@@ -611,8 +641,10 @@ function showPoint({ reading, map, values, learned }) {
       const cell = values[v * map.width + u];
       table.append(row("td", [`(${u}, ${v})`, fixed(weight, 4), fixed(cell, 4), fixed(weight * cell, 4)]));
     }
-    if (cells.length < point.cells.length) table.append(row("td", [`and ${point.cells.length - cells.length} more`, "", "", ""]));
-    const sum = row("td", ["sum", fixed(point.cells.reduce((s, c) => s + c.weight, 0), 4), "", fixed(value, 4)]);
+    const more = point.cells.length - cells.length;
+    if (more) table.append(row("td", [`and ${more} more`, "", "", ""]));
+    const total = point.cells.reduce((s, c) => s + c.weight, 0);
+    const sum = row("td", ["sum", fixed(total, 4), "", fixed(value, 4)]);
     sum.className = "sum";
     table.append(sum);
   }
@@ -634,19 +666,21 @@ function movedText([dx, dy, modulation], learned, stride) {
 function showNumbers({ output, reading }) {
   if (!$("numbers").open) return;
   const [h, w] = reading.size;
-  $("output").replaceChildren(...Array.from({ length: h }, (_, i) => row("td", [...output.slice(i * w, (i + 1) * w)].map((v) => fixed(v, 4)))));
+  const rows = Array.from({ length: h }, (_, i) => [...output.slice(i * w, (i + 1) * w)].map((v) => fixed(v, 4)));
+  $("output").replaceChildren(...rows.map((texts) => row("td", texts)));
 }
 
 let sheetShown = null; // drawing it takes long on large maps
 function showSheet({ map }) {
   if (!$("sheet").open) return;
   const canvas = $("channels");
-  const columns = Math.min(map.channels, Math.ceil(Math.sqrt((map.channels * map.height) / map.width)));
+  const aspect = canvas.clientWidth > 600 ? 2 : 1;
+  const columns = Math.min(map.channels, Math.ceil(Math.sqrt((aspect * map.channels * map.height) / map.width)));
   const rows = Math.ceil(map.channels / columns);
   const gap = Math.max(1, Math.round(map.width / 24));
   const [tw, th] = [map.width + gap, map.height + gap];
   canvas.dataset.columns = columns;
-  const key = [state.scene, scene().maps.indexOf(map), state.channel].join();
+  const key = [state.scene, scene().maps.indexOf(map), state.channel, columns].join();
   if (sheetShown === key) return;
   sheetShown = key;
   Object.assign(canvas, { width: columns * tw, height: rows * th });

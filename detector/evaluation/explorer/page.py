@@ -151,12 +151,12 @@ def collect(model: nn.Module, image: np.ndarray, head: str, max_mb: float) -> di
 
 
 def find_extractor(model: nn.Module, head: str) -> RoIExtractor:
-    """The extractor of a head; ConfigError where there is none."""
+    """The extractor of a head, of a cascade the first one's; ConfigError where there is none."""
     heads = {n.removesuffix(".extractor"): m for n, m in model.named_modules() if isinstance(m, RoIExtractor)}
-    if head not in heads:
-        names = ", ".join(heads) or "none"
-        raise ConfigError(f"head = {head!r}: the model's heads with a RoI method are {names}")
-    return heads[head]
+    for name in (head, f"{head}.stages.0"):
+        if name in heads:
+            return heads[name]
+    raise ConfigError(f"head = {head!r}: the model's heads with a RoI method are {', '.join(heads) or 'none'}")
 
 
 def describe(op: RoIOp) -> dict[str, Any] | None:

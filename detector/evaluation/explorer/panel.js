@@ -55,7 +55,8 @@ class Panel {
   /** Clear the canvas and let `draw(context, unit)` paint it. */
   paint(draw) {
     const ratio = window.devicePixelRatio || 1;
-    const [width, height] = [this.figure.clientWidth, this.figure.clientHeight].map((v) => Math.max(1, Math.round(v * ratio)));
+    const { clientWidth, clientHeight } = this.figure;
+    const [width, height] = [clientWidth, clientHeight].map((v) => Math.max(1, Math.round(v * ratio)));
     if (this.canvas.width !== width || this.canvas.height !== height) Object.assign(this.canvas, { width, height });
     const context = this.canvas.getContext("2d");
     context.setTransform(1, 0, 0, 1, 0, 0);
@@ -75,16 +76,20 @@ class Panel {
       for (const [key, value] of Object.entries(place)) rect.setAttribute(key, value);
       rect.setAttribute("stroke-width", [0, 4, 2][k] * this.unit);
     });
+    const room = Math.min(place.width, place.height) / this.unit; // in CSS pixels: the middle must stay free to drag
     this.handles.forEach((pair, k) => {
       const side = HANDLES[k];
-      const x = side.includes("w") ? x1 : side.includes("e") ? x2 : (x1 + x2) / 2;
-      const y = side.includes("n") ? y1 : side.includes("s") ? y2 : (y1 + y2) / 2;
+      const [right, down] = [["w", "e"], ["n", "s"]].map(([low, high]) => side.includes(high) - side.includes(low));
+      const [x, y] = [(x1 + x2 + right * (x2 - x1)) / 2, (y1 + y2 + down * (y2 - y1)) / 2];
+      const seen = Math.min(Math.max(room / 6, 4), 8);
+      const inward = Math.min(Math.max(room / 6, 2), 10);
       pair.forEach((rect, large) => {
-        const length = (large ? 20 : 8) * this.unit;
-        for (const [key, value] of Object.entries({ x: x - length / 2, y: y - length / 2, width: length, height: length })) {
-          rect.setAttribute(key, value);
-        }
+        const length = (large ? 10 + inward : seen) * this.unit;
+        const out = large ? (5 - inward / 2) * this.unit : 0; // what lacks inside is added outside
+        const corner = { x: x + right * out - length / 2, y: y + down * out - length / 2 };
+        for (const [key, value] of Object.entries({ ...corner, width: length, height: length })) rect.setAttribute(key, value);
         rect.setAttribute("stroke-width", this.unit);
+        rect.style.display = side.length === 1 && room < 36 ? "none" : "";
       });
     });
     if (this.name) this.frame.setAttribute("aria-label", `${this.name}: ${label}`);
@@ -93,7 +98,8 @@ class Panel {
   /** Where a pointer is, in pixels of the image. */
   at(event) {
     const place = this.figure.getBoundingClientRect();
-    return [this.view[0] + (event.clientX - place.left) * this.unit, this.view[1] + (event.clientY - place.top) * this.unit];
+    const [left, top] = [event.clientX - place.left, event.clientY - place.top];
+    return [this.view[0] + left * this.unit, this.view[1] + top * this.unit];
   }
 
   press(event) {
