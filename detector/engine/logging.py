@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import resource
 import sys
 import time
@@ -67,6 +68,7 @@ class Journal:
         self.clock = self.began = time.perf_counter()
         self.first = self.clocked = start
         self.board = self.bar = None
+        forget_peak(world.device)
         if not world.main:
             return
         lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -194,8 +196,19 @@ def parsed(line: str) -> dict[str, Any]:
         return {}
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let `memory_mb` begin anew: of several runs in one process, each has its own peak. On the CPU on Linux alone."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def memory_mb(device: torch.device) -> float:
     """The peak of the memory in use: on the GPU torch's, else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError, AttributeError):
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)

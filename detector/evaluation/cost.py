@@ -20,9 +20,9 @@ def measure_cost(model: nn.Module, batches: Sequence[Batch], repeat: int = 2) ->
     """Cost of inference, image by image.
 
     batches: of one image each. Returns parameters and roi_parameters (of the RoI methods themselves, such as offset
-    predictors); gflops and roi_gflops per image (multiplications and additions of convolutions, matrix products and
-    weighted bags; comparisons of max pooling are none); ms and roi_ms per image, medians of `repeat` rounds;
-    memory_mb, the peak on a GPU, else None.
+    predictors); gflops and roi_gflops, means over the images (multiplications and additions of convolutions, matrix
+    products and weighted bags; comparisons of max pooling are none); ms and roi_ms per image, medians of `repeat`
+    rounds; memory_mb, the peak on a GPU, else None.
     """
     device = next(model.parameters()).device
     batches = [to_device(batch, device) for batch in batches]
@@ -32,11 +32,11 @@ def measure_cost(model: nn.Module, batches: Sequence[Batch], repeat: int = 2) ->
         "roi_parameters": sum(p.numel() for m in extractors.values() for p in m.parameters()),
     }
     with FlopCounterMode(display=False, custom_mapping=BAGS) as counter:
-        model(batches[0])
-    per_module = counter.get_flop_counts()
-    counts["gflops"] = counter.get_total_flops() / 1e9
-    owner = type(model).__name__
-    counts["roi_gflops"] = sum(sum(per_module.get(f"{owner}.{name}", {}).values()) for name in extractors) / 1e9
+        for batch in batches:
+            model(batch)
+    per_module, owner = counter.get_flop_counts(), type(model).__name__
+    inside = sum(sum(per_module.get(f"{owner}.{name}", {}).values()) for name in extractors)
+    counts |= {"gflops": counter.get_total_flops() / len(batches) / 1e9, "roi_gflops": inside / len(batches) / 1e9}
 
     clock = Clock(device)
     handles = [m.register_forward_pre_hook(clock.start) for m in extractors.values()]

@@ -44,6 +44,7 @@ th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(
 th:first-child, td:first-child { text-align: left; } td small { color: var(--soft); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: .5rem 2rem; }
 .charts.broad { grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); } .charts > * { margin: 0; }
+.charts.broad svg { max-width: 480px !important; }
 figcaption, .note { color: var(--soft); font-size: .88rem; } figure img { max-width: 100%; }
 .verdict li { margin: .15rem 0; } .clear { font-weight: 600; }
 .warn { background: var(--shade); border-left: 4px solid var(--c4); padding: .4rem 1rem; }
@@ -260,7 +261,7 @@ def precision(report: Mapping) -> str:
             figures.append(
                 (line_chart(found, "recall", "precision", None, True), f"Precision and recall at IoU {threshold}")
             )
-        parts.append(f"<h3>{title(kind)}, %</h3>{table}{charts(*figures)}")
+        parts.append(f"<h3>{title(kind)}, %</h3>{table}{charts(*figures, broad=True)}")
     if "boundary" in report["kinds"]:
         parts.append(
             '<p class="note">Boundary AP takes min(mask IoU, boundary IoU), the boundary being the mask within 2 % of '

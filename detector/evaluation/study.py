@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..config import CONFIGS, ConfigError, config_errors
 from ..data import build_dataset, collate, read_image
+from ..data.annotations import leads_out
 from ..engine import distributed
 from ..engine.settings import Runtime
 from ..predict import load
@@ -27,8 +28,6 @@ from .runs import Method, Run, Unusable, find_folders, fitting, group, read_run,
 from .statistics import match
 
 log = logging.getLogger(__name__)
-
-SHOWN = 0.5  # least score of detections in pictures
 
 
 def compare_runs(cfg: DictConfig) -> dict:
@@ -100,7 +99,10 @@ def probe(run: Run, device, images: int) -> dict[str, dict]:
 
 
 def disagreements(methods: Sequence[Method], report: Mapping, count: int) -> list[tuple[str, np.ndarray]]:
-    """Pictures of the images on which the best and the worst method differ most in F1 at IoU 0.5."""
+    """Pictures of the images on which the best and the worst method differ most in F1 at IoU 0.5.
+
+    Of each method the detections are those above the score that makes its F1 over all images largest.
+    """
     kind = "segm" if "segm" in report["kinds"] else "bbox"
     means = {name: numbers["AP"]["mean"] or 0 for name, numbers in report["metrics"][kind].items()}
     best, worst = (choose(methods, key=lambda m: means[m.label]) for choose in (max, min))
@@ -108,7 +110,7 @@ def disagreements(methods: Sequence[Method], report: Mapping, count: int) -> lis
         best, worst = methods[:2]
     runs = [worst.runs[0], best.runs[0]]
     truth = COCO(str(runs[0].truth))
-    scores = [f1_by_image(run, kind) for run in runs]
+    limits, scores = zip(*(f1_by_image(run, kind) for run in runs))
     gap = scores[1] - scores[0]
     pictures = []
     for index in np.argsort(-np.abs(gap), kind="stable")[:count]:
@@ -116,31 +118,38 @@ def disagreements(methods: Sequence[Method], report: Mapping, count: int) -> lis
         if gap[index] == 0:
             break
         try:
-            image = read_image(runs[0].images / truth.imgs[image_id]["file_name"])
+            name = truth.imgs[image_id]["file_name"]
+            if leads_out(name):
+                raise ValueError(f"image {image_id}: {name!r} leads out of the image folder")
+            image = read_image(runs[0].images / name)
         except (ValueError, OSError) as error:
             log.warning("no picture: %s", error)
             continue
-        views = [
-            picture_of(image, truth, [a for a in truth.dataset["annotations"] if a["image_id"] == image_id], False)
-        ]
-        for run in runs:
-            found = [p for p in run.predictions if p["image_id"] == image_id and p["score"] >= SHOWN]
+        real = [a for a in truth.dataset["annotations"] if a["image_id"] == image_id]
+        views = [picture_of(image, truth, real, False)]
+        for run, limit in zip(runs, limits):
+            found = [p for p in run.predictions if p["image_id"] == image_id and p["score"] >= limit]
             views.append(picture_of(image, truth, found, True))
         names = [f"{m.label}: F1 {s[index]:.2f}" for m, s in zip((worst, best), scores)]
-        caption = (
-            f"image {image_id}, {truth.imgs[image_id]['file_name']}: {names[0]}, {names[1]} (IoU 0.5, score ≥ {SHOWN})"
-        )
+        shown = " and ".join(f"{limit:.2f}" for limit in limits)
+        caption = f"{truth.imgs[image_id]['file_name']}: {', '.join(names)} (IoU 0.5; scores of at least {shown})"
         pictures.append((caption, panel(views, ["ground truth", *names])))
     return pictures
 
 
-def f1_by_image(run: Run, kind: str) -> np.ndarray:
-    """[I] F1 of the detections of at least SHOWN at IoU 0.5; 1 where there is nothing and nothing is found."""
+def f1_by_image(run: Run, kind: str) -> tuple[float, np.ndarray]:
+    """The least score that gives the largest F1 at IoU 0.5 over all images, and the F1 [I] of each image with it; 1
+    where there is nothing and nothing is found."""
     matches = match(run.truth, run.predictions, kind)
-    shown, images = matches.score >= SHOWN, len(matches.image_ids)
-    true, false = (np.bincount(matches.image[shown & hits[:, 0, 0]], minlength=images) for hits in matches[5:7])
+    true, false = matches.true[:, 0, 0], matches.false[:, 0, 0]
     objects = matches.objects[:, :, 0].sum(1)
-    return np.where(objects + true + false > 0, 2 * true / np.maximum(objects + true + false, 1), 1.0)
+    order = np.argsort(-matches.score, kind="stable")
+    found, wrong = np.cumsum(true[order]), np.cumsum(false[order])
+    limit = matches.score[order][np.argmax(2 * found / (objects.sum() + found + wrong))] if len(order) else 1.0
+    shown = matches.score >= limit
+    found, wrong = (np.bincount(matches.image[shown & hits], minlength=len(objects)) for hits in (true, false))
+    count = objects + found + wrong
+    return float(limit), np.where(count > 0, 2 * found / np.maximum(count, 1), 1.0)
 
 
 def picture_of(image: np.ndarray, truth: Any, entries: Sequence[dict], with_scores: bool) -> np.ndarray:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 
 import pytest
 import torch
 
 from detector.config import build
 from detector.engine import distributed
+from detector.engine.logging import forget_peak, memory_mb
 from detector.multirun import Multirun
 from tests.engine.conftest import TINY, Program, curve
 
@@ -62,6 +64,18 @@ def test_a_finished_run_that_trains_on_is_no_skipped_one(tmp_path):
 def test_a_single_run_reports_nothing(capsys):
     Multirun().report()
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's peak can only be reset on Linux")
+def test_each_run_of_a_process_has_its_own_peak_of_memory():
+    forget_peak(torch.device("cpu"))
+    before = memory_mb(torch.device("cpu"))
+    block = torch.ones(300 * 2**18)  # 300 MiB
+    large = memory_mb(torch.device("cpu"))
+    del block
+    assert large > before + 250 and memory_mb(torch.device("cpu")) == pytest.approx(large, abs=20)
+    forget_peak(torch.device("cpu"))
+    assert memory_mb(torch.device("cpu")) < before + 100
 
 
 def test_methods_start_with_the_same_weights(config):

@@ -28,7 +28,7 @@ from detector.evaluation.comparison import sentence
 from detector.evaluation.cost import measure_cost
 from detector.evaluation.report import steps, training_chart
 from detector.evaluation.runs import Unusable, find_folders, group, read_run, roi_name, same_validation_set
-from detector.evaluation.study import compare_runs
+from detector.evaluation.study import compare_runs, f1_by_image
 from detector.roi import RoIPool
 from tests.evaluation.conftest import SMALL
 
@@ -46,7 +46,8 @@ def changed(config, method, seed):
 
 @pytest.fixture
 def make_run(run_config, shapes_tiny, tmp_path):
-    """A function that writes a finished run whose detections are the truth, moved by `noise` of its size."""
+    """A function that writes a finished run whose detections are the truth, moved by `noise` of its size; that share
+    is missed."""
     truth = json.loads((shapes_tiny / "annotations" / "instances_val.json").read_text())
 
     def make(name, method, seed=0, noise=0.05, **changes):
@@ -60,7 +61,7 @@ def make_run(run_config, shapes_tiny, tmp_path):
         rng = np.random.default_rng([seed, len(name)])
         predictions = []
         for a in truth["annotations"]:
-            if not a["iscrowd"]:
+            if not a["iscrowd"] and rng.random() > noise:
                 x, y, w, h = a["bbox"]
                 box = [x + w * rng.normal(0, noise), y + h * rng.normal(0, noise), w, h]
                 fields = {key: a[key] for key in ("image_id", "category_id", "segmentation")}
@@ -247,6 +248,21 @@ def test_zero_detections_one_run_and_absent_classes(make_run, tmp_path):
     assert any("pool: no detections at all" in text for text in report["warnings"])
     assert any("align: one run. Its intervals cover the choice of images" in text for text in report["warnings"])
     assert any("8 validation images are few" in text for text in report["warnings"])
+
+
+def test_pictures_show_detections_above_the_best_score(make_run):
+    """The limit is the score of the largest F1: good detections at 0.3 are shown, worse ones below are not."""
+    folder = make_run("a", roi("align"), noise=0.0)
+    file = folder / "eval_last" / "predictions.json"
+    entries = [entry | {"score": 0.3} for entry in json.loads(file.read_text())]
+    wrong = [entry | {"score": 0.2, "bbox": [0, 0, 1, 1]} for entry in entries]
+    file.write_text(json.dumps(entries + wrong))
+    limit, scores = f1_by_image(read_run(folder, "last"), "bbox")
+    assert limit == 0.3 and (scores == 1).all()
+    file.write_text("[]")
+    limit, scores = f1_by_image(read_run(folder, "last"), "bbox")
+    with_objects = len({entry["image_id"] for entry in entries})
+    assert limit == 1 and (scores == 0).sum() == with_objects and set(scores) <= {0, 1}
 
 
 def test_no_detections_in_any_run(make_run, tmp_path):
