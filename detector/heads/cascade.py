@@ -111,6 +111,11 @@ class CascadeBoxHead(nn.Module):
         return last.select(boxes, scores[:, 1:], rois[:, 0].long(), batch)
 
 
+class CascadeMaskPrediction(NamedTuple):
+    stages: list[MaskPrediction]
+    roi_features: RoIFeatures  # as in CascadePrediction
+
+
 class CascadeMaskHead(nn.Module):
     """A mask head per stage of the cascade, as mmdetection has them: losses are summed, probabilities averaged.
 
@@ -124,17 +129,16 @@ class CascadeMaskHead(nn.Module):
         self.stages = nn.ModuleList(MaskHead(*args, **settings) for _ in stage_weights)
         self.stage_weights = list(stage_weights)
 
-    def forward(self, features: Sequence[Tensor], rois: Tensor) -> MaskPrediction:
-        """Logits [R, T K, M, M] of all heads for rois [R, 5]."""
+    def forward(self, features: Sequence[Tensor], rois: Tensor) -> CascadeMaskPrediction:
+        """Predictions of all heads for rois [R, 5]."""
         predictions = [stage(features, rois) for stage in self.stages]
-        logits = torch.stack([p.mask_logits for p in predictions])
-        return MaskPrediction(logits, side_by_side([p.roi_features for p in predictions]))
+        return CascadeMaskPrediction(predictions, side_by_side([p.roi_features for p in predictions]))
 
-    def losses(self, prediction: MaskPrediction, positives: SampledRoIs, targets: Targets) -> dict[str, Tensor]:
+    def losses(self, prediction: CascadeMaskPrediction, positives: SampledRoIs, targets: Targets) -> dict[str, Tensor]:
         """loss_mask, summed over the heads with their weights."""
         terms = (
-            weight * stage.losses(MaskPrediction(logits, prediction.roi_features), positives, targets)["loss_mask"]
-            for stage, weight, logits in zip(self.stages, self.stage_weights, prediction.mask_logits)
+            weight * stage.losses(of_stage, positives, targets)["loss_mask"]
+            for stage, weight, of_stage in zip(self.stages, self.stage_weights, prediction.stages)
         )
         return {"loss_mask": sum(terms)}
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from detector import losses
-from detector.boxes import of_label
 from detector.heads.box import SampledRoIs
 from detector.heads.trunk import ConvTrunk
 from detector.layers import init_kaiming
@@ -23,7 +22,7 @@ from detector.structures import Detections, RoIFeatures, Targets, rois_from_boxe
 
 
 class MaskPrediction(NamedTuple):
-    mask_logits: Tensor  # [R, K, M, M], or [R, 1, M, M] if class-agnostic
+    hidden: Tensor  # [R, C, h, w], from which the predictor makes the logits of a class, once that is known
     roi_features: RoIFeatures
 
 
@@ -36,8 +35,19 @@ class MaskPredictor(nn.Module):
         self.mask_logits = nn.Conv2d(channels, num_masks, 1)
         init_kaiming(self)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.mask_logits(self.upsample(hidden).relu_())
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Logits [R, 2h, 2w] of hidden [R, in_channels, h, w] for the classes labels [R] in 1..K, and for no other.
+
+        A transposed convolution whose stride is its kernel is a matrix product: each cell makes its own 2 x 2 cells.
+        """
+        weight = self.upsample.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [2 * 2 * channels, in_channels]
+        cells = F.linear(hidden.permute(0, 2, 3, 1), weight, self.upsample.bias.repeat(4)).relu_()
+        cells = cells.unflatten(-1, (4, -1))  # [R, h, w, 2 * 2, channels]
+        which = torch.zeros_like(labels) if len(self.mask_logits.bias) == 1 else (labels - 1).clamp(min=0)
+        of_class = self.mask_logits.weight[which].flatten(1)[:, :, None]  # [R, channels, 1]
+        logits = cells.flatten(1, 3) @ of_class + self.mask_logits.bias[which][:, None, None]
+        rows, height, width = len(hidden), *hidden.shape[2:]
+        return logits.view(rows, height, width, 2, 2).transpose(2, 3).reshape(rows, 2 * height, 2 * width)
 
 
 class MaskHead(nn.Module):
@@ -80,13 +90,13 @@ class MaskHead(nn.Module):
         self.target_threshold, self.target_aligned = target_threshold, target_aligned
 
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> MaskPrediction:
-        """Logits for rois [R, 5] = (batch_index, x1, y1, x2, y2)."""
+        """Predictions for rois [R, 5] = (batch_index, x1, y1, x2, y2)."""
         roi_features = self.extractor(features, rois)
-        return MaskPrediction(self.predictor(self.trunk(roi_features.features)), roi_features)
+        return MaskPrediction(self.trunk(roi_features.features), roi_features)
 
     def losses(self, prediction: MaskPrediction, positives: SampledRoIs, targets: Targets) -> dict[str, Tensor]:
         """loss_mask of the predictions for `positives`; objects without a mask do not count."""
-        logits = of_label(prediction.mask_logits, positives.labels)
+        logits = self.predictor(prediction.hidden, positives.labels)
         weight = positives.weight * positives.of_targets(targets.has_mask)
         count = losses.global_mean_count(weight.sum())
         return {"loss_mask": losses.mask(logits, self.targets(positives, targets, logits.shape[1:]), weight, count)}
@@ -107,7 +117,7 @@ class MaskHead(nn.Module):
     def detect(self, features: Sequence[Tensor], detections: Detections) -> Detections:
         """`detections` with masks [N, D, M, M]: probabilities of each detection's label in its box's frame."""
         prediction = self(features, rois_from_boxes(detections.boxes, detections.valid))
-        logits = of_label(prediction.mask_logits, detections.labels[detections.valid])
+        logits = self.predictor(prediction.hidden, detections.labels[detections.valid])
         masks = logits.new_zeros(*detections.valid.shape, *logits.shape[1:], dtype=torch.float32)
         masks[detections.valid] = logits.float().sigmoid()
         return detections._replace(masks=masks)

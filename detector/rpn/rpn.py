@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detector import losses
-from detector.boxes import BoxCoder, clip, nms_by_image, take
+from detector.boxes import BoxCoder, clip, nms_by_image, nms_like_mmcv, take
 from detector.checks import check_counts, check_fractions
 from detector.layers import conv_block, init_normal
 from detector.matching import check_thresholds, match
@@ -90,7 +90,7 @@ class RPN(nn.Module):
         post_nms_top_n: best survivors of an image that leave it, (training, inference).
         nms_threshold: IoU above which the weaker box of the same level goes.
         min_size: candidates with a shorter side, in pixels, are dropped.
-        rank_by: 'logit', or 'probability': mmdetection's, where logits above 17 or so tie in float32.
+        rank_by: 'logit', or 'probability': mmdetection's, where logits above 17 or so tie in float32; NMS is mmcv's too.
         clamp_shrinking: see BoxCoder.
         batch_size_per_image, positive_fraction: anchors that enter the loss.
         positive_iou, negative_iou: matching thresholds, with low-quality matches.
@@ -167,7 +167,8 @@ class RPN(nn.Module):
         image, column = torch.nonzero((sides > self.min_size).all(-1) & scores.isfinite(), as_tuple=True)
         boxes, scores = boxes[image, column], scores[image, column]
         args = (image, levels[image, column], self.nms_threshold, len(image_sizes), post)
-        rows, valid = nms_by_image(boxes, scores, *args)
+        nms = nms_by_image if self.rank_by == "logit" else nms_like_mmcv
+        rows, valid = nms(boxes, scores, *args)
         if len(boxes) == 0:  # nothing survived on any image: padding has no row to point at
             return Proposals(boxes.new_zeros(*rows.shape, 4), scores.new_zeros(rows.shape), valid)
         scores = scores[rows].sigmoid() if self.rank_by == "logit" else scores[rows]
@@ -177,12 +178,10 @@ class RPN(nn.Module):
         """The `count` highest of logits [N, A] and where they are, both [N, count]."""
         if self.rank_by == "logit":
             return logits.topk(count, dim=1)
-        scores, index = logits.sigmoid().sort(dim=1, descending=True, stable=True)
+        scores, index = logits.sigmoid().sort(dim=1, descending=True)  # unstable, as theirs: the order of ties counts
         return scores[:, :count], index[:, :count]
 
-    def losses(
-        self, features: Sequence[Tensor], anchors: Tensor, batch: Batch, targets: Targets
-    ) -> dict[str, Tensor]:
+    def losses(self, features: Sequence[Tensor], anchors: Tensor, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         """Losses of the head's predictions on a random sample of the anchors [A, 4] of all levels."""
         with torch.no_grad():
             matches = match(anchors, targets, self.negative_iou, self.positive_iou, low_quality=True)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms, roi_align
 
-from detector.boxes import clip, of_label
+from detector.boxes import clip
 from detector.engine import checkpoint as checkpoints
 from detector.heads import BoxHead, MaskHead
 from detector.model import TwoStageDetector
@@ -61,8 +61,8 @@ class Exportable(nn.Module):
         if model.mask_head is None:
             return boxes, scores, labels
         head = model.mask_head
-        logits = head.predictor(head.trunk(pool(head.extractor, features, boxes)))
-        return boxes, scores, labels, of_label(logits, labels).float().sigmoid()
+        logits = head.predictor(head.trunk(pool(head.extractor, features, boxes)), labels)
+        return boxes, scores, labels, logits.float().sigmoid()
 
     def propose(self, features: Sequence[Tensor], sizes: Tensor) -> Tensor:
         """Boxes [P, 4] of the RPN, zeros after the last one."""
@@ -130,7 +130,7 @@ def check_exportable(model: nn.Module) -> None:
     wrong = []
     if type(model.box_head) is not BoxHead:
         wrong.append(f"box_head is {type(model.box_head).__name__}, not BoxHead")
-    elif model.box_head.nms != "hard":
+    elif model.box_head.nms not in ("hard", "mmcv"):
         wrong.append(f"box_head.nms is {model.box_head.nms!r}, not 'hard'")
     if model.mask_head is not None and type(model.mask_head) is not MaskHead:
         wrong.append(f"mask_head is {type(model.mask_head).__name__}, not MaskHead")
