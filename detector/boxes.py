@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, nms
 
 # A box may grow by this factor in one step: 1000 px from a stride-16 anchor, as in Detectron.
 MAX_LOG_SCALE = math.log(1000.0 / 16)
@@ -105,6 +105,23 @@ def nms_by_image(
         rows [images, limit] into the input, best first, and valid [images, limit]; padding points at row 0.
     """
     keep = batched_nms(boxes, scores, image * (group.max() + 1) + group if len(group) else group, threshold)
+    return group_by_image(keep, image[keep], images, limit)
+
+
+def nms_like_mmcv(
+    boxes: Tensor, scores: Tensor, image: Tensor, group: Tensor, threshold: float, images: int, limit: int
+) -> tuple[Tensor, Tensor]:
+    """`nms_by_image` to the bit as mmcv does it: the order among equal scores is that of an unstable sort, and groups
+    are moved apart in float32, which can turn an IoU at the threshold."""
+    keep = []
+    for i in range(images if len(boxes) else 0):
+        rows = torch.nonzero(image == i)[:, 0]
+        rows = rows[scores[rows].sort(descending=True)[1]]
+        if len(rows):
+            apart = boxes[rows] + (group[rows] * (boxes[rows].max() + 1))[:, None]
+            falling = torch.arange(len(rows), 0, -1, dtype=torch.float32, device=boxes.device)
+            keep.append(rows[nms(apart, falling, threshold)])
+    keep = torch.cat(keep) if keep else image[:0]
     return group_by_image(keep, image[keep], images, limit)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from detector.boxes import BoxCoder, clip, group_by_image, nms_by_image, of_label, pairwise_iou, take
+from detector.boxes import BoxCoder, clip, group_by_image, nms_by_image, nms_like_mmcv, of_label, pairwise_iou, take
 
 
 def random_boxes(*shape, size=100.0, seed=0):
@@ -105,3 +105,22 @@ def test_take_and_of_label():
     per_class = torch.arange(6).view(2, 3)
     assert of_label(per_class, torch.tensor([3, 1])).tolist() == [2, 3]
     assert of_label(per_class[:, :1], torch.tensor([3, 1])).tolist() == [0, 3]
+
+
+def test_nms_like_mmcv_differs_only_in_ties():
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(300, 2, generator=generator) * 100
+    boxes = torch.cat([corners, corners + 5 + torch.rand(300, 2, generator=generator) * 40], dim=1)
+    image, group = torch.arange(300) % 3, torch.arange(300) // 3 % 2
+    image[image == 1] = 0  # an image without boxes
+    scores = torch.randperm(300, generator=generator) / 300
+    args = image, group, 0.5, 3, 40
+    rows, valid = nms_like_mmcv(boxes, scores, *args)
+    expected, there = nms_by_image(boxes, scores, *args)
+    assert torch.equal(valid, there) and torch.equal(rows[valid], expected[there])
+    same = torch.full_like(scores, 0.5)  # boxes that do not overlap come in the order of torch's sort
+    apart = torch.arange(300.0)[:, None].expand(-1, 4) * 10 + torch.tensor([0.0, 0, 1, 1])
+    first = nms_like_mmcv(apart, same, torch.zeros_like(image), group, 0.5, 1, 300)[0][0]
+    assert torch.equal(first, same.sort(descending=True)[1])
+    none = nms_like_mmcv(boxes[:0], scores[:0], image[:0], group[:0], 0.5, 2, 4)
+    assert not none[1].any() and none[0].shape == (2, 4)

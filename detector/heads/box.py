@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from detector import losses
-from detector.boxes import BoxCoder, clip, nms_by_image, of_label, soft_nms_by_image, take
+from detector.boxes import BoxCoder, clip, nms_by_image, nms_like_mmcv, of_label, soft_nms_by_image, take
 from detector.checks import check_counts, check_fractions
 from detector.heads.trunk import FCTrunk
 from detector.matching import IGNORED, check_thresholds, match
@@ -81,7 +81,8 @@ class BoxHead(nn.Module):
         add_ground_truth: ground-truth boxes join the proposals in training.
         box_loss, beta: see losses.BoxLoss.
         score_threshold, nms_threshold, detections_per_image: of inference.
-        nms: 'hard' removes boxes, 'linear' and 'gaussian' soft-NMS (Bodla et al. 2017) lower their scores.
+        nms: 'hard' removes boxes, 'mmcv' too, in mmcv's order of equal scores; 'linear' and 'gaussian' soft-NMS (Bodla
+            et al. 2017) lower their scores.
         nms_agnostic: boxes of different classes compete too.
         min_size: detections with a shorter side, in pixels, are dropped.
         clamp_shrinking: see BoxCoder.
@@ -121,7 +122,7 @@ class BoxHead(nn.Module):
             positive_fraction=positive_fraction, score_threshold=score_threshold, nms_threshold=nms_threshold
         )
         check_counts(batch_size_per_image=batch_size_per_image, detections_per_image=detections_per_image)
-        check_choice("nms", nms, ("hard", "linear", "gaussian"))
+        check_choice("nms", nms, ("hard", "mmcv", "linear", "gaussian"))
         op = make_op(roi, output_size, channels=in_channels, levels=len(strides))
         self.extractor = RoIExtractor(op, strides, level_rule, canonical_level, canonical_size)
         self.trunk = trunk(op.output_channels(in_channels), op.output_size)
@@ -188,8 +189,9 @@ class BoxHead(nn.Module):
             return Detections(empty[..., None].expand(-1, -1, 4), empty, empty.long(), empty.bool())
         group = torch.zeros_like(column) if self.nms_agnostic else column
         args = (image, group, self.nms_threshold, images, limit)
-        if self.nms == "hard":
-            rows, valid = nms_by_image(boxes, scores, *args)
+        if self.nms in ("hard", "mmcv"):
+            nms = nms_by_image if self.nms == "hard" else nms_like_mmcv
+            rows, valid = nms(boxes, scores, *args)
         else:
             rows, valid, scores = soft_nms_by_image(boxes, scores, *args, self.nms, self.score_threshold)
         return Detections(boxes[rows] * valid[..., None], scores[rows] * valid, (column[rows] + 1) * valid, valid)

@@ -90,7 +90,7 @@ class RPN(nn.Module):
         post_nms_top_n: best survivors of an image that leave it, (training, inference).
         nms_threshold: IoU above which the weaker box of the same level goes.
         min_size: candidates with a shorter side, in pixels, are dropped.
-        rank_by: 'logit', or 'probability': mmdetection's, where logits above 17 or so tie in float32; NMS is mmcv's too.
+        rank_by: 'logit', or 'probability': mmdetection's, where logits above 17 or so tie in float32, with mmcv's NMS.
         clamp_shrinking: see BoxCoder.
         batch_size_per_image, positive_fraction: anchors that enter the loss.
         positive_iou, negative_iou: matching thresholds, with low-quality matches.

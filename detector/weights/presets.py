@@ -74,6 +74,7 @@ def presets_of(source: str, state: dict[str, Tensor], style: str | None = None) 
             "box_head.detections_per_image": 100,
             "box_head.min_size": {"torchvision": 1e-2, "detectron2": 0.0, "mmdet": -1.0}[source],
             "box_head.clamp_shrinking": source == "mmdet",
+            "box_head.nms": "mmcv" if source == "mmdet" else "hard",
         }
         if has(state, "box_head.stages."):
             presets["box_head.coder_weights"] = CASCADE_WEIGHTS[source]
