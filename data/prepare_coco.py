@@ -104,7 +104,7 @@ def extract(archive: Path, out: Path, max_bytes: int = 100 << 30) -> None:
         members = [member for member in source.infolist() if not member.is_dir()]
         total = sum(member.file_size for member in members)
         if total > max_bytes:
-            raise ValueError(f"{archive}: unpacks to {total} bytes, more than {max_bytes}")
+            raise ValueError(f"{archive}: unpacks to {total} bytes, more than {max_bytes} (--max-unpacked)")
         for member in members:
             name = PurePosixPath(member.filename.replace("\\", "/"))
             if name.is_absolute() or ".." in name.parts or ":" in name.parts[0]:
@@ -138,6 +138,7 @@ def prepare(
     source: str = SOURCE,
     archives: Mapping[str, str] = ARCHIVES,
     delete_archives: bool = False,
+    max_bytes: int = 100 << 30,
 ) -> None:
     """Download, verify and unpack; every step that is done already is skipped."""
     (out / "archives").mkdir(parents=True, exist_ok=True)
@@ -148,7 +149,7 @@ def prepare(
             continue
         download(f"{source}/{name}", archive)
         verify(archive, md5)
-        extract(archive, out)
+        extract(archive, out, max_bytes)
         finished.touch()
         if delete_archives:
             archive.unlink()
@@ -160,9 +161,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/coco"), help="folder to write to")
     parser.add_argument("--source", default=SOURCE, help="server or mirror with zips/ and annotations/")
     parser.add_argument("--delete-archives", action="store_true", help="remove each archive when it is unpacked")
+    parser.add_argument("--max-unpacked", type=float, default=100, help="GiB that an archive may unpack to")
     options = parser.parse_args()
     try:
-        prepare(options.out, options.source, delete_archives=options.delete_archives)
+        prepare(options.out, options.source, ARCHIVES, options.delete_archives, int(options.max_unpacked * 2**30))
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         sys.exit(f"prepare_coco: {error}")
 

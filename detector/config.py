@@ -291,18 +291,33 @@ def check_model_config(node: Any, path: str = "model") -> None:
 
     Allowed are callables of the detector's model packages, and nn.Module classes of torch, torchvision and timm.
     """
+    ours = tuple(f"detector.{part}." for part in MODEL_CODE)
+    check_stored(node, path, "a part of a model", ours, ("torch.nn.", "torchvision.", "timm."), nn.Module)
+
+
+def check_transforms_config(node: Any, path: str = "augment.val") -> None:
+    """Refuse stored transforms that are anything else than the detector's or albumentations' transform classes."""
+    import albumentations
+
+    kinds = (albumentations.BasicTransform, albumentations.BaseCompose)
+    check_stored(node, path, "a transform", (), ("detector.data.", "albumentations."), kinds)
+
+
+def check_stored(node: Any, path: str, what: str, ours: tuple, others: tuple, kinds: type | tuple) -> None:
+    """Refuse every `_target_` that is neither a callable defined in the detector under a name that starts with one of
+    `ours`, nor a class of `kinds` under one of `others`; and interpolations, which could make targets later."""
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     if isinstance(node, dict) and "_target_" in node:
         name = str(node["_target_"])
-        ours = name.startswith(tuple(f"detector.{part}." for part in MODEL_CODE))
-        theirs = name.startswith(("torch.nn.", "torchvision.", "timm."))
-        target = find_target(name, path) if ours or theirs else None
-        module = getattr(target, "__module__", "") or ""
-        is_module = inspect.isclass(target) and issubclass(target, nn.Module)
-        if not (is_module or (ours and module.startswith("detector."))):
-            raise ConfigError(f"{path}._target_ = {name!r}: not a part of a model; this config is not trusted")
+        target = find_target(name, path) if name.startswith(ours + others) else None
+        is_kind = inspect.isclass(target) and issubclass(target, kinds)
+        is_ours = name.startswith(ours) and str(getattr(target, "__module__", "")).startswith("detector.")
+        if not (is_kind or is_ours):
+            raise ConfigError(f"{path}._target_ = {name!r}: not {what}; this config is not trusted")
+    if isinstance(node, str) and "${" in node:
+        raise ConfigError(f"{path} = {node!r}: a stored config holds values only; this one is not trusted")
     for key, value in children:
-        check_model_config(value, f"{path}.{key}")
+        check_stored(value, f"{path}.{key}", what, ours, others, kinds)
 
 
 # ------------------------------------------------------------------------------ messages for what Hydra cannot compose

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from .config import ConfigError, RunError, build, check_model_config, config_errors
+from .config import ConfigError, RunError, build, check_model_config, check_transforms_config, config_errors
 from .data import Pipeline, Sample, collate, read_image
 from .engine import checkpoint as checkpoints
 from .engine import distributed
@@ -71,9 +71,7 @@ def read(path: str | Path) -> dict:
 def validation_transforms(config: Mapping) -> Pipeline:
     """The pipeline that a run's config prescribes for evaluation, checked to do no more than resize."""
     steps = (config.get("augment") or {}).get("val") or []
-    for step in steps:
-        if not str(step.get("_target_")).startswith(("albumentations.", "detector.data.")):
-            raise ConfigError(f"augment.val: {step.get('_target_')!r} is not a transform; this config is not trusted")
+    check_transforms_config(steps)
     with config_errors("augment.val"):
         pipeline = Pipeline([instantiate(step, _convert_="all") for step in steps])
     probe = np.array([[0, 0, 96, 64], [12, 8, 72, 40]], np.float32)

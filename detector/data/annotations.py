@@ -177,7 +177,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"annotation file {path} does not exist: check data.root and the annotation options")
     try:
         content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or a number of thousands of digits
         raise ValueError(f"{path}: not JSON ({error}); the file may be cut short or of another format") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not COCO: the top level is a {type(content).__name__}, not an object")
@@ -217,6 +217,11 @@ def _read_keypoint_names(path: Path, records: list) -> list[str]:
     return found[0]
 
 
+def leads_out(name: str) -> bool:
+    """Whether a file name of an annotation file may mean a file outside the image folder."""
+    return os.path.isabs(name) or ".." in name.replace("\\", "/").split("/") or "\0" in name
+
+
 def _read_images(records: list, problems: Problems, max_pixels: int) -> dict[int, tuple[str, int, int]]:
     """File name, height and width by image id."""
     images: dict[int, tuple[str, int, int]] = {}
@@ -233,7 +238,7 @@ def _read_images(records: list, problems: Problems, max_pixels: int) -> dict[int
             problems.error("image without a size", f"{where} height={height!r} width={width!r}")
         elif height * width > max_pixels:
             problems.error(f"image over data.max_pixels={max_pixels}", f"{where} {width} x {height}")
-        elif os.path.isabs(name) or ".." in name.replace("\\", "/").split("/") or "\0" in name:
+        elif leads_out(name):
             problems.error("file_name leads out of the image folder", f"{where} file_name={name!r}")
         elif record["id"] in images:
             problems.error("duplicate image id", f"{where} file_name={name!r} and {images[record['id']][0]!r}")
