@@ -38,11 +38,11 @@ class MaskPredictor(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Logits [R, 2h, 2w] of hidden [R, in_channels, h, w] for the classes labels [R] in 1..K, and for no other.
 
-        A transposed convolution whose stride is its kernel is a matrix product: each cell makes its own 2 x 2 cells.
+        A transposed convolution whose stride is its kernel is one of 1 x 1: each cell makes its own 2 x 2 cells.
         """
         weight = self.upsample.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [2 * 2 * channels, in_channels]
-        cells = F.linear(hidden.permute(0, 2, 3, 1), weight, self.upsample.bias.repeat(4)).relu_()
-        cells = cells.unflatten(-1, (4, -1))  # [R, h, w, 2 * 2, channels]
+        cells = F.conv2d(hidden, weight[:, :, None, None], self.upsample.bias.repeat(4)).relu_()
+        cells = cells.permute(0, 2, 3, 1).unflatten(-1, (4, -1))  # [R, h, w, 2 * 2, channels]
         which = torch.zeros_like(labels) if len(self.mask_logits.bias) == 1 else (labels - 1).clamp(min=0)
         of_class = self.mask_logits.weight[which].flatten(1)[:, :, None]  # [R, channels, 1]
         logits = cells.flatten(1, 3) @ of_class + self.mask_logits.bias[which][:, None, None]
