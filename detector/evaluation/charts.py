@@ -21,6 +21,7 @@ def line_chart(
     y_name: str,
     bands: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     from_zero: bool = False,
+    width: int = WIDTH,
 ) -> str:
     """Curves {name: (x, y)} with their legend. bands: {name: (low, high) at each point}, drawn as a shade."""
     bands = bands or {}
@@ -30,7 +31,7 @@ def line_chart(
     heights = [y for _, y in points] + [v for band in bands.values() for pair in band for v in pair]
     x_range = min(p[0] for p in points), max(p[0] for p in points)
     y_ticks = ticks(min([0.0] * from_zero + heights), max([0.0] * from_zero + heights))
-    frame = Frame(x_range, (y_ticks[0], y_ticks[-1]), len(series))
+    frame = Frame(x_range, (y_ticks[0], y_ticks[-1]), len(series), width)
     parts = [frame.axes(ticks(*x_range, 4), y_ticks, x_name, y_name)]
     if y_ticks[0] < 0 < y_ticks[-1]:
         zero = f"{frame.y(0):.1f}"
@@ -45,20 +46,25 @@ def line_chart(
     return frame.svg(parts + frame.legend(list(series)), f"{y_name} over {x_name}")
 
 
-def interval_chart(rows: Sequence[tuple[str, float | None, float | None, float | None]], x_name: str) -> str:
-    """One line per (name, middle, low, high): a dot with its interval, against zero."""
-    known = [v for _, *values in rows for v in values if v is not None]
+def interval_chart(rows: Sequence[tuple[str, float | None, float | None, float | None] | str], x_name: str) -> str:
+    """One line per (name, middle, low, high): a dot with its interval, against zero. A plain text is a heading."""
+    known = [v for row in rows if not isinstance(row, str) for v in row[1:] if v is not None]
     if not known:
         return ""
     x_ticks = ticks(min(0, *known), max(0, *known))
-    left = min(230, 14 + round(6.3 * max(len(name) for name, *_ in rows)))
+    left = min(230, 14 + round(6.3 * max(len(row[0]) for row in rows if not isinstance(row, str))))
     frame = Frame((x_ticks[0], x_ticks[-1]), (0, 1), 0, height=TOP + BOTTOM + 22 * len(rows), left=left, width=500)
     parts = [frame.axes(x_ticks, [], x_name, "")]
     parts.append(f'<line class="zero" x1="{frame.x(0):.1f}" x2="{frame.x(0):.1f}" y1="{TOP}" y2="{frame.bottom}"/>')
-    for i, (name, middle, low, high) in enumerate(rows):
+    for i, row in enumerate(rows):
         y = TOP + 22 * i + 11
+        if isinstance(row, str):
+            parts.append(f'<rect class="mat" x="0" y="{y - 10}" width="{frame.width}" height="20"/>')
+            parts.append(f'<text class="head" x="2" y="{y + 5}">{escape(shorten(row, 76))}</text>')
+            continue
+        name, middle, low, high = row
         parts.append(
-            f'<text class="tick" x="{left - 8}" y="{y + 4}" text-anchor="end">{escape(shorten(name, 36))}</text>'
+            f'<text class="tick" x="{left - 8}" y="{y + 4}" text-anchor="end">{escape(shorten(name, 34))}</text>'
         )
         if middle is None:
             continue

@@ -44,7 +44,6 @@ th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(
 th:first-child, td:first-child { text-align: left; } td small { color: var(--soft); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: .5rem 2rem; }
 .charts.broad { grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); } .charts > * { margin: 0; }
-.charts.broad svg { max-width: 480px !important; }
 figcaption, .note { color: var(--soft); font-size: .88rem; } figure img { max-width: 100%; }
 .verdict li { margin: .15rem 0; } .clear { font-weight: 600; }
 .warn { background: var(--shade); border-left: 4px solid var(--c4); padding: .4rem 1rem; }
@@ -52,7 +51,7 @@ svg { width: 100%; height: auto; } svg text { fill: var(--ink); font: 11px syste
 svg .name { font-size: 12px; } svg .grid { stroke: var(--rule); stroke-width: .6; } svg .axis { stroke: var(--ink); }
 svg .line { fill: none; stroke-width: 2; } svg .band { opacity: .16; stroke: none; } svg .zero { stroke: var(--soft); }
 svg .whisker { stroke-width: 3; stroke: var(--soft); } svg .whisker.clear { stroke: var(--c0); }
-svg .dot { fill: var(--ink); }
+svg .dot { fill: var(--ink); } svg .head { font-weight: 600; } svg .mat { fill: var(--paper); }
 """ + "".join(
     f"svg .line.s{i} {{ stroke: var(--c{i}); }} svg .band.s{i}, svg .bar.s{i} {{ fill: var(--c{i}); }}\n"
     for i in range(8)
@@ -225,10 +224,11 @@ def answers(report: Mapping) -> str:
     items = "".join(f"<li{' class=clear' if clear else ''}>{escape(text)}</li>" for text, clear in verdicts(report))
     figures = []
     for kind in report["kinds"]:
-        rows = [
-            (f"{e['b']} − {e['a']}: {e['metric']}", *(scaled(e[key]) for key in ("delta", "low", "high")))
-            for e in report["differences"][kind]
-        ]
+        rows, pair = [], None
+        for entry in report["differences"][kind]:
+            if pair != (pair := f"{entry['b']} − {entry['a']}"):
+                rows.append(pair)
+            rows.append((entry["metric"], *(scaled(entry[key]) for key in ("delta", "low", "high"))))
         if rows:
             figures.append((interval_chart(rows, "difference, points"), f"{title(kind)}, 95 % intervals"))
     return (f'<ul class="verdict">{items}</ul>' if items else "") + charts(*figures, broad=True)
@@ -247,19 +247,19 @@ def precision(report: Mapping) -> str:
         bands = {
             n: around(over[n][1], [scaled(v) for v in c["deviation"]]) for n, c in curves.items() if c["deviation"]
         }
-        figures = [(line_chart(over, "IoU threshold", "AP, %", bands, True), "AP at each IoU threshold")]
+        figures = [(line_chart(over, "IoU threshold", "AP, %", bands, True, 480), "AP at each IoU threshold")]
         gains, bands = {}, {}
         for entry in report["curve_differences"][kind]:
             name = f"{entry['b']} − {entry['a']}"
             gains[name] = entry["thresholds"], [scaled(v) for v in entry["delta"]]
             if None not in entry["low"]:
                 bands[name] = [(scaled(low), scaled(high)) for low, high in zip(entry["low"], entry["high"])]
-        figures.append((line_chart(gains, "IoU threshold", "difference of AP, points", bands), CURVE_TITLE))
+        figures.append((line_chart(gains, "IoU threshold", "difference of AP, points", bands, width=480), CURVE_TITLE))
         recall = [i / 100 for i in range(101)]
         for threshold in ("0.50", "0.75"):
             found = {name: (recall, c[threshold]) for name, c in report["precision_recall"][kind].items()}
             figures.append(
-                (line_chart(found, "recall", "precision", None, True), f"Precision and recall at IoU {threshold}")
+                (line_chart(found, "recall", "precision", None, True, 480), f"Precision and recall at IoU {threshold}")
             )
         parts.append(f"<h3>{title(kind)}, %</h3>{table}{charts(*figures, broad=True)}")
     if "boundary" in report["kinds"]:
@@ -270,7 +270,7 @@ def precision(report: Mapping) -> str:
     return "".join(parts)
 
 
-CURVE_TITLE = "Where the difference comes from (shade: 95 % interval)"
+CURVE_TITLE = "The difference at each IoU threshold (shade: 95 % interval)"
 
 
 def around(values: Sequence[float | None], widths: Sequence[float]) -> list[tuple[float, float]]:

@@ -515,7 +515,7 @@ def test_cost(model_of, run_config):
 def test_charts_are_valid_and_leave_gaps():
     charts = [
         line_chart({"a & b": ([0, 1, 2], [1, None, 3]), "c": ([0, 1], [0, 2])}, "x", "y", {"c": [(-0.1, 0.2), (1, 3)]}),
-        interval_chart([("a < b", 1, 0.5, 2), ("none", None, None, None)], "difference"),
+        interval_chart(["b − a & c", ("a < b", 1, 0.5, 2), ("none", None, None, None)], "difference"),
         bar_chart({"a": {"one": 1, "two": None}, "b": {"one": -2, "two": 3}}, "y"),
     ]
     for chart in charts:
