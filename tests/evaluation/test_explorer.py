@@ -51,6 +51,7 @@ def open_page(browser):
     def open_it(path, width=1400, height=900, theme="light"):
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme, offline=True)
         contexts.append(context)
+        context.set_default_timeout(120_000)  # shared machines stall
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
@@ -346,6 +347,15 @@ class TestUse:
         assert page.evaluate("explorer.pool().output") != before
         assert float(page.input_value("#roi-x")) == pytest.approx(40, abs=1)
 
+    def test_drag_of_a_small_roi(self, page):
+        """Its handles leave the middle free, and are large enough around it."""
+        page.evaluate("explorer.set({box: [30, 30, 36, 36]})")
+        drag(page, "#image-panel", (33, 33), (53, 43))
+        assert box(page) == pytest.approx([50, 40, 56, 46], abs=0.6)
+        corner = [v + 6 / 400 * 128 for v in (56, 46)]  # some pixels of the screen beyond the corner
+        drag(page, "#image-panel", corner, [v + 10 for v in corner])
+        assert box(page) == pytest.approx([50, 40, 66, 56], abs=0.6)
+
     def test_resize(self, page):
         drag(page, "#image-panel", (80, 90), (100, 70))  # the corner at the bottom right
         assert box(page) == pytest.approx([30, 40, 100, 70], abs=0.6)
@@ -368,6 +378,7 @@ class TestUse:
         assert box(page) == [31, 39, 82, 88]
         name = frame.get_attribute("aria-label")
         assert "x 31" in name and "width 51" in name
+        assert page.locator("#said").text_content() in name  # read out by screen readers
         page.fill("#step", "0.1")
         page.locator("#closeup-panel .frame").focus()
         page.keyboard.press("ArrowRight")
@@ -493,8 +504,8 @@ def test_self_contained(align_page):
     assert not re.search(r"<link|<img|\bimport\b *[({'\"]|fetch\(", text)
 
 
-def test_large_models_fit(shapes_tiny, photo):
-    """A smaller image instead of fewer channels; the page says so."""
+def test_large_models_fit(shapes_tiny, photo, caplog):
+    """A smaller image instead of fewer channels, and it is said."""
     model = make_model(shapes_tiny)
     image = read_image(photo)
     plain, small = collect(model, image, "box_head", 8), collect(model, image, "box_head", 0.05)
@@ -502,6 +513,8 @@ def test_large_models_fit(shapes_tiny, photo):
     assert plain["picture"]["width"] == 128 > small["picture"]["width"]
     assert small["usual_size"] == [128, 128] and small["maps"][0]["shape"][0] == plain["maps"][0]["shape"][0]
     assert sum(len(m["data"]) for m in small["maps"]) <= 0.05e6
+    (record,) = caplog.records
+    assert "instead of 128 x 128 pixels; max_mb=1 would keep its size" in record.getMessage()
 
 
 def test_encode():

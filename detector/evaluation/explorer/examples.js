@@ -19,9 +19,10 @@ const MAP_5 = [
 ];
 
 function example(name, rows, about, start) {
-  const map = { stride: 1, width: rows[0].length, height: rows.length, channels: 1, data: Float32Array.from(rows.flat()) };
+  const [width, height] = [rows[0].length, rows.length];
+  const map = { stride: 1, width, height, channels: 1, data: Float32Array.from(rows.flat()) };
   const settings = { size: [2, 2], ratio: 2, reduction: "avg", placement: "centre", ...start };
-  return { name, about, width: map.width, height: map.height, maps: [map], boxes: [], step: 0.1, start: settings };
+  return { name, about, width, height, maps: [map], boxes: [], step: 0.1, start: settings };
 }
 
 const EXAMPLES = [

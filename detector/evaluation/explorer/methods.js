@@ -100,7 +100,8 @@ function kernelMeans(start, end, bins, limit) {
     const low = f(start + f(i * step));
     const high = f(low + step);
     const cells = [];
-    for (let u = Math.floor(Math.min(Math.max(low, 0), limit)); u <= Math.ceil(Math.min(high, limit)) && u < limit; u++) {
+    const [from, to] = [Math.floor(Math.min(Math.max(low, 0), limit)), Math.ceil(Math.min(high, limit))];
+    for (let u = from; u <= Math.min(to, limit - 1); u++) {
       cells.push([u, (integral(high - u) - integral(low - u)) / step]);
     }
     return cells;
@@ -261,7 +262,7 @@ function winner(points, values, width) {
   return best;
 }
 
-// ------------------------------------------------------------------------------------------------------ learned offsets
+// ----------------------------------------------------------------------------------------------------- learned offsets
 
 /** Fully connected layers with ReLU between them. A layer is {inputs, outputs, weight, scale, bias}. */
 function fullyConnected(layers, input) {
@@ -278,8 +279,8 @@ function fullyConnected(layers, input) {
 }
 
 /**
- * The offsets (all dx, then all dy; normalised, before gamma) and modulation that the checkpoint's predictor finds for a
- * RoI. `head` is {gamma, ratio, size, perPoint, base, predictors}.
+ * The offsets (all dx, then all dy; normalised, before gamma) and the modulation that the checkpoint's predictor finds
+ * for a RoI. `head` is {gamma, ratio, size, perPoint, base, predictors}.
  */
 function predict(head, box, map, level) {
   const base = readingOf(head.base.method, box, map, { ...head.base.settings, size: head.size });
@@ -287,7 +288,8 @@ function predict(head, box, map, level) {
   const input = new Float64Array(map.channels * bins);
   for (let c = 0; c < map.channels; c++) input.set(pooled(base, plane(map, c), map.width), c * bins);
   const predictor = head.predictors[head.predictors.length === 1 ? 0 : level];
-  const modulation = predictor.modulation && fullyConnected(predictor.modulation, input).map((v) => 1 / (1 + Math.exp(-v)));
+  const sigmoid = (v) => 1 / (1 + Math.exp(-v));
+  const modulation = predictor.modulation && fullyConnected(predictor.modulation, input).map(sigmoid);
   return { ...head, offsets: fullyConnected(predictor.offsets, input), modulation };
 }
 

@@ -2,6 +2,7 @@
 // window.explorer.
 
 const $ = (id) => document.getElementById(id);
+const make = (tag, properties = {}) => Object.assign(document.createElement(tag), properties);
 const STOPS = ["440154", "482878", "3e4989", "31688e", "26828e", "1f9e89", "35b779", "6ece58", "b5de2b", "fde725"]
   .map((hex) => [0, 2, 4].map((k) => parseInt(hex.slice(k, k + 2), 16)));
 const MOST_POINTS = 2500; // more are not drawn: they would be a grey cloth
@@ -13,22 +14,18 @@ function bytes(text) {
   return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer;
 }
 
-/** float16 by its definition, through a table: there are only 65,536 of them. */
-const halves = (() => {
-  let table = null;
-  return (buffer) => {
-    table ??= Float32Array.from({ length: 65536 }, (_, bits) => {
-      const [sign, exponent, fraction] = [bits >> 15 ? -1 : 1, (bits >> 10) & 31, bits & 1023];
-      if (exponent === 31) return fraction ? NaN : sign * Infinity;
-      return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -14 * (fraction / 1024));
-    });
-    return Float32Array.from(new Uint16Array(buffer), (bits) => table[bits]);
-  };
-})();
+/** The float16 with these bits; all of them are finite. */
+function half(bits) {
+  const [sign, exponent, fraction] = [bits >> 15 ? -1 : 1, (bits >> 10) & 31, bits & 1023];
+  return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -14 * (fraction / 1024));
+}
 
 function numbers({ type, data }) {
   const buffer = bytes(data);
-  if (type === "float16") return halves(buffer);
+  if (type === "float16") {
+    const table = Float32Array.from({ length: 65536 }, (_, bits) => half(bits)); // quicker than millions of calls
+    return Float32Array.from(new Uint16Array(buffer), (bits) => table[bits]);
+  }
   return type === "int8" ? new Int8Array(buffer) : new Float32Array(buffer);
 }
 
@@ -76,7 +73,8 @@ const state = { scene: 0, level: "auto", channel: 0, opacity: 0.6, held: null };
 function openScene(index) {
   const { start, step } = SCENES[index];
   const { roi, point = null, ...settings } = start;
-  Object.assign(state, { scene: index, level: "auto", channel: 0, box: roi, step, ...settings, chosen: null, held: null });
+  Object.assign(state, { scene: index, level: "auto", channel: 0, box: roi, step, chosen: null, held: null });
+  Object.assign(state, settings);
   fillScene();
   state.channel = liveliest();
   state.chosen = point && { bin: point[0], point: point[1] };
@@ -89,7 +87,7 @@ function levelOf(box, level = state.level) {
   return scene().levels ? assignLevel(box, scene().maps.map((m) => m.stride), scene().levels) : 0;
 }
 
-/** The channel that varies most inside the RoI, in units of its own spread: a good one to begin with. */
+/** The channel that varies most inside the RoI, measured by how it varies on the whole map: a good one to begin with. */
 function liveliest() {
   const map = scene().maps[levelOf(state.box)];
   const [x1, y1, x2, y2] = state.box.map((v) => v / map.stride);
@@ -104,7 +102,7 @@ function liveliest() {
       const [u, v] = [(k % map.width) + 0.5, Math.floor(k / map.width) + 0.5];
       return u > x1 - 1 && u < x2 + 1 && v > y1 - 1 && v < y2 + 1;
     });
-    const liveliness = inside.length ? spread(inside) : 0;
+    const liveliness = inside.length ? spread(inside) / (spread(values) || 1) : 0;
     if (liveliness > most) [best, most] = [c, liveliness];
   }
   return best;
@@ -159,15 +157,20 @@ function colour(value, [low, high]) {
 
 const ink = ([r, g, b]) => (0.299 * r + 0.587 * g + 0.114 * b > 140 ? "#101215" : "#fff");
 
-/** A channel in colours, one pixel for each cell. `veil`: what is as usual is clear, so that a picture below is seen. */
+/** A channel in colours, one pixel for each cell. `veil`: usual values are clear, so that a picture below is seen. */
 function colours(map, channel, veil = false) {
   const values = plane(map, channel);
   const mean = values.reduce((a, b) => a + b, 0) / values.length;
   const spread = Math.sqrt(values.reduce((a, b) => a + (b - mean) ** 2, 0) / values.length) || 1;
+  const range = rangeOf(map, channel);
+  const shades = Array.from({ length: 256 }, (_, k) => colour(k, [0, 255])); // `colour` itself is slow for whole maps
   const image = new ImageData(map.width, map.height);
   values.forEach((v, k) => {
-    const alpha = veil ? Math.min(0.1 + (0.35 * Math.abs(v - mean)) / spread, 1) : 1;
-    image.data.set([...colour(v, rangeOf(map, channel)), 255 * alpha], 4 * k);
+    const [r, g, b] = shades[Math.round((255 * (v - range[0])) / (range[1] - range[0] || 1))];
+    image.data[4 * k] = r;
+    image.data[4 * k + 1] = g;
+    image.data[4 * k + 2] = b;
+    image.data[4 * k + 3] = veil ? 255 * Math.min(0.1 + (0.35 * Math.abs(v - mean)) / spread, 1) : 255;
   });
   return image;
 }
@@ -178,7 +181,7 @@ const tints = {};
 function tint(map, channel, veil) {
   const key = [state.scene, scene().maps.indexOf(map), channel].join();
   if (tints[veil]?.key === key) return tints[veil].canvas;
-  const canvas = Object.assign(document.createElement("canvas"), { width: map.width, height: map.height });
+  const canvas = make("canvas", { width: map.width, height: map.height });
   canvas.getContext("2d").putImageData(colours(map, channel, veil), 0, 0);
   tints[veil] = { key, canvas };
   return canvas;
@@ -191,7 +194,11 @@ function short(value) {
   return text.replaceAll("-", "−");
 }
 
-const fixed = (value, digits = 2) => (Math.abs(value) < 0.5 * 10 ** -digits ? 0 : value).toFixed(digits).replace("-", "−");
+/** With so many decimals, a real minus sign, and no minus before zero. */
+function fixed(value, digits = 2) {
+  return (Math.abs(value) < 0.5 * 10 ** -digits ? 0 : value).toFixed(digits).replace("-", "−");
+}
+
 const signed = (value, digits) => (value > 0 && Number(value.toFixed(digits)) > 0 ? "+" : "") + fixed(value, digits);
 
 // ------------------------------------------------------------------------------------------------------------- drawing
@@ -325,7 +332,8 @@ function drawOffsets({ regular, offsets }, unit, stride) {
     for (const [name, width] of [["under", 4], ["moved", 2]]) {
       svg("line", { class: name, x1: x, y1: y, x2: x + dx, y2: y + dy, "stroke-width": width * unit }, closeup.marks);
     }
-    svg("circle", { class: "moved-end", cx: x + dx, cy: y + dy, r: 2.2 * unit, "stroke-width": 0.5 * unit }, closeup.marks);
+    const end = { cx: x + dx, cy: y + dy, r: 2.2 * unit, "stroke-width": 0.5 * unit };
+    svg("circle", { class: "moved-end", ...end }, closeup.marks);
   });
 }
 
@@ -336,9 +344,10 @@ function drawNeighbours(points, point, unit, stride) {
   const size = Math.min(stride / unit / 4, 13);
   for (const { u, v, weight } of chosen.cells) {
     lines(closeup.marks, [[u, v, u + 1, v + 1]], "neighbour", 2 * unit, stride);
-    if (size < 7) continue;
-    const place = { x: (u + 0.5) * stride, y: (v + 0.02) * stride + size * unit, "font-size": size * unit };
-    svg("text", { class: "tag", ...place, "stroke-width": 3 * unit }, closeup.marks).textContent = chosen.cells.length > 1 ? `× ${weight.toFixed(2)}` : "";
+    if (size < 7 || chosen.cells.length === 1) continue;
+    const at = { x: (u + 0.5) * stride, y: (v + 0.02) * stride + size * unit, "font-size": size * unit };
+    const tag = svg("text", { class: "tag", ...at, "stroke-width": 3 * unit }, closeup.marks);
+    tag.textContent = `× ${weight.toFixed(2)}`;
   }
 }
 
@@ -387,10 +396,10 @@ function compact(value) {
   return fixed(value, size >= 0.995 ? 1 : 2).replace("0.", ".");
 }
 
-// --------------------------------------------------------------------------------------------------------- the controls
+// -------------------------------------------------------------------------------------------------------- the controls
 
 function option(value, text) {
-  return Object.assign(document.createElement("option"), { value, textContent: text });
+  return make("option", { value, textContent: text });
 }
 
 function fillScene() {
@@ -420,7 +429,7 @@ function aboutImage() {
   const same = file[0] === picture.width && file[1] === picture.height;
   const sizes = same ? size : `${file.join(" × ")} px, ${size} for the network`;
   const method = `its ${head.replaceAll("_", " ")} pools with ${own.name}, ${own.size.join(" × ")} bins`;
-  return `${name} (${sizes}), ${boxes.length} detections. ${checkpoint}: ${method}.`;
+  return `${name} (${sizes}), ${boxes.length} detections. ${checkpoint || "The model"}: ${method}.`;
 }
 
 function smallPrint() {
@@ -434,17 +443,18 @@ function smallPrint() {
   if (learned) {
     const types = [...new Set(learned.predictors.flatMap((p) => [...p.offsets, ...p.modulation]).map((l) => l.type))];
     const error = short(Math.max(learned.error_px, 1e-4));
-    notes.push(`The offset predictor is stored as ${types.join(" and ")}; its offsets are within ${error} px of the model's.`);
+    const stored = `The offset predictor is stored as ${types.join(" and ")}`;
+    notes.push(`${stored}; its offsets are within ${error} px of the model's.`);
   }
   if (!METHODS[own.method]) notes.push(`The checkpoint's own method, ${own.name}, is not among those shown here.`);
   return notes.join(" ");
 }
 
 const cards = Object.fromEntries(Object.entries(METHODS).map(([method, { name }]) => {
-  const card = Object.assign(document.createElement("button"), { className: "method", type: "button" });
+  const card = make("button", { className: "method", type: "button" });
   card.dataset.method = method;
-  const title = Object.assign(document.createElement("b"), { textContent: name });
-  if (content.own.method === method) title.append(" ", Object.assign(document.createElement("em"), { textContent: "the checkpoint's" }));
+  const title = make("b", { textContent: name });
+  if (content.own.method === method) title.append(" ", make("em", { textContent: "the checkpoint's" }));
   card.append(title, document.createElement("canvas"), document.createElement("span"));
   card.addEventListener("click", (event) => chooseMethod(method, event));
   $("cards").append(card);
@@ -525,7 +535,7 @@ $("channels").addEventListener("click", (event) => {
 
 function row(kind, cells) {
   const line = document.createElement("tr");
-  line.append(...cells.map((text) => Object.assign(document.createElement(kind), { textContent: text })));
+  line.append(...cells.map((text) => make(kind, { textContent: text })));
   return line;
 }
 
@@ -601,7 +611,7 @@ function showFacts({ reading, map }) {
   const dropped = reading.whole && new Set(reading.points.flat().map(({ x, y }) => `${x},${y}`)).size;
   const extent = (reading.read[2] - reading.read[0]) * (reading.read[3] - reading.read[1]);
   const share = Number.isFinite(error) ? `${signed(100 * error, 1)} %` : "–";
-  const strong = Object.assign(document.createElement("b"), { textContent: share });
+  const strong = make("b", { textContent: share });
   const distance = fixed(away(reading) * map.stride, 2);
   const words = reading.offsets ? `area error; the offsets move bins by ${distance} px on average`
     : `area error; its centre is ${distance} px from the RoI's`;
@@ -628,7 +638,8 @@ function showPoint({ reading, map, values, learned }) {
   }
   const whole = reading.whole || point.x === null;
   if (!whole) {
-    title.textContent += `, point ${state.chosen.point + 1} of ${points.length}: x ${fixed(point.x)}, y ${fixed(point.y)}`;
+    const where = `x ${fixed(point.x)}, y ${fixed(point.y)}`;
+    title.textContent += `, point ${state.chosen.point + 1} of ${points.length}: ${where}`;
   }
   const value = pointValue(point, values, map.width);
   if (reading.whole) {
@@ -660,7 +671,8 @@ function showPoint({ reading, map, values, learned }) {
 
 function movedText([dx, dy, modulation], learned, stride) {
   const weighed = METHODS[state.method].modulated ? ` It counts ${fixed(modulation, 3)} times.` : "";
-  return ` The predictor moved it by (${fixed(dx * stride)}, ${fixed(dy * stride)}) px, γ = ${learned.gamma}.${weighed}`;
+  const by = `(${fixed(dx * stride)}, ${fixed(dy * stride)}) px`;
+  return ` The predictor moved it by ${by}, γ = ${learned.gamma}.${weighed}`;
 }
 
 function showNumbers({ output, reading }) {
@@ -680,19 +692,19 @@ function showSheet({ map }) {
   const gap = Math.max(1, Math.round(map.width / 24));
   const [tw, th] = [map.width + gap, map.height + gap];
   canvas.dataset.columns = columns;
-  const key = [state.scene, scene().maps.indexOf(map), state.channel, columns].join();
+  Object.assign($("sheet-mark").style, {
+    left: `${(100 * (state.channel % columns)) / columns}%`,
+    top: `${(100 * Math.floor(state.channel / columns)) / rows}%`,
+    width: `${(100 * map.width) / tw / columns}%`, height: `${(100 * map.height) / th / rows}%`,
+  });
+  const key = [state.scene, scene().maps.indexOf(map), columns].join();
   if (sheetShown === key) return;
   sheetShown = key;
   Object.assign(canvas, { width: columns * tw, height: rows * th });
   canvas.style.imageRendering = columns * tw < canvas.clientWidth ? "pixelated" : "auto";
   const context = canvas.getContext("2d");
   for (let c = 0; c < map.channels; c++) {
-    const [x, y] = [(c % columns) * tw, Math.floor(c / columns) * th];
-    if (c === state.channel) {
-      context.fillStyle = "#ff5db8";
-      context.fillRect(x - gap, y - gap, tw + gap, th + gap);
-    }
-    context.putImageData(colours(map, c), x, y);
+    context.putImageData(colours(map, c), (c % columns) * tw, Math.floor(c / columns) * th);
   }
 }
 
@@ -704,6 +716,7 @@ function render() {
   drawReading(shown);
   drawMapPanel(shown);
   for (const panel of [imagePanel, closeup, mapPanel]) panel.showBox(state.box, label);
+  if (document.activeElement.closest(".frame")) $("said").textContent = label; // a changed name is not read out
   $("closeup-note").textContent = `${METHODS[state.method].name}, stride ${shown.map.stride}, channel ${state.channel}`;
   showCards(shown);
   showFacts(shown);

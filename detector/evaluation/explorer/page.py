@@ -11,9 +11,11 @@ import hashlib
 import html
 import io
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ from ...roi import (
     assign_levels,
 )
 from ...structures import Detections, rois_from_boxes
+
+log = logging.getLogger(__name__)
 
 SHOWN = 30  # detections that the page lists, best first
 SCRIPTS = ("methods.js", "examples.js", "panel.js", "page.js")
@@ -70,9 +74,9 @@ def write_page(
     Args:
         image_name, checkpoint: what the page calls them.
         head: the head whose features, levels and offset predictor are shown.
-        max_mb: about how large the page may be. Float32 becomes float16 where it would be larger, then predictors
-            int8, then the image is made smaller; the page says so. A predictor is never left out, so that of a large
-            model can exceed it.
+        max_mb: about how large the page may be. Where it would be larger float32 becomes float16, predictors int8, and
+            at last the network sees a smaller image; the page says so. Maps take at least half of it, and a predictor
+            is never left out: that of a large model comes on top.
     Raises: ConfigError for a head that the model has not got, or that has no RoI method.
     """
     if max_mb <= 0:
@@ -107,12 +111,13 @@ def collect(model: nn.Module, image: np.ndarray, head: str, max_mb: float) -> di
     extractor = find_extractor(model, head)
     allowed = max_mb * 1e6 * 3 / 4  # base64 writes four letters for three bytes
     learned = encode_predictors(extractor.op, allowed)
-    left = max(allowed - size_of(learned), allowed / 4)
+    left = max(allowed - size_of(learned), allowed / 2)
 
     batch = as_batch(model, [image])
     features = model.features(batch)
-    whole, scale = batch.image_sizes[0].tolist(), 1.0
+    whole, scale, wanted = batch.image_sizes[0].tolist(), 1.0, None
     while (needed := 2 * sum(f[0].numel() for f in features[: model.neck.roi_levels])) > left:
+        wanted = wanted or (needed + size_of(learned)) * 4 / 3
         scale *= min((left / needed) ** 0.5, 0.95)  # padding does not shrink along
         if scale * min(whole) < 16:
             break
@@ -124,6 +129,9 @@ def collect(model: nn.Module, image: np.ndarray, head: str, max_mb: float) -> di
     maps = [encode(f[0], left * 0.9 * f.numel() / sum(f.numel() for f in features)) for f in features]
 
     height, width = batch.image_sizes[0].tolist()
+    if wanted:
+        seen = f"{width} x {height} instead of {whole[1]} x {whole[0]} pixels"
+        log.warning("the network sees the image at %s; max_mb=%d would keep its size", seen, ceil(wanted / 1e6))
     picture = batch.images[0, :, :height, :width].permute(1, 2, 0).cpu().numpy()
     own = describe(extractor.op)
     if learned is not None:

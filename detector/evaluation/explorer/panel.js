@@ -6,9 +6,13 @@ const SLACK = 4; // CSS pixels that a pointer may move and still click
 
 function svg(name, attributes = {}, parent = null) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", name);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  place(element, attributes);
   if (parent) parent.append(element);
   return element;
+}
+
+function place(element, attributes) {
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
 }
 
 class Panel {
@@ -28,9 +32,8 @@ class Panel {
   makeFrame() {
     this.frame = svg("g", { class: "frame" }, this.svg);
     if (this.name) {
-      for (const [key, value] of Object.entries({
-        tabindex: 0, role: "application", "aria-roledescription": "movable region", "aria-describedby": "hint",
-      })) this.frame.setAttribute(key, value);
+      place(this.frame, { tabindex: 0, role: "application", "aria-roledescription": "movable region" });
+      this.frame.setAttribute("aria-describedby", "hint");
       this.frame.addEventListener("keydown", (event) => this.key(event));
     } else {
       this.frame.setAttribute("aria-hidden", "true");
@@ -71,12 +74,11 @@ class Panel {
   showBox(box, label) {
     this.box = box;
     const [x1, y1, x2, y2] = box;
-    const place = { x: x1, y: y1, width: Math.max(x2 - x1, 0), height: Math.max(y2 - y1, 0) };
+    const [width, height] = [Math.max(x2 - x1, 0), Math.max(y2 - y1, 0)];
     this.rects.forEach((rect, k) => {
-      for (const [key, value] of Object.entries(place)) rect.setAttribute(key, value);
-      rect.setAttribute("stroke-width", [0, 4, 2][k] * this.unit);
+      place(rect, { x: x1, y: y1, width, height, "stroke-width": [0, 4, 2][k] * this.unit });
     });
-    const room = Math.min(place.width, place.height) / this.unit; // in CSS pixels: the middle must stay free to drag
+    const room = Math.min(width, height) / this.unit; // in CSS pixels: the middle must stay free to drag
     this.handles.forEach((pair, k) => {
       const side = HANDLES[k];
       const [right, down] = [["w", "e"], ["n", "s"]].map(([low, high]) => side.includes(high) - side.includes(low));
@@ -87,8 +89,7 @@ class Panel {
         const length = (large ? 10 + inward : seen) * this.unit;
         const out = large ? (5 - inward / 2) * this.unit : 0; // what lacks inside is added outside
         const corner = { x: x + right * out - length / 2, y: y + down * out - length / 2 };
-        for (const [key, value] of Object.entries({ ...corner, width: length, height: length })) rect.setAttribute(key, value);
-        rect.setAttribute("stroke-width", this.unit);
+        place(rect, { ...corner, width: length, height: length, "stroke-width": this.unit });
         rect.style.display = side.length === 1 && room < 36 ? "none" : "";
       });
     });
@@ -97,8 +98,8 @@ class Panel {
 
   /** Where a pointer is, in pixels of the image. */
   at(event) {
-    const place = this.figure.getBoundingClientRect();
-    const [left, top] = [event.clientX - place.left, event.clientY - place.top];
+    const figure = this.figure.getBoundingClientRect();
+    const [left, top] = [event.clientX - figure.left, event.clientY - figure.top];
     return [this.view[0] + left * this.unit, this.view[1] + top * this.unit];
   }
 
