@@ -31,6 +31,7 @@ class Keys:
     batch_size: int
     device: str
     paste: Literal["aligned", "torchvision"]
+    precision: Literal["fp32", "bf16", "fp16"]
 
 
 @entry_point("predict", Keys, paths=("checkpoint", "images", "output"))

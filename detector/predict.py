@@ -25,7 +25,7 @@ from .engine import distributed
 from .engine.settings import Runtime
 from .evaluation.evaluator import autocast
 from .evaluation.masks import encode_window, paste_masks
-from .evaluation.results import to_original, write_json
+from .evaluation.results import coco_keypoints, to_original, write_json
 from .structures import Batch, Detections, to_device
 from .visualize import draw
 from .weights.portable import load_safetensors
@@ -221,7 +221,8 @@ def predict_files(cfg: DictConfig) -> int:
                 except (ValueError, OSError) as error:
                     failed.append(path)
                     tqdm.write(f"left out: {error}", file=sys.stderr)
-            found = predict_batch(model, [image for _, image in readable], cfg.threshold, cfg.paste) if readable else []
+            arrays = [image for _, image in readable]
+            found = predict_batch(model, arrays, cfg.threshold, cfg.paste, cfg.precision) if readable else []
             for (path, image), detections in zip(readable, found):
                 finish(path, image, detections)
     finally:
@@ -248,6 +249,6 @@ def to_annotations(found: Detections, image_id: int, category_ids: Sequence[int]
             mask = found.masks[d].numpy()
             entry |= {"segmentation": encode_window(mask, 0, 0, *mask.shape), "area": int(mask.sum())}
         if found.keypoints is not None:
-            entry["keypoints"] = found.keypoints[d].flatten().tolist()
+            entry["keypoints"] = coco_keypoints(found.keypoints[d])
         entries.append(entry)
     return entries

@@ -61,9 +61,14 @@ def detections_to_coco(
                 window = paste_window(found.masks[n, d], found.boxes[n, d], height, width, threshold, paste)
                 result["segmentation"] = encode_window(*window, height, width)
             if found.keypoints is not None:
-                result["keypoints"] = [round(v, 3) for v in found.keypoints[n, d].ravel().tolist()]
+                result["keypoints"] = coco_keypoints(found.keypoints[n, d])
             results.append(result)
     return results
+
+
+def coco_keypoints(keypoints) -> list[float]:
+    """[x, y, score] * P of keypoints [P, 3], as COCO counts: the centre of the first pixel is 0, ours 0.5."""
+    return [round(v - 0.5 * (i % 3 < 2), 3) for i, v in enumerate(keypoints.flatten().tolist())]
 
 
 def write_json(path: str | Path, content, indent: int | None = None) -> None:

@@ -169,5 +169,8 @@ def test_predict_files(checkpoint, photo, tmp_path, capsys):
     first = [a for a in annotations if a["image_id"] == 1]
     assert [a["score"] for a in first] == pytest.approx(expected.scores.tolist(), abs=1e-5)
     np.testing.assert_array_equal(rle_tools.decode(first[0]["segmentation"]), expected.masks[0].numpy())
+    predict_files(compose("predict", [*options, "precision=bf16", "draw=false"]))
+    halved = json.loads((output / "predictions.json").read_text())["annotations"]
+    assert 0 < abs(halved[0]["score"] - annotations[0]["score"]) < 0.02
     with pytest.raises(RunError, match="none of the 1 files could be read"):
         predict_files(compose("predict", [*options[:1], f"images={folder}/cut.jpg", *options[2:]]))

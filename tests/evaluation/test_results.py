@@ -9,8 +9,10 @@ import pytest
 import torch
 from hotcoco import mask as rle_tools
 
-from detector.evaluation import detections_to_coco, to_original, write_json
+from detector.data import CocoDataset, collate
+from detector.evaluation import coco_metrics, detections_to_coco, to_original, write_json
 from detector.structures import Batch, Detections
+from tests.data.coco_files import minimal, write
 
 
 def batch(sizes, originals, ids):
@@ -60,7 +62,24 @@ def test_keypoints_are_scaled(pair):
     detections, images = pair
     points = torch.tensor([10.0, 20.0, 0.5]).expand(2, 3, 4, 3)
     results = detections_to_coco(detections._replace(keypoints=points), images, [11, 22])
-    assert results[0]["keypoints"] == [5, 10, 0.5] * 4 and results[2]["keypoints"] == [40, 40, 0.5] * 4
+    # COCO counts from the centre of the first pixel
+    assert results[0]["keypoints"] == [4.5, 9.5, 0.5] * 4 and results[2]["keypoints"] == [39.5, 39.5, 0.5] * 4
+
+
+def test_keypoints_that_are_read_come_back(tmp_path):
+    """The objects of an annotation file as detections: the same numbers, and an OKS AP of 1."""
+    coco, rng = minimal(), np.random.default_rng(0)
+    for entry in coco["annotations"]:
+        x, y, width, height = entry["bbox"]
+        places = np.column_stack([x + rng.integers(0, width, 17), y + rng.integers(0, height, 17), np.full(17, 2)])
+        entry |= {"category_id": 5, "keypoints": places.ravel().tolist(), "num_keypoints": 17}
+    coco["categories"] = [{"id": 5, "name": "person", "keypoints": [str(i) for i in range(17)], "skeleton": []}]
+    dataset = CocoDataset(tmp_path, write(tmp_path, coco), masks=False, keypoints=True)
+    batch, targets = collate([dataset[i] for i in range(len(dataset))], 32)
+    scores, extra = targets.valid.float(), {"keypoints": targets.keypoints}
+    found = detections_to_coco(Detections(targets.boxes, scores, targets.labels, targets.valid, **extra), batch, [5])
+    assert [r["keypoints"][:2] for r in found] == [a["keypoints"][:2] for a in coco["annotations"]]
+    assert coco_metrics(coco, found, "keypoints")["AP"] == 1
 
 
 def test_labels_without_a_category(pair):
