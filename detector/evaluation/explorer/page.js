@@ -290,9 +290,10 @@ function lines(group, boxes, name, width, stride, dash = null) {
 
 /** The reading in the close-up; of a bin without places for its points, the cells that it reads. */
 function drawReading({ reading, map, values }) {
-  const { unit, marks } = closeup;
+  const { unit, marks, top } = closeup;
   const { stride } = map;
   marks.replaceChildren();
+  top.replaceChildren();
   if (reading.regular) lines(marks, reading.regular, "regular", unit, stride);
   const full = reading.bins.filter(([a, b, c, d]) => c > a && d > b);
   lines(marks, full, "under", 3 * unit, stride);
@@ -301,7 +302,10 @@ function drawReading({ reading, map, values }) {
   lines(marks, [reading.read], "read", 3 * unit, stride, rounds(reading) ? `${8 * unit} ${5 * unit}` : null);
   if (reading.offsets) drawOffsets(reading, unit, stride);
   const { bin = -1, point = -1 } = state.chosen ?? {};
-  if (bin >= 0) lines(marks, [reading.bins[bin]], "chosen", 2.5 * unit, stride);
+  if (bin >= 0) {
+    lines(marks, [reading.bins[bin]], "chosen", 2.5 * unit, stride);
+    if (reading.points[bin].length) drawNeighbours(reading.points[bin], point, unit, stride);
+  }
 
   const count = reading.points.reduce((sum, points) => sum + points.length, 0);
   const area = reading.bins.reduce((sum, [a, b, c, d]) => sum + (c - a) * (d - b), 0);
@@ -316,10 +320,9 @@ function drawReading({ reading, map, values }) {
       svg("circle", {
         class: name, cx: (x + 0.5) * stride, cy: (y + 0.5) * stride, r: chosen || k === best ? radius * 1.35 : radius,
         "stroke-width": 0.8 * unit,
-      }, marks);
+      }, chosen ? top : marks);
     });
   });
-  if (bin >= 0 && reading.points[bin].length) drawNeighbours(reading.points[bin], point, unit, stride);
 }
 
 /** Whether a method reads whole cells, or a RoI made of them. */
@@ -343,10 +346,14 @@ function drawNeighbours(points, point, unit, stride) {
   if (!chosen) return;
   const size = Math.min(stride / unit / 4, 13);
   for (const { u, v, weight } of chosen.cells) {
-    lines(closeup.marks, [[u, v, u + 1, v + 1]], "neighbour", 2 * unit, stride);
+    lines(closeup.top, [[u, v, u + 1, v + 1]], "neighbour", 2 * unit, stride);
+    if (chosen.x !== null) {
+      const [x1, y1, x2, y2] = [chosen.x, chosen.y, u, v].map((p) => (p + 0.5) * stride);
+      svg("line", { class: "link", x1, y1, x2, y2, "stroke-width": 1.2 * unit }, closeup.top);
+    }
     if (size < 7 || chosen.cells.length === 1) continue;
     const at = { x: (u + 0.5) * stride, y: (v + 0.02) * stride + size * unit, "font-size": size * unit };
-    const tag = svg("text", { class: "tag", ...at, "stroke-width": 3 * unit }, closeup.marks);
+    const tag = svg("text", { class: "tag", ...at, "stroke-width": 3 * unit }, closeup.top);
     tag.textContent = `× ${weight.toFixed(2)}`;
   }
 }
@@ -389,10 +396,10 @@ function drawOutput(canvas, output, [h, w], range) {
   }
 }
 
-/** At most four characters. */
+/** At most four characters and a sign. */
 function compact(value) {
   const size = Math.abs(value);
-  if (size >= 9.95 || Number.isInteger(value)) return fixed(value, 0);
+  if (size >= 99.95 || Number.isInteger(value)) return fixed(value, 0);
   return fixed(value, size >= 0.995 ? 1 : 2).replace("0.", ".");
 }
 
@@ -684,7 +691,8 @@ function showNumbers({ output, reading }) {
 
 let sheetShown = null; // drawing it takes long on large maps
 function showSheet({ map }) {
-  if (!$("sheet").open) return;
+  $("sheet").hidden = map.channels === 1;
+  if (!$("sheet").open || $("sheet").hidden) return;
   const canvas = $("channels");
   const aspect = canvas.clientWidth > 600 ? 2 : 1;
   const columns = Math.min(map.channels, Math.ceil(Math.sqrt((aspect * map.channels * map.height) / map.width)));

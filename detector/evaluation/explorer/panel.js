@@ -26,6 +26,7 @@ class Panel {
     this.act = act;
     this.box = [0, 0, 1, 1];
     this.makeFrame();
+    this.top = svg("g", { class: "top", "aria-hidden": "true" }, this.svg); // seen over the frame's handles
     this.svg.addEventListener("pointerdown", (event) => this.press(event));
   }
 
