@@ -1,0 +1,106 @@
+"""Whether a long training run grows: resident memory, open files and threads of it and its workers, and its throughput.
+
+    python -m benchmarks.long_run --iterations 2000 training.batch_size=2 --json benchmarks/results/long_run.json
+
+Runs train.py with the given overrides and looks at it from outside every few seconds. Of each figure the medians of the
+run's quarters are compared; the first quarter, which ends with the first evaluation, is warm-up. Throughput is told in
+iterations per second of processor time, evaluation included, which other programs do not disturb.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks import harness
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES = ("parent_mib", "workers_mib", "open_files", "threads")
+
+
+def look_at(process: psutil.Process) -> dict[str, float]:
+    """Figures of a process and its children, of whose memory, shared with the parent, only their own counts."""
+    workers = process.children(recursive=True)
+    return {
+        "parent_mib": process.memory_info().rss / 2**20,
+        "workers_mib": sum(worker.memory_full_info().uss for worker in workers) / 2**20,
+        "open_files": sum(p.num_fds() for p in (process, *workers)),
+        "threads": sum(p.num_threads() for p in (process, *workers)),
+        "cpu_s": sum(sum(p.cpu_times()[:2]) for p in (process, *workers)),
+    }
+
+
+def iteration_of(log: Path) -> int:
+    """The last iteration that log.jsonl tells of."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return json.loads(lines[-1])["iteration"] if lines else 0
+
+
+def watch(process: subprocess.Popen, log: Path, pause: float) -> list[dict[str, float]]:
+    """Samples of a training run, each with the iteration it stands at, until the run ends."""
+    samples, program = [], psutil.Process(process.pid)
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error, json.JSONDecodeError):  # it is just ending, or writing a line
+            samples.append({"iteration": iteration_of(log), **look_at(program)})
+        time.sleep(pause)
+    return samples
+
+
+def summary(samples: list[dict[str, float]], iterations: int) -> dict[str, Any]:
+    """Medians of the second, third and last quarter, and the growth from the second to the last."""
+    quarters = [[s for s in samples if q * iterations <= 4 * s["iteration"] < (q + 1) * iterations] for q in range(4)]
+    if not all(quarters):
+        raise ValueError(f"{len(samples)} samples are too few: a quarter of the run has none")
+    found: dict[str, Any] = {}
+    for figure in FIGURES:
+        medians = [statistics.median(s[figure] for s in quarter) for quarter in quarters[1:]]
+        found[figure] = {"medians": [round(m, 1) for m in medians], "growth": round(medians[-1] / medians[0] - 1, 4)}
+    ends = [quarter[0] for quarter in quarters] + [samples[-1]]
+    speeds = [(b["iteration"] - a["iteration"]) / (b["cpu_s"] - a["cpu_s"]) for a, b in zip(ends, ends[1:])][1:]
+    found["iterations_per_cpu_s"] = {
+        "quarters": [round(s, 3) for s in speeds],
+        "growth": round(speeds[-1] / speeds[0] - 1, 4),
+    }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="as for train.py")
+    parser.add_argument("--iterations", type=int, default=2000)
+    parser.add_argument("--pause", type=float, default=2.0, help="seconds between two looks")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    options = parser.parse_intermixed_args()
+    folder = Path(tempfile.mkdtemp(prefix="long_run_"))
+    settings = [f"schedule.max_iterations={options.iterations}", f"evaluation.every={options.iterations // 4}"]
+    command = [sys.executable, str(ROOT / "train.py"), *settings, *options.overrides, f"run_dir={folder}"]
+    try:
+        with open(folder / "output.txt", "w") as output:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            samples = watch(process, folder / "log.jsonl", options.pause)
+        if process.returncode:
+            sys.exit((folder / "output.txt").read_text())
+        found = summary(samples, options.iterations)
+    finally:
+        shutil.rmtree(folder)
+    rows = [[name, *figures.get("medians", figures.get("quarters")), f"{figures['growth']:+.1%}"]
+            for name, figures in found.items()]  # fmt: skip
+    print(harness.table(["figure", "2nd quarter", "3rd", "4th", "growth"], rows))
+    thinned = [{k: round(v, 1) for k, v in s.items()} for s in samples[:: max(1, len(samples) // 100)]]
+    harness.save(options.json, "cpu", iterations=options.iterations, overrides=options.overrides, summary=found,
+                 samples=thinned)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""A long run keeps its memory, files and threads; the benchmark that watches real ones sees it where it does not."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+
+import psutil
+import pytest
+
+from benchmarks.long_run import FIGURES, summary
+from detector.engine import train as loop
+
+
+def steady(iteration: int) -> dict[str, float]:
+    constant = {"parent_mib": 500.0, "workers_mib": 90.0, "open_files": 40, "threads": 12}
+    return {"iteration": iteration, "cpu_s": iteration * 0.25, **constant}
+
+
+def test_growth_is_seen():
+    samples = [steady(i) for i in range(0, 401, 10)]
+    found = summary(samples, 400)
+    assert all(found[figure]["growth"] == 0 for figure in FIGURES)
+    assert found["iterations_per_cpu_s"] == {"quarters": [4.0, 4.0, 4.0], "growth": 0}
+    leaking = [{**s, "open_files": s["open_files"] + s["iteration"] // 10, "cpu_s": s["cpu_s"] ** 2} for s in samples]
+    found = summary(leaking, 400)
+    assert found["open_files"]["growth"] > 0.2 and found["iterations_per_cpu_s"]["growth"] < -0.4
+    with pytest.raises(ValueError, match="too few"):
+        summary(samples[:20], 400)
+
+
+@pytest.mark.slow
+def test_steps_leave_nothing_behind(run, monkeypatch):
+    """Between step 30 and step 70, with evaluations, checkpoints and TensorBoard: no more memory, files or threads."""
+    process, steps, looks = psutil.Process(), [], []
+    original = loop.forward_backward
+
+    def look(*args, **kwargs):
+        steps.append(len(steps) + 1)
+        if steps[-1] in (30, 70):
+            gc.collect()
+            python = tracemalloc.get_traced_memory()[0]
+            looks.append((python, process.memory_info().rss, process.num_fds(), process.num_threads()))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "forward_backward", look)
+    often = ["evaluation.every=20", "runtime.checkpoint_every=10", "runtime.tensorboard=true"]
+    tracemalloc.start()
+    try:
+        run("schedule.max_iterations=70", *often)
+    finally:
+        tracemalloc.stop()
+    (python, resident, *counts), (python_after, resident_after, *counts_after) = looks
+    assert counts_after == counts
+    assert python_after - python < 40_000  # less than a dict of ten floats a step
+    assert resident_after < 1.02 * resident + 2**22
