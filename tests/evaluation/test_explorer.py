@@ -550,12 +550,14 @@ def test_head_of_a_cascade():
 
 def test_command(checkpoint, photo, tmp_path):
     script = [sys.executable, "-m", "detector.evaluation.explorer", f"checkpoint={checkpoint}", "device=cpu"]
-    out = tmp_path / "pages" / "page=1.html"
+    image, out = tmp_path / f"<img src=x onerror=alert(1)>{photo.suffix}", tmp_path / "pages" / "page=1.html"
+    shutil.copy(photo, image)
     done = subprocess.run(
-        [*script, f"image={photo}", f"output={out}"], capture_output=True, text=True, cwd=CONFIGS.parent
+        [*script, f"image={image}", f"output={out}"], capture_output=True, text=True, cwd=CONFIGS.parent
     )
     assert done.returncode == 0, done.stderr
-    assert content_of(out)["name"] == photo.name and str(out) in done.stdout
+    assert content_of(out)["name"] == image.name and str(out) in done.stdout
+    assert "<img" not in out.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("image, message", [("none.png", "none.png"), ("text.png", "cannot be read")])
