@@ -235,7 +235,7 @@ def sentence(kind: str, entry: dict) -> str:
     name = f"{TITLES[kind]} {entry['metric']}"
     if entry["delta"] is None or entry["low"] is None:
         return f"{entry['b']} − {entry['a']}: {name} cannot be compared"
-    delta, low, high = (f"{100 * entry[key]:+.1f}" for key in ("delta", "low", "high"))
+    delta, low, high = (f"{100 * entry[key]:+.1f}".replace("-0.0", "+0.0") for key in ("delta", "low", "high"))
     return f"{entry['b']} − {entry['a']}: {name} {delta} [{low}, {high}]"
 
 

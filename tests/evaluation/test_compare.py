@@ -348,6 +348,7 @@ def test_unknown_baseline(make_run, tmp_path):
 def test_sentences():
     entry = {"a": "align", "b": "deformable", "metric": "AP", "delta": 0.008, "low": 0.001, "high": 0.0153}
     assert sentence("segm", entry) == "deformable − align: mask AP +0.8 [+0.1, +1.5]"
+    assert sentence("bbox", entry | {"delta": -1e-5}) == "deformable − align: box AP +0.0 [+0.1, +1.5]"
     assert sentence("bbox", entry | {"low": None}) == "deformable − align: box AP cannot be compared"
 
 
