@@ -58,7 +58,9 @@ class State:
                 start(model)
         model = model.to(world.device)
         if likes_channels_last(world.device):
-            model = model.to(memory_format=torch.channels_last)
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):  # those have but one layout
+                    module.to(memory_format=torch.channels_last)
         scaler = torch.amp.GradScaler(world.device.type, enabled=runtime.precision == "fp16")
         factory = build(cfg.optimizer, "optimizer")
         optimizer = build_optimizer(factory, model, training, fused=not scaler.is_enabled())
