@@ -14,15 +14,19 @@ from tests.engine.conftest import curve
 
 
 def poison(monkeypatch, at: set[int], what: str) -> None:
-    """Make the steps `at` (1, 2, ...) not finite, in the loss, in the gradient alone or in a weight."""
+    """Make the steps `at` (1, 2, ...) not finite, in the batch, the loss, in the gradient alone or in a weight."""
     original, calls = train.forward_backward, iter(range(1, 1000))
 
-    def forward_backward(model, *args, **kwargs):
+    def forward_backward(model, micro_batches, *args, **kwargs):
         step = next(calls)
+        if step in at and what == "batch":
+            boxes = micro_batches[0][1].boxes.clone()
+            boxes[0, 0, 2] = float("nan")
+            micro_batches = [(micro_batches[0][0], micro_batches[0][1]._replace(boxes=boxes))]
         if step in at and what == "weight":
             with torch.no_grad():
                 model.box_head.predictor.class_logits.bias[0] = float("nan")
-        losses, stats = original(model, *args, **kwargs)
+        losses, stats = original(model, micro_batches, *args, **kwargs)
         if step in at and what == "loss":
             losses["loss_mask"] = losses["loss_mask"] * float("inf")
         if step in at and what == "gradient":
@@ -32,7 +36,10 @@ def poison(monkeypatch, at: set[int], what: str) -> None:
     monkeypatch.setattr(train, "forward_backward", forward_backward)
 
 
-@pytest.mark.parametrize(("what", "words"), [("loss", "loss_mask = inf"), ("gradient", "the gradient's norm = nan")])
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("batch", "loss_rpn_box_reg = nan"), ("loss", "loss_mask = inf"), ("gradient", "the gradient's norm = nan")],
+)
 def test_stop_names_terms_images_and_files_and_keeps_the_batch(run, monkeypatch, tmp_path, what, words):
     poison(monkeypatch, {3}, what)
     with pytest.raises(RunError, match=r"stopped before step 3.*runtime\.on_nonfinite=skip"):

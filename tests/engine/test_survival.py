@@ -167,6 +167,7 @@ def test_full_disk(run, tmp_path, monkeypatch, name, spare, done):
     assert_same_run(whole, run(*common))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_full_disk_under_tensorboard(run, tmp_path, monkeypatch):
     """Its events are written by a thread: what happens there is heard of too."""
     run("schedule.max_iterations=3")
