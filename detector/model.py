@@ -41,6 +41,7 @@ class TwoStageDetector(nn.Module):
         weights: a file to start from, see weights.load_foreign, that has to fit. Only its tensors are loaded here: the
             entry points also put the settings that belong to them into the config.
         share_trunk: the mask head works on what the box head's ResNetTrunk gives before its mean (C4).
+        channels_last: give the images to the backbone in this layout, in which most layers are fastest.
         size_divisibility: padding beyond the next multiple of it is cut off again before the backbone; None keeps all.
     """
 
@@ -58,6 +59,7 @@ class TwoStageDetector(nn.Module):
         pixel_std: Sequence[float] = IMAGENET_STD,
         channel_order: str = "rgb",
         share_trunk: bool = False,
+        channels_last: bool = True,
         size_divisibility: int | None = None,
         weights: str | None = None,
     ):
@@ -70,6 +72,7 @@ class TwoStageDetector(nn.Module):
             raise ValueError("mask_head or keypoint_head without box_head: they work on the box head's detections")
         self.num_classes, self.channel_order = num_classes, channel_order
         self.offset_loss_weight, self.size_divisibility = offset_loss_weight, size_divisibility
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
@@ -122,7 +125,7 @@ class TwoStageDetector(nn.Module):
 
     def features(self, batch: Batch) -> list[Tensor]:
         """Feature levels [N, C, Hl, Wl] of a batch, finest first."""
-        images = self.normalise(batch).contiguous(memory_format=torch.channels_last)
+        images = self.normalise(batch).contiguous(memory_format=self.layout)
         return self.neck(self.backbone(images))
 
     def normalise(self, batch: Batch) -> Tensor:

@@ -17,9 +17,10 @@ class DeformConv2d(nn.Conv2d):
     Args:
         plain: the convolution that it takes the place of, without a bias.
         modulated: v2 instead of v1.
+        offset_groups: groups of input channels with offsets of their own.
     """
 
-    def __init__(self, plain: nn.Conv2d, modulated: bool = False):
+    def __init__(self, plain: nn.Conv2d, modulated: bool = False, offset_groups: int = 1):
         settings = {
             "stride": plain.stride,
             "padding": plain.padding,
@@ -29,7 +30,9 @@ class DeformConv2d(nn.Conv2d):
             plain.in_channels, plain.out_channels, plain.kernel_size, groups=plain.groups, bias=False, **settings
         )
         self.weight = plain.weight
-        points = plain.kernel_size[0] * plain.kernel_size[1]
+        if offset_groups < 1 or plain.in_channels % offset_groups:
+            raise ValueError(f"offset_groups={offset_groups}: expected a divisor of the {plain.in_channels} channels")
+        points = offset_groups * plain.kernel_size[0] * plain.kernel_size[1]
         self.offset = nn.Conv2d(plain.in_channels, (3 if modulated else 2) * points, plain.kernel_size, **settings)
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)

@@ -53,12 +53,12 @@ class ResNet(torchvision.models.ResNet):
         depth: 10, 18, 34, 50, 101 or 152.
         width: channels of the stem; stage 2 has as many, each later stage twice the one before
             (bottlenecks: times 4).
-        norm: 'frozen_batch_norm', 'batch_norm', 'sync_batch_norm' or 'group_norm'.
+        norm: 'frozen_batch_norm', 'batch_norm', 'sync_batch_norm', 'group_norm' or 'plain_frozen_batch_norm'.
         groups, width_per_group: of the 3 x 3 convolutions (32 and 8 make a ResNeXt 32x8d).
         stride_in_1x1: bottlenecks stride in their first 1 x 1 (the original, Caffe's) instead of the 3 x 3.
         dilate_last: stage 5 keeps the resolution of stage 4 and dilates instead ("DC5").
         deform_stages: the stages whose 3 x 3 convolutions are deformable ([3, 4, 5] for "c3-c5"); for bottlenecks.
-        deform_modulated: and modulated ("v2").
+        deform_modulated: and modulated ("v2"). deform_groups: groups of channels with offsets of their own.
         stages: the stages whose maps are returned, for instance [2, 3, 4, 5] for FPN or [4] for C4.
         frozen_stages: the stem (1) and the stages up to this one are not trained; 0 trains everything.
         weights: None, the name of torchvision's weights ('IMAGENET1K_V1' ...), or a file, see weights.load_foreign. The
@@ -76,6 +76,7 @@ class ResNet(torchvision.models.ResNet):
         dilate_last: bool = False,
         deform_stages: Sequence[int] = (),
         deform_modulated: bool = False,
+        deform_groups: int = 1,
         stages: Sequence[int] = (2, 3, 4, 5),
         frozen_stages: int = 2,
         weights: str | None = None,
@@ -119,7 +120,7 @@ class ResNet(torchvision.models.ResNet):
             self.load_weights(weights, depth)
         for stage in deform_stages:
             for part in getattr(self, f"layer{stage - 1}"):
-                part.conv2 = DeformConv2d(part.conv2, deform_modulated)
+                part.conv2 = DeformConv2d(part.conv2, deform_modulated, deform_groups)
         if frozen_stages >= 1:
             self.conv1.requires_grad_(False)
             self.bn1.requires_grad_(False)

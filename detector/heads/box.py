@@ -84,7 +84,8 @@ class BoxHead(nn.Module):
         nms: 'hard' removes boxes, 'mmcv' too, in mmcv's order of equal scores; 'linear' and 'gaussian' soft-NMS (Bodla
             et al. 2017) lower their scores.
         nms_agnostic: boxes of different classes compete too.
-        min_size: detections with a shorter side, in pixels, are dropped.
+        min_size: detections with a shorter side, in pixels, are dropped,
+        min_size_last: after NMS, in which they take part, as in detectron2.
         clamp_shrinking: see BoxCoder.
     """
 
@@ -114,6 +115,7 @@ class BoxHead(nn.Module):
         nms: str = "hard",
         nms_agnostic: bool = False,
         min_size: float = 0.0,
+        min_size_last: bool = False,
         clamp_shrinking: bool = False,
     ):
         super().__init__()
@@ -133,7 +135,8 @@ class BoxHead(nn.Module):
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.add_ground_truth = add_ground_truth
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
-        self.detections_per_image, self.min_size = detections_per_image, min_size
+        self.detections_per_image = detections_per_image
+        self.min_size, self.min_size_last = min_size, min_size_last
         self.nms, self.nms_agnostic = nms, nms_agnostic
 
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> BoxPrediction:
@@ -181,8 +184,8 @@ class BoxHead(nn.Module):
         """The best of boxes [R, K or 1, 4] with scores [R, K] on image [R]: clip, threshold, suppress."""
         boxes = clip(boxes, batch.image_sizes[image]).expand(-1, scores.shape[1], -1)
         large = (boxes[..., 2:] - boxes[..., :2] > self.min_size).all(-1)
-        row, column = torch.nonzero((scores > self.score_threshold) & large, as_tuple=True)
-        boxes, scores, image = boxes[row, column], scores[row, column], image[row]
+        row, column = torch.nonzero((scores > self.score_threshold) & (large | self.min_size_last), as_tuple=True)
+        boxes, scores, image, large = boxes[row, column], scores[row, column], image[row], large[row, column]
         images, limit = len(batch.images), self.detections_per_image
         if len(row) == 0:
             empty = scores.new_zeros(images, limit)
@@ -194,4 +197,5 @@ class BoxHead(nn.Module):
             rows, valid = nms(boxes, scores, *args)
         else:
             rows, valid, scores = soft_nms_by_image(boxes, scores, *args, self.nms, self.score_threshold)
+        valid = valid & large[rows]
         return Detections(boxes[rows] * valid[..., None], scores[rows] * valid, (column[rows] + 1) * valid, valid)

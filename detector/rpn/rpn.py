@@ -175,10 +175,13 @@ class RPN(nn.Module):
         return Proposals(boxes[rows] * valid[..., None], scores * valid, valid)
 
     def best(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` highest of logits [N, A] and where they are, both [N, count]."""
+        """The `count` highest of logits [N, A], or all of them, and where they are, both [N, count]."""
         if self.rank_by == "logit":
             return logits.topk(count, dim=1)
-        scores, index = logits.sigmoid().sort(dim=1, descending=True)  # unstable, as theirs: the order of ties counts
+        scores = logits.sigmoid()
+        if count == scores.shape[1]:  # theirs sorts only to leave some out, unstably: the order of ties counts
+            return scores, torch.arange(count, device=scores.device).expand_as(scores)
+        scores, index = scores.sort(dim=1, descending=True)
         return scores[:, :count], index[:, :count]
 
     def losses(self, features: Sequence[Tensor], anchors: Tensor, batch: Batch, targets: Targets) -> dict[str, Tensor]:

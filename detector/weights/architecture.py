@@ -22,11 +22,13 @@ def model_config(state: dict[str, Tensor], presets: dict[str, Any]) -> dict[str,
     """
     if not has(state, "rpn.head."):
         raise ValueError("these weights are a backbone, not a detector: give the model config they start")
-    c4, pyramid = has(state, "box_head.trunk.layer4."), has(state, "neck.lateral.")
+    c4, pyramid = not has(state, "backbone.layer4."), has(state, "neck.lateral.")
     single = {"_target_": "detector.backbone.SingleLevel", "_partial_": True}
     config: dict[str, Any] = {
         "_target_": "detector.model.TwoStageDetector",
         "num_classes": 1,
+        # layouts and norms as the others run them: the same sums in the same order, so that near-ties fall as there
+        "channels_last": False,
         "backbone": backbone(state, c4, pyramid),
         "neck": neck(state) if pyramid else single,
         "rpn": {
@@ -77,7 +79,7 @@ def norm_of(state: dict[str, Tensor], prefix: str, frozen: bool = False) -> str 
         return None
     if f"{prefix}.running_mean" not in state:
         return "group_norm"
-    return "frozen_batch_norm" if frozen else "batch_norm"
+    return "plain_frozen_batch_norm" if frozen else "batch_norm"
 
 
 def backbone(state: dict[str, Tensor], c4: bool, pyramid: bool) -> dict[str, Any]:
@@ -85,9 +87,11 @@ def backbone(state: dict[str, Tensor], c4: bool, pyramid: bool) -> dict[str, Any
         len({key.split(".")[i + 2] for key in state if key.startswith(f"{prefix}layer{stage}.")})
         for stage, prefix, i in [
             *((s, "backbone.", 0) for s in (1, 2, 3)),
-            (4, "box_head.trunk.", 1) if c4 else (4, "backbone.", 0),
+            (4, "box_head.trunk.", 1) if has(state, "box_head.trunk.layer4.") else (4, "backbone.", 0),
         ]
     )
+    if blocks[3] == 0:  # proposals of a C4 model: no ResNet of the family differs in stage 5 alone
+        blocks = next((known for known in DEPTHS if known[:3] == blocks[:3]), blocks)
     bottleneck = has(state, "backbone.layer1.0.conv3.")
     depth = 34 if blocks == (3, 4, 6, 3) and not bottleneck else DEPTHS.get(blocks)
     if depth is None or "backbone.conv1.weight" not in state:
@@ -105,7 +109,10 @@ def backbone(state: dict[str, Tensor], c4: bool, pyramid: bool) -> dict[str, Any
     offsets = fits(state, r"backbone\.layer\d\.0\.conv2\.offset\.weight")
     if offsets:
         config["deform_stages"] = sorted(int(key[14]) + 1 for key in offsets)
-        config["deform_modulated"] = state[offsets[0]].shape[0] == 27
+        # of a 3 x 3 kernel's points x and y, and in v2 the modulation, for each group
+        channels = state[offsets[0]].shape[0]
+        config["deform_modulated"] = channels % 27 == 0
+        config["deform_groups"] = channels // (27 if channels % 27 == 0 else 18)
     return config
 
 

@@ -144,12 +144,13 @@ def pixels_in(contents: Mapping[str, Any], theirs: Mapping[str, Tensor]) -> dict
         mean, std = (theirs[key].flatten().tolist() for key in ("pixel_mean", "pixel_std"))
         # the order is not stored, but natural images are reddest
         return {"pixel_mean": mean, "pixel_std": std, "channel_order": "rgb" if mean[0] > mean[2] else "bgr"}
-    pattern = r"mean=\[([\d., ]+)\],\s*std=\[([\d., ]+)\],\s*(?:bgr_)?to_rgb=(True|False)"
-    found = re.search(pattern, config_text(contents))
-    if not found:
+    text = config_text(contents)  # in whatever order, and over how many lines, mmengine wrote it
+    mean, std = (re.search(rf"\b{name}=\[([\d.,\s]+)\]", text) for name in ("mean", "std"))
+    order = re.search(r"\b(?:bgr_)?to_rgb=(True|False)", text)
+    if not (mean and std and order):
         return {}
-    mean, std = ([float(number) for number in found[i].split(",")] for i in (1, 2))
-    return {"pixel_mean": mean, "pixel_std": std, "channel_order": "rgb" if found[3] == "True" else "bgr"}
+    mean, std = ([float(number) for number in found[1].split(",") if number.strip()] for found in (mean, std))
+    return {"pixel_mean": mean, "pixel_std": std, "channel_order": "rgb" if order[1] == "True" else "bgr"}
 
 
 def translate(theirs: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:

@@ -60,7 +60,9 @@ def presets_of(source: str, state: dict[str, Tensor], style: str | None = None) 
         "rpn.rank_by": "probability" if source == "mmdet" else "logit",
         "rpn.clamp_shrinking": source == "mmdet",
     }
-    if not heads:  # proposals are the result: both let more of them through
+    if not heads and not pyramid:  # proposals are the result: more of them go through
+        presets |= {"rpn.pre_nms_top_n": [12000, 12000], "rpn.post_nms_top_n": [2000, 2000]}
+    elif not heads:
         presets |= {"rpn.pre_nms_top_n": [2000, 2000]} if source == "mmdet" else {"rpn.post_nms_top_n": [1000, 2000]}
     for head in heads:
         presets[f"{head}.level_rule"] = LEVEL_RULE[source]
@@ -73,6 +75,7 @@ def presets_of(source: str, state: dict[str, Tensor], style: str | None = None) 
             "box_head.nms_threshold": 0.5,
             "box_head.detections_per_image": 100,
             "box_head.min_size": {"torchvision": 1e-2, "detectron2": 0.0, "mmdet": -1.0}[source],
+            "box_head.min_size_last": source == "detectron2",
             "box_head.clamp_shrinking": source == "mmdet",
             "box_head.nms": "mmcv" if source == "mmdet" else "hard",
         }
@@ -90,12 +93,15 @@ def guess_style(source: str, state: dict[str, Tensor]) -> str:
     """Where the strides of bottlenecks are, and with it how images are normalised.
 
     detectron2's ResNets are Caffe's (MSRA) but for ResNeXt and group norm. mmdetection's published models are PyTorch's
-    but for those without a pyramid (C4, DC5).
+    but for those without a pyramid (C4, DC5) and those whose norms have no statistics.
     """
     if source == "detectron2":
         return "pytorch" if groups(state) > 1 or group_norm(state) else "caffe"
-    if source == "mmdet" and has(state, "rpn.") and not has(state, "neck."):
-        return "caffe"
+    if source == "mmdet" and has(state, "rpn."):
+        # Caffe's norms came without statistics, and mmdetection keeps those frozen at a mean of 0
+        means = [value for key, value in state.items() if key.endswith("running_mean") and not value.is_meta]
+        if not has(state, "neck.") or (means and not any(mean.any() for mean in means)):
+            return "caffe"
     return "pytorch"
 
 

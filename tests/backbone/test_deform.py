@@ -28,6 +28,19 @@ def test_offsets_move_the_points():
     torch.testing.assert_close(deformable(x)[:, :, :-2, :-3], plain(x)[:, :, 1:-1, 2:-1], atol=1e-5, rtol=1e-5)
 
 
+def test_groups_of_channels_move_apart():
+    plain = nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False)
+    deformable = DeformConv2d(plain, modulated=True, offset_groups=2)
+    with torch.no_grad():  # the first half of the channels stays, the second goes two columns to the right
+        deformable.offset.bias.copy_(torch.tensor([0.0, 0] * 9 + [0.0, 2] * 9 + [0.0] * 18))
+    x = torch.randn(1, 4, 8, 12)
+    found, expected = 2 * deformable(x), plain(x)
+    torch.testing.assert_close(found[:, :2], expected[:, :2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[:, 2:, :, 1:-3], expected[:, 2:, :, 3:-1], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="offset_groups=3"):
+        DeformConv2d(plain, offset_groups=3)
+
+
 def test_gradients_reach_the_offsets():
     layer = DeformConv2d(nn.Conv2d(2, 2, 3, padding=1, bias=False), modulated=True)
     layer(torch.randn(1, 2, 6, 6)).square().sum().backward()

@@ -261,3 +261,35 @@ def test_caffe_backbones_under_torchvisions_names(tmp_path):
     assert load_foreign(tmp_path / "resnet18_msra.pth").presets["channel_order"] == "bgr"
     torch.save(resnet18().state_dict(), tmp_path / "resnet18.pth")
     assert load_foreign(tmp_path / "resnet18.pth").presets["channel_order"] == "rgb"
+
+
+def test_mmdet_s_own_config_in_the_order_that_mmengine_writes():
+    text = """
+model = dict(
+    backbone=dict(depth=50, style='caffe', type='ResNet'),
+    data_preprocessor=dict(
+        bgr_to_rgb=False,
+        mean=[
+            103.53,
+            116.28,
+            123.675,
+        ],
+        std=[
+            1.0,
+            1.0,
+            1.0,
+        ],
+        type='DetDataPreprocessor'),
+    rpn_head=dict(bbox_coder=dict(target_means=[0.0, 0.0, 0.0, 0.0], target_stds=[1.0, 1.0, 1.0, 1.0])))
+"""
+    weights = {"backbone.conv1.weight": torch.zeros(64, 3, 7, 7)}
+    presets = load_foreign({"meta": {"cfg": text}, "state_dict": weights}, source="mmdet").presets
+    assert presets["channel_order"] == "bgr" and presets["backbone.stride_in_1x1"] is True
+    assert presets["pixel_mean"] == [103.53, 116.28, 123.675] and presets["pixel_std"] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("mean, style", [(0.0, "caffe"), (0.1, "pytorch")])
+def test_caffe_s_norms_have_no_statistics(mean, style):
+    state = {"backbone.conv1.weight": torch.zeros(64, 3, 7, 7), "neck.lateral_convs.0.conv.bias": torch.zeros(256)}
+    state |= {"backbone.bn1.running_mean": torch.full((64,), mean), "rpn_head.rpn_cls.bias": torch.zeros(3)}
+    assert load_foreign(state, source="mmdet").presets["backbone.stride_in_1x1"] == (style == "caffe")
