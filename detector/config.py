@@ -345,7 +345,8 @@ def culprit(config_name: str, overrides: Sequence[str]) -> str | None:
             override = OverridesParser.create().parse_override(text)
         except HydraException as problem:
             return f"{text}: {' '.join(str(problem).split())}"
-        (choices if override.key_or_group in groups else values).append((text, override))
+        if not override.key_or_group.startswith("hydra/"):  # has options of plugins beside ours
+            (choices if override.key_or_group in groups else values).append((text, override))
     for text, override in choices:
         options = groups[override.key_or_group]
         for option in re.split(r"[,\[\]]", text.partition("=")[2].strip("'\"")):

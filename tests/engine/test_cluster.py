@@ -1,0 +1,34 @@
+"""A grid through submitit, as on a SLURM cluster; here its jobs are processes of this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import hydra
+import pytest
+
+from detector.config import CONFIGS
+
+from .conftest import ROOT, TINY
+
+pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+
+
+def test_slurm_launcher_composes():
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        overrides = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu"]
+        launcher = hydra.compose("train", overrides, return_hydra_config=True).hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher")
+    assert (launcher.partition, launcher.gpus_per_node, launcher.max_num_timeout) == ("gpu", 1, 10)
+
+
+def test_jobs_of_a_grid_are_processes_of_their_own(shapes_tiny, tmp_path):
+    settings = [*TINY, f"data.root={shapes_tiny}", "schedule.max_iterations=4", f"hydra.sweep.dir={tmp_path / 'jobs'}"]
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "hydra/launcher=submitit_local", *settings]
+    command += [f"run_dir={tmp_path}/seed=${{seed}}", "seed=0,1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    for seed in (0, 1):
+        assert (tmp_path / f"seed={seed}" / "metrics.json").exists()
