@@ -46,7 +46,7 @@ class Runtime:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     workers: int = 2  # data-loading processes of each rank
     threads: int | None = None  # CPU threads of each rank; null: torch's choice
-    compile: bool = False
+    compile: bool = False  # backbone, neck and the RPN's layers, whose shapes stay
     deterministic: bool = False  # refuse GPU kernels that are not reproducible
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_nonfinite: int = 10  # steps that may be skipped before the run stops after all

@@ -77,8 +77,9 @@ def train(cfg: DictConfig) -> float | None:
         del found, weights, fill  # their memory
 
         model = state.model
-        if runtime.compile:
-            model.compile()
+        if runtime.compile:  # what has the same shapes in every batch
+            for part in (model.backbone, model.neck, model.rpn.head):
+                part.compile()
         if world.size > 1:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         train_loader, val_loader, examples = setup.loaders(

@@ -155,6 +155,27 @@ def test_a_checkpoint_of_another_model_is_refused(run):
         run("schedule.max_iterations=4")
 
 
+@pytest.mark.slow
+def test_compiled_parts_learn_the_same(run, tmp_path, monkeypatch):
+    """runtime.compile traces backbone, neck and RPN; here without a compiler's code, which takes minutes to make."""
+    compiled, original = [], torch.nn.Module.compile
+
+    def traced(self):
+        compiled.append(type(self).__name__)
+        original(self, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    few = ["schedule.max_iterations=3", "roi=deformable"]
+    plain = curve(run(*few, f"run_dir={tmp_path / 'plain'}"))
+    assert not compiled
+    folder = run(*few, "runtime.compile=true")
+    assert compiled == ["ResNet", "FPN", "RPNHead"]
+    for iteration, values in curve(folder).items():
+        assert values == pytest.approx(plain[iteration], rel=1e-3, abs=1e-5)
+    names = checkpoint.load(tmp_path / "plain" / "last.pt")["model"].keys()
+    assert checkpoint.load(folder / "last.pt")["model"].keys() == names
+
+
 def test_metric_of_choice(run):
     folder = run("evaluation.metric=bbox.AR100", "schedule.max_iterations=3")
     best = checkpoint.load(folder / "best.pt")["best"]
