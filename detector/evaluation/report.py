@@ -274,8 +274,9 @@ CURVE_TITLE = "The difference at each IoU threshold (shade: 95 % interval)"
 
 
 def around(values: Sequence[float | None], widths: Sequence[float]) -> list[tuple[float, float]]:
-    """Bands of half width `widths`."""
-    return [(value - width, value + width) for value, width in ((v or 0.0, w) for v, w in zip(values, widths))]
+    """Bands of half width `widths` around quantities that are never negative."""
+    middles = [value or 0.0 for value in values]
+    return [(max(middle - width, 0.0), middle + width) for middle, width in zip(middles, widths)]
 
 
 def classes(report: Mapping) -> str:
