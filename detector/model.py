@@ -85,6 +85,9 @@ class TwoStageDetector(nn.Module):
         self.mask_head = mask_head and mask_head(*roi_args, **shared)
         self.keypoint_head = keypoint_head and keypoint_head(*roi_args)
 
+        stage5 = backbone.__dict__.pop("beyond", {})
+        if stage5 and hasattr(getattr(self.box_head, "trunk", None), "layer4"):
+            self.box_head.trunk.load_state_dict(stage5)
         if weights is not None:
             load_into(self, load_foreign(weights).state_dict)
 

@@ -62,7 +62,8 @@ class ResNet(torchvision.models.ResNet):
         stages: the stages whose maps are returned, for instance [2, 3, 4, 5] for FPN or [4] for C4.
         frozen_stages: the stem (1) and the stages up to this one are not trained; 0 trains everything.
         weights: None, the name of torchvision's weights ('IMAGENET1K_V1' ...), or a file, see weights.load_foreign. The
-            tensors alone: model.weights brings the settings with them, and stage 5 of a C4 model.
+            tensors alone: model.weights brings the settings with them. Those of a stage beyond the last are left in
+            `beyond` for the model: a C4 head starts from stage 5.
     """
 
     def __init__(
@@ -139,7 +140,8 @@ class ResNet(torchvision.models.ResNet):
             state = load_foreign(torchvision.models.get_model_weights(name)[weights].get_state_dict()).state_dict
         last = self.stages[-1] - 1
         state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-        state = {key: value for key, value in state.items() if not key.startswith("layer") or int(key[5]) <= last}
+        self.beyond = {key: value for key, value in state.items() if key.startswith("layer") and int(key[5]) > last}
+        state = {key: value for key, value in state.items() if key not in self.beyond}
         if found := misfit(self, state):
             raise ValueError(f"backbone weights {weights} do not fit {name}: {found}")
         self.load_state_dict(state, strict=False)
