@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
-import tracemalloc
+import sys
 
 import psutil
 import pytest
+import torch
 
 from benchmarks.long_run import FIGURES, summary
 from detector.engine import train as loop
@@ -32,7 +33,7 @@ def test_growth_is_seen():
 
 @pytest.mark.slow
 def test_steps_leave_nothing_behind(run, monkeypatch):
-    """Between step 30 and step 70, with evaluations, checkpoints and TensorBoard: no more memory, files or threads."""
+    """Between step 30 and step 70, with evaluations, checkpoints and TensorBoard: no more tensors, files or threads."""
     process, steps, looks = psutil.Process(), [], []
     original = loop.forward_backward
 
@@ -40,18 +41,14 @@ def test_steps_leave_nothing_behind(run, monkeypatch):
         steps.append(len(steps) + 1)
         if steps[-1] in (30, 70):
             gc.collect()
-            python = tracemalloc.get_traced_memory()[0]
-            looks.append((python, process.memory_info().rss, process.num_fds(), process.num_threads()))
+            tensors = sum(type(item) in (torch.Tensor, torch.nn.Parameter) for item in gc.get_objects())
+            looks.append((sys.getallocatedblocks(), tensors, process.num_fds(), process.num_threads()))
         return original(*args, **kwargs)
 
     monkeypatch.setattr(loop, "forward_backward", look)
     often = ["evaluation.every=20", "runtime.checkpoint_every=10", "runtime.tensorboard=true"]
-    tracemalloc.start()
-    try:
-        run("schedule.max_iterations=70", *often)
-    finally:
-        tracemalloc.stop()
-    (python, resident, *counts), (python_after, resident_after, *counts_after) = looks
+    run("schedule.max_iterations=70", *often)
+    (blocks, tensors, *counts), (blocks_after, tensors_after, *counts_after) = looks
     assert counts_after == counts
-    assert python_after - python < 40_000  # less than a dict of ten floats a step
-    assert resident_after < 1.02 * resident + 2**22
+    assert tensors_after - tensors < 20  # half a tensor a step
+    assert blocks_after - blocks < 20 * 40  # 20 objects of Python a step
