@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as rle_tools
 
 from detector.config import compose
 from detector.data import build_dataset
@@ -71,6 +72,30 @@ def test_voc_counts_pixels_from_one_and_ignores_difficult_objects(voc):
     np.testing.assert_array_equal(train[1].boxes, [[4, 5, 60, 40], [2, 2, 9, 9]])
     assert train[1].labels.tolist() == [1, 2] and train[1].crowd.tolist() == [False, True]
     assert train[2].labels.tolist() == [2] and train[0].image.shape == (40, 60, 3)
+
+
+def test_voc_masks(voc):
+    """From SegmentationObject, by the number of the object; read, and measured as COCO masks."""
+    folder = voc / "VOC2007"
+    pixels = np.zeros((40, 60), np.uint8)
+    pixels[6:30, 5:50], pixels[29:31, 5:50], pixels[3:8, 3:8] = 1, 255, 2
+    (folder / "SegmentationObject").mkdir()
+    picture = Image.fromarray(pixels, "P")
+    picture.putpalette(list(range(256)) * 3)
+    picture.save(folder / "SegmentationObject" / "02.png")
+    (folder / "ImageSets" / "Segmentation").mkdir()
+    (folder / "ImageSets" / "Segmentation" / "val.txt").write_text("02\n")
+    content = convert("voc", voc, ["VOC2007/Segmentation/val"])
+    assert len(content["images"]) == 1
+    masks = [rle_tools.decode(entry["segmentation"]) for entry in content["annotations"]]
+    np.testing.assert_array_equal(masks, [pixels == 1, pixels == 2])
+    assert [entry["area"] for entry in content["annotations"]] == [(pixels == 1).sum(), 25]
+    keys = ("image_id", "category_id", "segmentation")
+    found = [{key: entry[key] for key in keys} | {"score": 0.9} for entry in content["annotations"]]
+    assert coco_metrics(content, found, "segm")["AP"] == pytest.approx(1)
+    Image.new("L", (50, 40)).save(folder / "SegmentationObject" / "02.png")
+    with pytest.raises(ValueError, match=r"02.png: expected one number for each of 40 x 60 pixels, got \[40, 50\]"):
+        convert("voc", voc, ["VOC2007/trainval"])
 
 
 def test_voc_folders_with_pictures_and_xml_side_by_side(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as rle_tools
 
 from detector.evaluation.evaluator import class_table, measure, summary_table
 from detector.evaluation.lvis import lvis_metrics
@@ -147,6 +148,27 @@ def test_lvis_counts_only_where_annotators_looked(wrong, category, ap):
     assert metrics["APr" if category == "cup" else "APf"] == pytest.approx(ap, abs=0.005)
     other = "pen" if category == "cup" else "cup"
     assert metrics["per_class"][other]["AP"] == pytest.approx(1)
+
+
+def test_lvis_masks():
+    truth, perfect = federated()
+    for entry in [*truth["annotations"], *perfect]:
+        x, y, w, h = entry["bbox"]
+        entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    truth["annotations"][0]["segmentation"] = [[0, 0, 50, 0, 0, 50]]  # a triangle: half of what is found
+    metrics = measure(truth, rasterised(perfect), ["bbox", "segm"], "hotcoco", True)
+    assert metrics["bbox"]["AP"] == pytest.approx(1) and metrics["segm"]["APf"] == pytest.approx(1)
+    assert 0 < metrics["segm"]["APr"] < 0.6
+
+
+def rasterised(results: list[dict]) -> list[dict]:
+    """Results with RLE in the place of polygons."""
+
+    def rle(polygons: list) -> dict:
+        found = rle_tools.frPyObjects(polygons, 100, 100)[0]
+        return {"size": found["size"], "counts": found["counts"].decode()}
+
+    return [r | {"segmentation": rle(r["segmentation"])} for r in results]
 
 
 def test_lvis_leaves_out_images_where_nobody_looked():
