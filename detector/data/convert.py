@@ -2,6 +2,7 @@
 
     python -m detector.data.convert voc data/VOCdevkit         then: python train.py data=voc data.root=data/VOCdevkit
     python -m detector.data.convert voc my_data --train trainval --val test
+    python -m detector.data.convert voc data/VOCdevkit --train VOC2012/Segmentation/train --val VOC2012/Segmentation/val
     python -m detector.data.convert cityscapes data/cityscapes
     python -m detector.data.convert lvis data/coco
     python -m detector.data.convert yolo my_data

@@ -143,6 +143,10 @@ def test_cityscapes_reads_instances_and_groups(tmp_path):
     assert sample.crowd.tolist() == [True, False, False]
     car = sample.masks[2, :18, :20]  # one cell of the grid for each pixel
     np.testing.assert_array_equal(car, ids[12:30, 5:25] == 26000)
+    truth = convert("cityscapes", tmp_path, ["val"])
+    found = [{**entry, "score": 0.5} for entry in truth["annotations"] if not entry["iscrowd"]]
+    assert coco_metrics(truth, found, "segm")["AP"] == pytest.approx(1)
+    assert coco_metrics(truth, found[:1], "segm")["AP"] == pytest.approx(0.5)  # of person and car
     with pytest.raises(FileNotFoundError, match=r"instanceIds.png: no such files"):
         convert("cityscapes", tmp_path, ["test"])
 
