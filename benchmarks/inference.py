@@ -52,7 +52,7 @@ def difference(ours: list[dict], theirs: list[dict]) -> dict[str, float]:
         )
         box = max(box, np.abs(np.subtract(near["bbox"], one["bbox"])).max())
         score = max(score, abs(near["score"] - one["score"]))
-        iou = min(iou, rle_tools.iou([near["segmentation"]], [one["segmentation"]], [0])[0, 0])
+        iou = min(iou, float(rle_tools.iou([near["segmentation"]], [one["segmentation"]], [0])[0, 0]))
     return {
         "detections": len(ours),
         "box_px": round(float(box), 4),
