@@ -46,6 +46,7 @@ PARAMETERS = {  # of detectron2, mmdetection and torchvision (less the boxes and
     "mask_rcnn_r50_dc5_1x": 172_353_516,
     "mask_rcnn_r50_fpn_copy_paste": 46_301_232,
     "cascade_mask_rcnn_r50_fpn_1x": 71_984_926,
+    "keypoint_rcnn_r50_fpn_1x": 59_133_158 + 79 * 5 * 1025,  # 80 classes instead of the person
     "torchvision_faster_rcnn_v1": 41_699_936,
     "torchvision_faster_rcnn_v2": 43_656_928,
     "torchvision_mask_rcnn_v1": 44_343_216,
