@@ -51,6 +51,47 @@ def interleave(
     return seconds
 
 
+def apart(
+    builders: Mapping[str, Callable[[], Callable[[], Any]]], repeats: int, device: str = "cpu"
+) -> tuple[dict[str, list[float]], dict[str, Any], dict[str, float]]:
+    """As `interleave`, each contender in a process of its own, with its own settings of memory and threads.
+
+    A builder, picklable, is called there and gives the unit of work. Returns the seconds of the counted turns, what
+    the first turn returned, and the peak memory in MiB: of the GPU's allocator, or of the process.
+    """
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[str, list[float]] = {name: [] for name in builders}
+    first, memory, ends = {}, {}, {}
+    for name, build in builders.items():
+        ends[name], theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, build, device), daemon=True).start()
+        theirs.close()  # so that the end of the process ends the wait for it
+    for turn in range(repeats + 1):
+        for name, end in ends.items():
+            end.send(True)
+            taken, result, memory[name] = end.recv()
+            if turn:
+                seconds[name].append(taken)
+            else:
+                first[name] = result
+    for end in ends.values():
+        end.send(False)
+    return seconds, first, memory
+
+
+def _serve(connection: Any, build: Callable[[], Callable[[], Any]], device: str) -> None:
+    work, cuda = build(), device.startswith("cuda")
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    while connection.recv():
+        wait()
+        start = time.perf_counter()
+        result = work()
+        wait()
+        taken = time.perf_counter() - start
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        connection.send((taken, result, torch.cuda.max_memory_allocated() / 2**20 if cuda else rss))
+
+
 def peak_memory(work: Callable[[], Any], device: str = "cpu", turns: int = 2) -> float:
     """Peak memory in MiB of `work`: of the GPU's allocator, or of a forked process that does nothing else."""
     if device.startswith("cuda"):

@@ -5,12 +5,15 @@
 
 Ours ends with COCO results: masks pasted where they are visible and run-length encoded. torchvision's ends with
 full-size soft masks, as its model returns them; "with RLE" goes on to the same results with pycocotools. The detections
-of both are compared first.
+of both are compared too. The three take turns, each in a process of its own with the settings that its users have.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +22,11 @@ from pycocotools import mask as rle_tools
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
-from benchmarks.peers import Data, mask_rcnn_pair, synthetic_batch
+from benchmarks.peers import mask_rcnn_pair, synthetic_batch
 from benchmarks.train_step import DTYPES
+from detector.engine.distributed import keep_freed_memory
 from detector.evaluation.results import detections_to_coco
+from detector.layers import to_liked_layout
 
 CATEGORIES = list(range(1, 81))
 
@@ -61,21 +66,28 @@ def difference(ours: list[dict], theirs: list[dict]) -> dict[str, float]:
     }
 
 
-def contenders(ours, theirs, data: Data, dtype: torch.dtype | None, device: str) -> dict:
-    """The three ways from images to detections."""
+def build(name: str, batch: int, args: argparse.Namespace) -> Callable[[], list]:
+    """One contender's way from images to detections."""
+    torch.set_num_threads(args.threads)
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    ours, theirs = mask_rcnn_pair(args.device, args.size, confident=True)
+    data = synthetic_batch(batch, args.size, 10, args.device)
+    if name == "ours":  # as eval.py has it
+        if device.type == "cpu":
+            keep_freed_memory()
+        model = to_liked_layout(ours, device).eval()
+    else:
+        model = theirs.eval()
+    del ours, theirs
 
-    def run(work):
-        def turn():
-            with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not None):
-                return work()
+    def detect() -> list:
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            if name == "ours":
+                return detections_to_coco(model(data.batch), data.batch, CATEGORIES, paste="torchvision")
+            found = model(data.images)
+            return encode(found) if name == "torchvision with RLE" else [len(one["masks"]) for one in found]
 
-        return turn
-
-    return {
-        "ours": run(lambda: detections_to_coco(ours(data.batch), data.batch, CATEGORIES, paste="torchvision")),
-        "torchvision": run(lambda: theirs(data.images)),
-        "torchvision with RLE": run(lambda: encode(theirs(data.images))),
-    }
+    return detect
 
 
 def main() -> None:
@@ -84,18 +96,12 @@ def main() -> None:
     options.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
     options.add_argument("--dtype", choices=DTYPES, default="fp32")
     args = options.parse_args()
-    torch.set_num_threads(args.threads)
-    device = args.device.partition(":")[0]
-
-    ours, theirs = mask_rcnn_pair(args.device, args.size, confident=True)
-    ours.eval()
-    theirs.eval()
     rows, saved = [], []
     for batch in args.batch:
-        data = synthetic_batch(batch, args.size, 10, args.device)
-        work = contenders(ours, theirs, data, DTYPES[args.dtype], device)
-        same = difference(work["ours"](), work["torchvision with RLE"]())
-        figures = harness.summary(harness.interleave(work, args.repeats, args.device), reference="torchvision")
+        builders = {name: partial(build, name, batch, args) for name in ("ours", "torchvision", "torchvision with RLE")}
+        seconds, first, _ = harness.apart(builders, args.repeats, args.device)
+        same = difference(first["ours"], first["torchvision with RLE"])
+        figures = harness.summary(seconds, reference="torchvision")
         for name, row in figures.items():
             row["images_per_s"] = round(1000 * batch / row["median_ms"], 3)
             rows.append([batch, name, row["median_ms"], row["images_per_s"], row["speedup"]])

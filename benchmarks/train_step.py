@@ -3,12 +3,15 @@
     python benchmarks/train_step.py                                  two images of 480 x 640 on the CPU
     python benchmarks/train_step.py --device cuda --batch 8 --size 800 1333 --dtype bf16
 
-A step is forward, backward and the optimiser's update. The losses of the first step are compared too.
+A step is forward, backward and the optimiser's update. The two take turns, each in a process of its own with the
+settings that its users have. The losses of the first step are compared too.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,19 +20,38 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from benchmarks.peers import mask_rcnn_pair, synthetic_batch
-from detector.layers import likes_channels_last
+from detector.engine.distributed import keep_freed_memory
+from detector.layers import to_liked_layout
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def step(losses_of, optimizer, device: str, dtype: torch.dtype | None) -> dict[str, float]:
-    """Forward, backward, update; returns the losses."""
-    with torch.autocast(device, dtype, enabled=dtype is not None):
-        losses = losses_of()
-    sum(losses.values()).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return {name: loss.detach() for name, loss in losses.items()}
+def build(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float]]:
+    """One contender's step: forward, backward, update; it returns the losses."""
+    torch.set_num_threads(args.threads)
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    ours, theirs = mask_rcnn_pair(args.device, args.size)
+    data = synthetic_batch(args.batch, args.size, args.objects, args.device)
+    if name == "ours":  # as the training loop has it
+        if device.type == "cpu":
+            keep_freed_memory()
+        model, inputs = to_liked_layout(ours, device), (data.batch, data.targets)
+    else:
+        model, inputs = theirs, (data.images, data.their_targets)
+    del ours, theirs
+    model.train()
+    # A learning rate of nearly nothing: the weights stay equal over the turns.
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-9, momentum=0.9)
+
+    def step() -> dict[str, float]:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            losses = model(*inputs)
+        sum(losses.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return {name: loss.item() for name, loss in losses.items()}
+
+    return step
 
 
 def main() -> None:
@@ -39,30 +61,8 @@ def main() -> None:
     options.add_argument("--objects", type=int, default=10, help="objects of each image")
     options.add_argument("--dtype", choices=DTYPES, default="fp32")
     args = options.parse_args()
-    torch.set_num_threads(args.threads)
-    device = args.device.partition(":")[0]
-
-    ours, theirs = mask_rcnn_pair(args.device, args.size)
-    data = synthetic_batch(args.batch, args.size, args.objects, args.device)
-    if likes_channels_last(torch.device(args.device)):
-        ours = ours.to(memory_format=torch.channels_last)  # as the training loop does
-    ours.train()
-    theirs.train()
-    losses_of = {
-        "ours": lambda: ours(data.batch, data.targets),
-        "torchvision": lambda: theirs(data.images, data.their_targets),
-    }
-    models = {"ours": ours, "torchvision": theirs}
-    steps = {}
-    for name, model in models.items():
-        # A learning rate of nearly nothing: the weights stay equal over the turns.
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(parameters, lr=1e-9, momentum=0.9)
-        steps[name] = partial(step, losses_of[name], optimizer, device, DTYPES[args.dtype])
-
-    first = {name: {k: float(v) for k, v in work().items()} for name, work in steps.items()}
-    memory = {name: harness.peak_memory(work, args.device) for name, work in steps.items()}
-    seconds = harness.interleave(steps, args.repeats, args.device)
+    builders = {name: partial(build, name, args) for name in ("ours", "torchvision")}
+    seconds, first, memory = harness.apart(builders, args.repeats, args.device)
     figures = harness.summary(seconds, reference="torchvision")
     for name, row in figures.items():
         row["images_per_s"] = round(1000 * args.batch / row["median_ms"], 3)

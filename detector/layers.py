@@ -40,6 +40,15 @@ def likes_channels_last(device: torch.device) -> bool:
     return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
+def to_liked_layout(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, with the weights of its convolutions laid out in memory as the maps will be."""
+    if likes_channels_last(device):
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):  # those have but one layout
+                module.to(memory_format=torch.channels_last)
+    return model
+
+
 def conv_layout(x: Tensor) -> Tensor:
     """Maps [N, C, H, W] in the layout in which 3 x 3 convolutions of them are fastest: as they come, or contiguous."""
     return x if likes_channels_last(x.device) else x.contiguous()

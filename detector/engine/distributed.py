@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import random
 import signal
 from collections.abc import Iterable, Iterator
@@ -90,11 +92,25 @@ def start(runtime: Runtime) -> World:
         join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.backends.cudnn.benchmark = not runtime.deterministic
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(runtime.deterministic)
     return World(dist.get_rank() if size > 1 else 0, size, device)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors, those of up to 64 MiB and 2 GiB of it in all, for the next ones.
+
+    It would give it back to the system and get it again page by page, which is a tenth of a step on a CPU. Where the C
+    library is another one nothing happens.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for parameter, value in ((-3, 1 << 26), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+            libc.mallopt(parameter, value)
 
 
 def join(backend: str, timeout: timedelta = timedelta(minutes=30)) -> None:

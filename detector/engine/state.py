@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import build, config_errors
-from ..layers import likes_channels_last
+from ..layers import to_liked_layout
 from .distributed import World
 from .optimizer import EMA, build_optimizer
 from .schedule import Schedule
@@ -56,11 +56,7 @@ class State:
         if start is not None:
             with config_errors("model.weights"):
                 start(model)
-        model = model.to(world.device)
-        if likes_channels_last(world.device):
-            for module in model.modules():
-                if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):  # those have but one layout
-                    module.to(memory_format=torch.channels_last)
+        model = to_liked_layout(model.to(world.device), world.device)
         scaler = torch.amp.GradScaler(world.device.type, enabled=runtime.precision == "fp16")
         factory = build(cfg.optimizer, "optimizer")
         optimizer = build_optimizer(factory, model, training, fused=not scaler.is_enabled())
