@@ -50,7 +50,7 @@ bench: $(READY)  ## every benchmark that fits in ten minutes on this machine
 	$(PY) benchmarks/roi_ops.py --methods align deformable --rois 1000 --repeats 3 --json benchmarks/results/roi_ops_cpu.json
 	$(PY) benchmarks/train_step.py --repeats 3 --json benchmarks/results/train_step_cpu.json
 	$(PY) benchmarks/inference.py --repeats 3 --json benchmarks/results/inference_cpu.json
-	$(PY) -m benchmarks.evaluation --repeats 3 --json benchmarks/results/evaluation_cpu.json
+	$(PY) benchmarks/evaluation.py --repeats 3 --json benchmarks/results/evaluation_cpu.json
 
 # A machine with a GPU and PyTorch but no package index gets what is missing there as wheels.
 MISSING := hydra-core omegaconf pycocotools albumentations albucore hotcoco stringzilla simsimd pydantic pydantic_core \

@@ -1,6 +1,6 @@
 """Opening annotations of COCO train2017's size: 118 k images, 860 k objects with polygons.
 
-    python -m benchmarks.annotations
+    python benchmarks/annotations.py
 
 Generates such a file, then measures in fresh processes: the first opening (parses the JSON and stores arrays), the next
 ones (map the stored arrays), and pycocotools; and the memory that one more worker process takes.
@@ -13,12 +13,14 @@ import json
 import multiprocessing
 import os
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from detector.data import open_coco
 

@@ -1,6 +1,6 @@
 """Reading one image for training, on one thread: decode, resize to 800/1333, mirror, targets, batch of two.
 
-    python -m benchmarks.data --images FOLDER --annotations FILE
+    python benchmarks/data.py --images FOLDER --annotations FILE
 
 Ours is the data set with `augment=default`: uint8 out, masks in windows. The reference is what torchvision's detection
 references and models do with the same files: Pillow, masks drawn by pycocotools at full size, float images, and the
@@ -9,6 +9,7 @@ resizing of `GeneralizedRCNNTransform`.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import albumentations as A
@@ -20,6 +21,7 @@ from pycocotools.coco import COCO
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms.v2 import functional as F
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from detector.data import CocoDataset, ResizeShortestEdge, collate
 

@@ -1,6 +1,6 @@
 """From masks in boxes to COCO's numbers: paste, encode, match and accumulate.
 
-    python -m benchmarks.evaluation [--images 5000]
+    python benchmarks/evaluation.py [--images 5000]
 
 Paste and encode 100 masks of 28 x 28 in an image of 640 x 480, against torchvision's paste with pycocotools' encoding.
 Then box and mask AP of that many images with 100 detections each, against pycocotools on a tenth of them.
@@ -9,13 +9,16 @@ Then box and mask AP of that many images with 100 detections each, against pycoc
 from __future__ import annotations
 
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from pycocotools import mask as rle_tools
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from detector.evaluation import coco_metrics
 from detector.evaluation.masks import encode_window, paste_window

@@ -161,5 +161,7 @@ def save(path: Path | None, device: str, **figures: Any) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python", *sys.argv])
+    script = Path(sys.argv[0]).resolve()
+    name = script.relative_to(RESULTS.parents[1]) if script.is_relative_to(RESULTS.parents[1]) else script.name
+    command = " ".join(["python", str(name), *sys.argv[1:]])
     path.write_text(json.dumps({"command": command, "machine": machine(device), **figures}, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """Whether a long training run grows: resident memory, open files and threads of it and its workers, and its throughput.
 
-    python -m benchmarks.long_run --iterations 2000 training.batch_size=2 --json benchmarks/results/long_run.json
+    python benchmarks/long_run.py --iterations 2000 training.batch_size=2 --json benchmarks/results/long_run.json
 
 Runs train.py with the given overrides, evaluating after each quarter, and looks at it from outside every few seconds
 of training. The first half, with its two evaluations, is warm-up: the second finds more, and so takes more memory, than
@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 
 ROOT = Path(__file__).resolve().parents[1]
