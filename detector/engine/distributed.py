@@ -113,6 +113,12 @@ def keep_freed_memory() -> None:
             libc.mallopt(parameter, value)
 
 
+def return_freed_memory() -> None:
+    """Give what is kept back to the system once: after work of another kind, whose tensors fit no later ones."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def join(backend: str, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Join the process group of torchrun's ranks.
 

@@ -12,7 +12,7 @@ from ..config import ConfigError
 from ..evaluation.evaluator import eval_mode, evaluate, summary_table
 from ..structures import Batch, Targets, to_device
 from ..visualize import beside_truth
-from .distributed import StopRequest, World
+from .distributed import StopRequest, World, return_freed_memory
 from .logging import Journal
 from .settings import Evaluation, Runtime
 from .state import State
@@ -47,6 +47,7 @@ def measure(
         folder=journal.path.parent if state.iteration == journal.total else None,
         progress=journal.interactive,
     )
+    return_freed_memory()
     state.metrics, state.evaluated = metrics, state.iteration
     journal.evaluation(state.iteration, metrics)
     if state.iteration < journal.total:
