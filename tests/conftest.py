@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -38,3 +39,12 @@ def shapes_tiny(tmp_path_factory) -> Path:
     script = [sys.executable, ROOT / "data" / "make_shapes.py", "--out", out]
     subprocess.run([*script, "--train", "24", "--val", "8", "--size", "96", "--seed", "1"], check=True)
     return out
+
+
+@pytest.fixture(scope="session")
+def coco():
+    """The module data/prepare_coco.py."""
+    spec = importlib.util.spec_from_file_location("prepare_coco", ROOT / "data" / "prepare_coco.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import pickle
@@ -23,7 +22,6 @@ from detector.data import read_coco, read_image
 from detector.engine import checkpoint
 from detector.predict import load, validation_transforms
 from detector.weights import load_foreign
-from tests.conftest import ROOT
 from tests.data.coco_files import minimal, write
 
 RESIZE = {"_target_": "albumentations.Resize", "height": 64, "width": 64}
@@ -176,14 +174,6 @@ def test_json_bombs(tmp_path, text):
 
 
 # ------------------------------------------------------------------------------------------------------------ archives
-
-
-@pytest.fixture(scope="module")
-def coco():
-    spec = importlib.util.spec_from_file_location("prepare_coco", ROOT / "data" / "prepare_coco.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_archives_that_lie_about_their_size(coco, tmp_path):

@@ -10,6 +10,7 @@ Large Minibatch SGD"), then
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from .settings import Length, require, to_iterations
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(ABC):
     """Length and warm-up, common to all. Lengths: an int (iterations), "3 epochs", or a float, a share of the run."""
 
     max_iterations: int | None = None
@@ -53,8 +54,9 @@ class Schedule:
 
         return factor
 
+    @abstractmethod
     def after_warmup(self, warmup: int, total: int, per_epoch: int) -> Callable[[int], float]:
-        raise NotImplementedError
+        """The factor as a function of the iteration, for those from `warmup` to `total`; lengths in iterations."""
 
 
 @dataclass(frozen=True)

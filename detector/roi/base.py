@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from detector.structures import RoIFeatures
 
 
-class RoIOp(nn.Module):
+class RoIOp(nn.Module, ABC):
     """Base class of the RoI methods. A method sets `output_size` in its constructor and writes `forward`.
 
     Args:
@@ -31,6 +32,7 @@ class RoIOp(nn.Module):
         """Channels of the result for features with `channels` channels."""
         return channels
 
+    @abstractmethod
     def forward(
         self, features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]
     ) -> RoIFeatures:
@@ -44,7 +46,6 @@ class RoIOp(nn.Module):
         Returns: RoIFeatures with `features` [R, C, h, w] in the dtype of the maps.
         Raises: TypeError, ValueError for input of other kinds or shapes, see `check_inputs`.
         """
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"output_size={self.output_size}"

@@ -12,6 +12,7 @@ Dimensions: N images, R RoIs, D output channels, h x w bins.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -28,9 +29,9 @@ from detector.structures import RoIFeatures
 class PositionSensitive(RoIOp):
     """What the position-sensitive methods share: a method writes `axes`."""
 
+    @abstractmethod
     def axes(self, regions: Regions) -> tuple[Axis, Axis]:
-        """Which rows and columns every bin reads."""
-        raise NotImplementedError
+        """Which rows and columns of the map every bin of the R regions reads, and with what weights: (y, x)."""
 
     def output_channels(self, channels: int) -> int:
         """C / (h * w); ValueError where that does not divide."""

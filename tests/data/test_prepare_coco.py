@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import http.server
-import importlib.util
 import json
 import re
 import stat
@@ -14,14 +13,6 @@ import zipfile
 import pytest
 
 from tests.conftest import ROOT
-
-
-@pytest.fixture(scope="module")
-def coco():
-    spec = importlib.util.spec_from_file_location("prepare_coco", ROOT / "data" / "prepare_coco.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
