@@ -12,7 +12,6 @@ Dimensions: N images, R RoIs, D output channels, h x w bins.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -27,11 +26,7 @@ from detector.structures import RoIFeatures
 
 
 class PositionSensitive(RoIOp):
-    """What the position-sensitive methods share: a method writes `axes`."""
-
-    @abstractmethod
-    def axes(self, regions: Regions) -> tuple[Axis, Axis]:
-        """Which rows and columns of the map every bin of the R regions reads, and with what weights: (y, x)."""
+    """What the position-sensitive methods share: their channels, and how bins read them."""
 
     def output_channels(self, channels: int) -> int:
         """C / (h * w); ValueError where that does not divide."""
@@ -39,13 +34,6 @@ class PositionSensitive(RoIOp):
         if channels % bins:
             raise ValueError(f"features have {channels} channels, expected a multiple of h * w = {bins}")
         return channels // bins
-
-    def forward(
-        self, features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]
-    ) -> RoIFeatures:
-        check_inputs(features, rois, levels, strides)
-        regions = locate(features, rois, levels, strides)
-        return RoIFeatures(self.pool(features, regions, *self.axes(regions)))
 
     def pool(self, features: Sequence[Tensor], regions: Regions, y: Axis, x: Axis) -> Tensor:
         """[R, D, h, w]: every bin from its own channels."""
@@ -86,6 +74,7 @@ class PositionSensitiveRoIPool(PositionSensitive):
         return RoIFeatures(self.pool(features, regions, *self.axes(regions)))
 
     def axes(self, regions: Regions) -> tuple[Axis, Axis]:
+        """Which rows and columns of the map every bin of the R regions reads, and with what weights: (y, x)."""
         x1, y1, x2, y2 = regions.boxes.detach().unbind(1)
         rows, row_weights, y_used = self.mean_of_cells(y1, y2, self.output_size[0], regions.heights)
         columns, column_weights, x_used = self.mean_of_cells(x1, x2, self.output_size[1], regions.widths)
@@ -126,8 +115,12 @@ class PositionSensitiveRoIAlign(PositionSensitive):
         super().__init__(output_size)
         self.align = RoIAlign(output_size, sampling_ratio)
 
-    def axes(self, regions: Regions) -> tuple[Axis, Axis]:
-        return self.align.axes(regions)
+    def forward(
+        self, features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]
+    ) -> RoIFeatures:
+        check_inputs(features, rois, levels, strides)
+        regions = locate(features, rois, levels, strides)
+        return RoIFeatures(self.pool(features, regions, *self.align.axes(regions)))
 
 
 class DeformablePositionSensitiveRoIPool(PositionSensitive):
