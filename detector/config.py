@@ -35,7 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from .multirun import Multirun
+from detector.multirun import Multirun
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user wants to see where errors come from

@@ -18,17 +18,17 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from .config import ConfigError, RunError, build, check_model_config, check_transforms_config, config_errors
-from .data import Pipeline, Sample, collate, read_image
-from .engine import checkpoint as checkpoints
-from .engine import distributed
-from .engine.settings import Runtime
-from .evaluation.evaluator import autocast
-from .evaluation.masks import encode_window, paste_masks
-from .evaluation.results import coco_keypoints, to_original, write_json
-from .structures import Batch, Detections, to_device
-from .visualize import draw
-from .weights.portable import load_safetensors
+from detector.config import ConfigError, RunError, build, check_model_config, check_transforms_config, config_errors
+from detector.data import Pipeline, Sample, collate, read_image
+from detector.engine import checkpoint as checkpoints
+from detector.engine import distributed
+from detector.engine.settings import Runtime
+from detector.evaluation.evaluator import autocast
+from detector.evaluation.masks import encode_window, paste_masks
+from detector.evaluation.results import coco_keypoints, to_original, write_json
+from detector.structures import Batch, Detections, to_device
+from detector.visualize import draw
+from detector.weights.portable import load_safetensors
 
 
 def load(

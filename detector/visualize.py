@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .evaluation.masks import paste_masks
-from .structures import Batch, Detections, Targets
+from detector.evaluation.masks import paste_masks
+from detector.structures import Batch, Detections, Targets
 
 # Okabe and Ito, "Color Universal Design" (2008), without black; further rounds are lighter and darker
 PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torchvision
 
-from ..config import ConfigError, RunError
+from detector.config import ConfigError, RunError
 
 FORMAT = "detector checkpoint 1"
 # a run that differs from its checkpoint in one of these is another run; in the others it may go on differently

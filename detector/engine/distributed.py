@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from ..config import ConfigError
-from .settings import Runtime
+from detector.config import ConfigError
+from detector.engine.settings import Runtime
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from ..config import ConfigError
-from ..evaluation.evaluator import eval_mode, evaluate, summary_table
-from ..structures import Batch, Targets, to_device
-from ..visualize import beside_truth
-from .distributed import StopRequest, World, return_freed_memory
-from .logging import Journal
-from .settings import Evaluation, Runtime
-from .state import State
+from detector.config import ConfigError
+from detector.engine.distributed import StopRequest, World, return_freed_memory
+from detector.engine.logging import Journal
+from detector.engine.settings import Evaluation, Runtime
+from detector.engine.state import State
+from detector.evaluation.evaluator import eval_mode, evaluate, summary_table
+from detector.structures import Batch, Targets, to_device
+from detector.visualize import beside_truth
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import RunError
-from ..structures import Batch, Targets
-from .checkpoint import atomically
-from .distributed import World
-from .settings import Runtime
-from .state import State
+from detector.config import RunError
+from detector.engine.checkpoint import atomically
+from detector.engine.distributed import World
+from detector.engine.settings import Runtime
+from detector.engine.state import State
+from detector.structures import Batch, Targets
 
 log = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # disks that cannot be written to

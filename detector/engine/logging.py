@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import _TqdmLoggingHandler
 
-from .distributed import World
-from .settings import Runtime
+from detector.engine.distributed import World
+from detector.engine.settings import Runtime
 
 log = logging.getLogger("detector")
 

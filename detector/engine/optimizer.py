@@ -9,8 +9,8 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError
-from .settings import Training
+from detector.config import ConfigError
+from detector.engine.settings import Training
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 

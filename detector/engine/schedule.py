@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .settings import Length, require, to_iterations
+from detector.engine.settings import Length, require, to_iterations
 
 
 @dataclass(frozen=True)

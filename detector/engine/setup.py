@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ..config import ConfigError, build, config_errors, overridden
-from ..data import Loader, build_dataset, build_loader, collate
-from ..evaluation.evaluator import summary_table
-from ..structures import Batch, Targets
-from . import checkpoint
-from .distributed import World, set_random_state
-from .optimizer import build_optimizer
-from .settings import Runtime, Training
-from .state import State
+from detector.config import ConfigError, build, config_errors, overridden
+from detector.data import Loader, build_dataset, build_loader, collate
+from detector.engine import checkpoint
+from detector.engine.distributed import World, set_random_state
+from detector.engine.optimizer import build_optimizer
+from detector.engine.settings import Runtime, Training
+from detector.engine.state import State
+from detector.evaluation.evaluator import summary_table
+from detector.structures import Batch, Targets
 
 log = logging.getLogger(__name__)
 

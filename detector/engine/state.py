@@ -11,12 +11,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..config import build, config_errors
-from ..layers import to_liked_layout
-from .distributed import World
-from .optimizer import EMA, build_optimizer
-from .schedule import Schedule
-from .settings import Runtime, Training
+from detector.config import build, config_errors
+from detector.engine.distributed import World
+from detector.engine.optimizer import EMA, build_optimizer
+from detector.engine.schedule import Schedule
+from detector.engine.settings import Runtime, Training
+from detector.layers import to_liked_layout
 
 MODULES, PLAIN = (
     ("model", "optimizer", "scheduler", "scaler"),

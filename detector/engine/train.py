@@ -19,16 +19,16 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import build, config_errors, overridden
-from ..structures import Batch, Targets, to_device
-from ..weights import Start
-from . import checkpoint, distributed, faults, setup
-from . import logging as record
-from .distributed import World
-from .evaluation import chosen, measure, show
-from .schedule import Schedule
-from .settings import Evaluation, Runtime, Training, to_iterations
-from .state import State
+from detector.config import build, config_errors, overridden
+from detector.engine import checkpoint, distributed, faults, setup
+from detector.engine import logging as record
+from detector.engine.distributed import World
+from detector.engine.evaluation import chosen, measure, show
+from detector.engine.schedule import Schedule
+from detector.engine.settings import Evaluation, Runtime, Training, to_iterations
+from detector.engine.state import State
+from detector.structures import Batch, Targets, to_device
+from detector.weights import Start
 
 log = logging.getLogger(__name__)
 PRECISION = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,8 +1,8 @@
 """COCO metrics, masks as COCO stores them, and the loop that evaluates a model on a data set."""
 
-from .coco import coco_metrics
-from .evaluator import class_table, evaluate, summary_table
-from .results import detections_to_coco, to_original, write_json
+from detector.evaluation.coco import coco_metrics
+from detector.evaluation.evaluator import class_table, evaluate, summary_table
+from detector.evaluation.results import detections_to_coco, to_original, write_json
 
 __all__ = [
     "class_table",

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..roi import RoIExtractor, RoIPool, RoIWarp, assign_levels
-from ..roi.pool import bin_ranges, round_half_away
-from ..structures import Batch, to_device, with_image
+from detector.roi import RoIExtractor, RoIPool, RoIWarp, assign_levels
+from detector.roi.pool import bin_ranges, round_half_away
+from detector.structures import Batch, to_device, with_image
 
 FRACTIONS = np.linspace(0, 1, 17)  # of the stride of a RoI's level
 PIXELS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)

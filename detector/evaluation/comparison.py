@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .coco import BOX_METRICS, read_json, run_coco_eval
-from .evaluator import TITLES, measurable
-from .runs import Method, Run
-from .statistics import THRESHOLDS, Difference, Table, difference, draws, match, metrics, resample
+from detector.evaluation.coco import BOX_METRICS, read_json, run_coco_eval
+from detector.evaluation.evaluator import TITLES, measurable
+from detector.evaluation.runs import Method, Run
+from detector.evaluation.statistics import THRESHOLDS, Difference, Table, difference, draws, match, metrics, resample
 
 INTERVALS = ("AP", "AP50", "AP75")  # numbers whose differences get intervals
 TIDE = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..roi import RoIExtractor
-from ..structures import Batch, to_device
+from detector.roi import RoIExtractor
+from detector.structures import Batch, to_device
 
 
 @torch.inference_mode()

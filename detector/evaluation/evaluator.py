@@ -11,12 +11,12 @@ import torch
 from torch import distributed, nn
 from tqdm import tqdm
 
-from ..structures import to_device
-from .coco import as_rle, check_annotation, coco_metrics, read_json
-from .lvis import is_federated, lvis_metrics
-from .proposals import OBJECT, proposal_recall, without_classes
-from .results import detections_to_coco, write_json
-from .voc import voc_metrics
+from detector.evaluation.coco import as_rle, check_annotation, coco_metrics, read_json
+from detector.evaluation.lvis import is_federated, lvis_metrics
+from detector.evaluation.proposals import OBJECT, proposal_recall, without_classes
+from detector.evaluation.results import detections_to_coco, write_json
+from detector.evaluation.voc import voc_metrics
+from detector.structures import to_device
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .coco import check_annotations, check_predictions
+from detector.evaluation.coco import check_annotations, check_predictions
 
 
 def is_federated(annotations: dict) -> bool:

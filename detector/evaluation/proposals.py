@@ -6,7 +6,7 @@ import contextlib
 import io
 from collections.abc import Sequence
 
-from .coco import _pycocotools
+from detector.evaluation.coco import _pycocotools
 
 OBJECT = 1  # the id of the only category
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .charts import bar_chart, interval_chart, line_chart
-from .comparison import TIDE, sentence
-from .evaluator import TITLES, percent
-from .results import write_json
+from detector.evaluation.charts import bar_chart, interval_chart, line_chart
+from detector.evaluation.comparison import TIDE, sentence
+from detector.evaluation.evaluator import TITLES, percent
+from detector.evaluation.results import write_json
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 TIDE_NAMES = {

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..boxes import area, clip
-from ..structures import Batch, Detections
-from .masks import encode_window, paste_window
+from detector.boxes import area, clip
+from detector.evaluation.masks import encode_window, paste_window
+from detector.structures import Batch, Detections
 
 
 def to_original(detections: Detections, batch: Batch) -> Detections:

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
-from ..augmented import Augmented
-from ..config import config_errors
-from ..data import build_dataset, build_loader
-from ..engine import distributed
-from ..engine.settings import Runtime
-from ..predict import load, merge
-from .evaluator import class_table, evaluate, ground_truth, summary_table
-from .results import write_json
+from detector.augmented import Augmented
+from detector.config import config_errors
+from detector.data import build_dataset, build_loader
+from detector.engine import distributed
+from detector.engine.settings import Runtime
+from detector.evaluation.evaluator import class_table, evaluate, ground_truth, summary_table
+from detector.evaluation.results import write_json
+from detector.predict import load, merge
 
 
 def evaluate_checkpoint(cfg: DictConfig) -> dict:

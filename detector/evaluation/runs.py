@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from ..config import CONFIGS, ConfigError
-from ..engine.checkpoint import flatten
-from .coco import check_annotations, check_predictions, read_json
+from detector.config import CONFIGS, ConfigError
+from detector.engine.checkpoint import flatten
+from detector.evaluation.coco import check_annotations, check_predictions, read_json
 
 # what may differ between the runs of one method, and says nothing about it
 IRRELEVANT = ("seed", "name", "run_dir", "resume", "runtime", "evaluation")

@@ -20,8 +20,8 @@ import numpy as np
 from hotcoco import mask as rle_tools
 from scipy import stats
 
-from .boundary import with_boundaries
-from .coco import FIELD, as_rle, check_annotations, check_predictions
+from detector.evaluation.boundary import with_boundaries
+from detector.evaluation.coco import FIELD, as_rle, check_annotations, check_predictions
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)

@@ -12,20 +12,20 @@ from hotcoco import COCO
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from ..config import CONFIGS, ConfigError, config_errors
-from ..data import build_dataset, collate, read_image
-from ..data.annotations import leads_out
-from ..engine import distributed
-from ..engine.settings import Runtime
-from ..predict import load
-from ..visualize import draw, panel
-from .alignment import measure_alignment, measure_offsets
-from .comparison import compare, without_nan
-from .cost import measure_cost
-from .report import verdicts, write_report
-from .run import evaluate_checkpoint
-from .runs import Method, Run, Unusable, find_folders, fitting, group, read_run, same_validation_set
-from .statistics import match
+from detector.config import CONFIGS, ConfigError, config_errors
+from detector.data import build_dataset, collate, read_image
+from detector.data.annotations import leads_out
+from detector.engine import distributed
+from detector.engine.settings import Runtime
+from detector.evaluation.alignment import measure_alignment, measure_offsets
+from detector.evaluation.comparison import compare, without_nan
+from detector.evaluation.cost import measure_cost
+from detector.evaluation.report import verdicts, write_report
+from detector.evaluation.run import evaluate_checkpoint
+from detector.evaluation.runs import Method, Run, Unusable, find_folders, fitting, group, read_run, same_validation_set
+from detector.evaluation.statistics import match
+from detector.predict import load
+from detector.visualize import draw, panel
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as box_tools
 
-from .coco import check_annotations, check_predictions
+from detector.evaluation.coco import check_annotations, check_predictions
 
 
 def voc_metrics(

@@ -10,8 +10,7 @@ import hydra
 import pytest
 
 from detector.config import CONFIGS
-
-from .conftest import ROOT, TINY
+from tests.engine.conftest import ROOT, TINY
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 

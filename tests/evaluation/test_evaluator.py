@@ -12,8 +12,7 @@ from torch import nn
 
 from detector.evaluation import class_table, coco_metrics, evaluate, summary_table
 from detector.structures import Batch, Detections
-
-from .test_coco import random_case
+from tests.evaluation.test_coco import random_case
 
 
 class Oracle(nn.Module):

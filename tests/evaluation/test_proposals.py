@@ -8,9 +8,8 @@ import torch
 from detector.evaluation import coco_metrics, evaluate
 from detector.evaluation.proposals import proposal_recall, without_classes
 from detector.structures import Detections
-
-from .test_coco import random_case
-from .test_evaluator import Dataset, Oracle
+from tests.evaluation.test_coco import random_case
+from tests.evaluation.test_evaluator import Dataset, Oracle
 
 
 def test_recall_at_100_is_coco_s():

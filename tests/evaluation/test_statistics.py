@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from detector.evaluation import coco_metrics
 from detector.evaluation.statistics import METRICS, Matches, difference, draws, match, metrics, resample
-
-from .test_coco import random_case
+from tests.evaluation.test_coco import random_case
 
 
 def same(found, expected):

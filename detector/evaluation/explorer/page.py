@@ -25,12 +25,12 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor, nn
 
-from ...config import ConfigError, config_errors
-from ...data import read_image
-from ...engine import distributed
-from ...engine.settings import Runtime
-from ...predict import as_batch, load
-from ...roi import (
+from detector.config import ConfigError, config_errors
+from detector.data import read_image
+from detector.engine import distributed
+from detector.engine.settings import Runtime
+from detector.predict import as_batch, load
+from detector.roi import (
     DeformableRoIPool,
     PreciseRoIPool,
     RoIAlign,
@@ -40,7 +40,7 @@ from ...roi import (
     RoIWarp,
     assign_levels,
 )
-from ...structures import Detections, rois_from_boxes
+from detector.structures import Detections, rois_from_boxes
 
 log = logging.getLogger(__name__)
 
