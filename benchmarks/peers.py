@@ -43,7 +43,10 @@ def mask_rcnn_pair(
                     if name.endswith(end):
                         weight.normal_(std=std)
     foreign = load_foreign(theirs.state_dict(), "torchvision")
-    ours = hydra.utils.instantiate(model_config(*foreign), _convert_="all")
+    config = model_config(*foreign)
+    # an imported model computes as its source does, to the bit; here ours computes as it does by default
+    config["channels_last"], config["backbone"]["norm"] = True, "frozen_batch_norm"
+    ours = hydra.utils.instantiate(config, _convert_="all")
     load_into(ours, foreign.state_dict)
     ours.mask_head.target_aligned, ours.mask_head.target_threshold = False, None  # how torchvision makes mask targets
     return ours.to(device), theirs.to(device)

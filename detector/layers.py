@@ -7,7 +7,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torchvision.ops import FrozenBatchNorm2d
+
+from detector import winograd
 
 
 class PlainFrozenBatchNorm2d(FrozenBatchNorm2d):
@@ -63,16 +66,54 @@ def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
     if type(conv) is not nn.Conv2d or type(norm) is not FrozenBatchNorm2d:
         return norm(conv(x))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return _ScaledConv.apply(x, conv.weight, scale, norm.bias - norm.running_mean * scale, conv)
+
+
+class _ScaledConv(torch.autograd.Function):
+    """(scale W) * x + bias, which keeps W for its gradient and not the product: a copy of all weights less."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, conv: nn.Conv2d) -> Tensor:
+        ctx.save_for_backward(x, weight, scale)
+        ctx.conv = conv
+        return F.conv2d(
+            x, weight * scale.view(-1, 1, 1, 1), bias, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (x, weight, scale), conv = ctx.saved_tensors, ctx.conv
+        scale = scale.view(-1, 1, 1, 1)
+        inputs = grad, x.to(grad.dtype), (weight * scale).to(grad.dtype)  # autocast made the result in grad's type
+        shape = conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups
+        wanted = [*ctx.needs_input_grad[:2], False]
+        to_x, to_weight, _ = torch.ops.aten.convolution_backward(*inputs, None, *shape, wanted)
+        return (
+            to_x if to_x is None else to_x.to(x.dtype),
+            to_weight if to_weight is None else to_weight * scale,
+            *[None] * 3,
+        )
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3 x 3 convolution in the form that is fastest for its input."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, bias: bool = True):
+        super().__init__(in_channels, out_channels, 3, stride, padding=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride == (1, 1) and winograd.pays(x, self.weight):
+            return winograd.conv3x3(x, self.weight, self.bias)
+        return super().forward(x)
 
 
 def conv_block(
     in_channels: int, out_channels: int, kernel: int, norm: str | None = None, relu: bool = True, stride: int = 1
 ) -> nn.Sequential:
     """Convolution that keeps the size (at stride 1), a norm by name, which then replaces the bias, and ReLU."""
-    padding = kernel // 2
-    layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=norm is None)]
+    conv = Conv3x3 if kernel == 3 else partial(nn.Conv2d, kernel_size=kernel, padding=kernel // 2)
+    layers: list[nn.Module] = [conv(in_channels, out_channels, stride=stride, bias=norm is None)]
     if norm is not None:
         layers.append(norm_layer(norm)(out_channels))
     if relu:

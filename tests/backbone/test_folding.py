@@ -46,3 +46,32 @@ def test_grouped_dilated_convolution():
         buffer.uniform_(0.5, 2)
     x = torch.randn(2, 8, 9, 11, dtype=torch.float64)
     torch.testing.assert_close(conv_norm(x, conv, norm), norm(conv(x)))
+
+
+def test_keeps_no_folded_weights():
+    """For the backward pass the maps and the layer's own weight are kept, not their product with the norm's scale."""
+    conv, norm = nn.Conv2d(4, 6, 3, bias=False), FrozenBatchNorm2d(6)
+    norm.weight.uniform_(0.5, 2)
+    x, kept = torch.randn(1, 4, 5, 5, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        conv_norm(x, conv, norm)
+    weights = [t for t in kept if t.shape == conv.weight.shape]
+    assert len(weights) == 1 and weights[0].data_ptr() == conv.weight.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast(dtype):
+    """Computed in half precision, as convolutions are there, with float32 gradients near the exact ones."""
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(8, 6, 3, bias=False), FrozenBatchNorm2d(6)
+    norm.weight.uniform_(0.5, 2)
+    x, weight = torch.randn(2, 8, 7, 7, requires_grad=True), torch.randn(2, 6, 5, 5)
+    grads = []
+    for half in (True, False):
+        with torch.autocast("cpu", dtype, enabled=half):
+            out = conv_norm(x, conv, norm)
+        assert out.dtype == (dtype if half else torch.float32)
+        grads.append(torch.autograd.grad((out * weight).sum(), (x, conv.weight)))
+    for found, exact in zip(*grads):
+        assert found.dtype == torch.float32
+        assert (found - exact).norm() < 3 * torch.finfo(dtype).eps * exact.norm()
