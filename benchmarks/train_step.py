@@ -2,20 +2,26 @@
 
     python benchmarks/train_step.py                                  two images of 480 x 640 on the CPU
     python benchmarks/train_step.py --device cuda --batch 8 --size 800 1333 --dtype bf16
+    python benchmarks/train_step.py --device cuda --batch 16 --size 1024 1024 --dtype bf16 \\
+        --contenders ours compiled graphs torchvision                fixed sizes, as large-scale jitter makes them
 
-A step is forward, backward and the optimiser's update. The two take turns, each in a process of its own with the
-settings that its users have. The losses of the first step are compared too.
+A step is forward, backward and the optimiser's update. The contenders take turns, each in a process of its own with the
+settings that its users have: `compiled` is ours with runtime.compile=true, `graphs` the same parts as CUDA graphs. The
+losses of the first step are compared too. "of peak" is the share of the rate that a large matrix product reaches on
+this machine in the same dtype, for the operations of the step's convolutions and matrix products.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
@@ -26,18 +32,24 @@ from detector.layers import to_liked_layout
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+CONTENDERS = ("ours", "compiled", "graphs", "torchvision")
+
+
 def build(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float]]:
-    """One contender's step: forward, backward, update; it returns the losses."""
+    """One contender's step: forward, backward, update; it returns the losses, and its operations in the first turn."""
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     ours, theirs = mask_rcnn_pair(args.device, args.size)
     data = synthetic_batch(args.batch, args.size, args.objects, args.device)
-    if name == "ours":  # as the training loop has it
+    if name == "torchvision":
+        model, inputs = theirs, (data.images, data.their_targets)
+    else:  # as the training loop has it
         if device.type == "cpu":
             keep_freed_memory()
         model, inputs = to_liked_layout(ours, device), (data.batch, data.targets)
-    else:
-        model, inputs = theirs, (data.images, data.their_targets)
+        if name != "ours":
+            for part in (model.backbone, model.neck, model.rpn.head):
+                part.compile(mode="reduce-overhead" if name == "graphs" else None)
     del ours, theirs
     model.train()
     # A learning rate of nearly nothing: the weights stay equal over the turns.
@@ -51,7 +63,29 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float]]
         optimizer.zero_grad()
         return {name: loss.item() for name, loss in losses.items()}
 
-    return step
+    def first_step() -> dict[str, float]:
+        if name not in ("ours", "torchvision"):  # tracing does not go through the counter
+            return step()
+        with FlopCounterMode(display=False) as counter:
+            return step() | {"flops": counter.get_total_flops()}
+
+    turns = iter([first_step])
+    return lambda: next(turns, step)()
+
+
+def matmul_rate(device: str, dtype: torch.dtype | None, threads: int) -> float:
+    """Operations per second of a large matrix product, the best of five."""
+    torch.set_num_threads(threads)
+    size = 8192 if device.startswith("cuda") else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    wait, best = torch.cuda.synchronize if device.startswith("cuda") else lambda: None, float("inf")
+    for _ in range(5):
+        wait()
+        start = time.perf_counter()
+        a @ a
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 def main() -> None:
@@ -60,24 +94,28 @@ def main() -> None:
     options.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
     options.add_argument("--objects", type=int, default=10, help="objects of each image")
     options.add_argument("--dtype", choices=DTYPES, default="fp32")
+    options.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["ours", "torchvision"])
     args = options.parse_args()
-    builders = {name: partial(build, name, args) for name in ("ours", "torchvision")}
+    peak = matmul_rate(args.device, DTYPES[args.dtype], args.threads)
+    builders = {name: partial(build, name, args) for name in args.contenders}
     seconds, first, memory = harness.apart(builders, args.repeats, args.device)
-    figures = harness.summary(seconds, reference="torchvision")
+    figures = harness.summary(seconds, reference=args.contenders[-1])
+    flops = {name: losses.pop("flops", None) for name, losses in first.items()}
     for name, row in figures.items():
         row["images_per_s"] = round(1000 * args.batch / row["median_ms"], 3)
         row["peak_mib"] = round(memory[name])
-    print(
-        harness.table(
-            ["", "median ms", "images/s", "speed-up", "peak MiB"],
-            [[n, f["median_ms"], f["images_per_s"], f["speedup"], f["peak_mib"]] for n, f in figures.items()],
-        )
-    )
-    print(
-        "\nlosses: " + ", ".join(f"{k} {first['ours'][k]:.4f} / {first['torchvision'][k]:.4f}" for k in first["ours"])
-    )
+        done = flops[name] or flops.get("ours")
+        row["of_peak"] = done and round(1000 * done / row["median_ms"] / peak, 3)
+    columns = ("median_ms", "images_per_s", "speedup", "peak_mib", "of_peak")
+    header = ["", "median ms", "images/s", "speed-up", "peak MiB", "of peak"]
+    print(harness.table(header, [[name, *(row[c] for c in columns)] for name, row in figures.items()]))
+    print()
+    for name, losses in first.items():
+        print(f"losses of {name}: " + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
     setting = {"batch": args.batch, "size": list(args.size), "objects": args.objects, "dtype": args.dtype}
-    harness.save(args.json, args.device, setting=setting, step=figures, losses=first)
+    harness.save(
+        args.json, args.device, setting=setting, matmul_tflops=round(peak / 1e12, 3), step=figures, losses=first
+    )
 
 
 if __name__ == "__main__":

@@ -104,7 +104,11 @@ def nms_by_image(
     Returns:
         rows [images, limit] into the input, best first, and valid [images, limit]; padding points at row 0.
     """
-    keep = batched_nms(boxes, scores, image * (group.max() + 1) + group if len(group) else group, threshold)
+    keep = []
+    for i in range(images):  # one by one: of too many boxes at once torchvision takes every group apart
+        rows = torch.nonzero(image == i)[:, 0]
+        keep.append(rows[batched_nms(boxes[rows], scores[rows], group[rows], threshold)])
+    keep = torch.cat(keep)
     return group_by_image(keep, image[keep], images, limit)
 
 
