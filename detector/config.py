@@ -39,6 +39,7 @@ from detector.multirun import Multirun
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user wants to see where errors come from
+MULTIRUN = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
 SPECIAL = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 LATER = ("model.num_classes",)  # `???` until the data set's categories are known
 # what a checkpoint's config may build: modules of the model, nothing that could act on the machine
@@ -100,8 +101,11 @@ def entry_point(config_name: str, keys: type, paths: Collection[str] = ()) -> Ca
         def app(cfg: DictConfig) -> Any:
             nonlocal started
             started = True
-            if HydraConfig.get().mode == RunMode.MULTIRUN:  # Hydra goes on with the next job if one fails
-                with multirun.job(list(HydraConfig.get().overrides.task), cfg.get("run_dir"), expected) as job:
+            mine = HydraConfig.get()
+            if mine.mode == RunMode.MULTIRUN:  # Hydra goes on with the next job if one fails
+                if multirun.records is None:  # asked for in a way that MULTIRUN does not know, such as --multi
+                    multirun.open(mine.sweep.dir)
+                with multirun.job(mine.job.num, list(mine.overrides.task), cfg.get("run_dir"), expected) as job:
                     check(cfg, keys)
                     value = task(cfg)
                     job.value = value if isinstance(value, float) else None
@@ -117,15 +121,19 @@ def entry_point(config_name: str, keys: type, paths: Collection[str] = ()) -> Ca
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out as they are: Hydra's own report exits with 1
             sys.argv[1:] = [quoted(text, paths) for text in sys.argv[1:]]
             try:
+                if MULTIRUN & set(sys.argv):
+                    hydras = [text for text in sys.argv[1:] if text.startswith("hydra")]
+                    multirun.open(compose(config_name, hydras).hydra.sweep.dir)
                 app()
             except Exception as error:
-                if not started:
+                if not (started or multirun.jobs):  # the jobs of a cluster start elsewhere
                     give_up(explain(error, config_name, sys.argv[1:]), 2, error)
                 if not multirun.failed:
                     raise
             finally:  # after a signal, too
+                failed = multirun.failed
                 multirun.report()
-            if multirun.failed:
+            if failed:
                 raise SystemExit(1)
 
         return main

@@ -2,13 +2,16 @@
 
 Started again, the same command finds finished runs, which it leaves as they are, and interrupted ones, which it
 resumes. Both is the training's doing; here it is only seen from what a job finds in its run folder and leaves there.
+Jobs may be processes of their own, on other hosts even: each writes its record into a folder that all of them see.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -17,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-STATES = ("finished before", "done", "resumed", "stopped", "failed")
+STATES = ("finished before", "done", "resumed", "stopped", "failed", "lost")
 
 
 @dataclass
@@ -26,35 +29,41 @@ class Job:
 
     overrides: list[str]
     folder: str | None
-    state: str = "failed"
+    state: str = "lost"  # until it ends, one way or the other
     seconds: float = 0.0
     value: float | None = None
-    reason: str | None = None
+    reason: str | None = "it never said that it ended: killed, or still running"
 
 
 class Multirun:
-    """Watches jobs that run in this process, one after the other."""
+    """Watches jobs. Launchers pickle it together with the program: a job's copy knows the folder of the records."""
 
-    def __init__(self):
-        self.jobs: list[Job] = []
+    records: Path | None = None
+
+    def open(self, folder: str | Path) -> None:
+        """Begin, with the records in a new folder below `folder`; `report` removes it."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.records = Path(tempfile.mkdtemp(prefix="jobs-", dir=folder)).absolute()
 
     @contextmanager
-    def job(self, overrides: list[str], folder: str | None, expected: tuple[type[Exception], ...]) -> Iterator[Job]:
-        """Record the job in this context, which may put its result into `value`. Errors pass through.
+    def job(
+        self, number: int, overrides: list[str], folder: str | None, expected: tuple[type[Exception], ...]
+    ) -> Iterator[Job]:
+        """Record job `number` in this context, which may put its result into `value`. Errors pass through.
 
         folder: of a training run, else None; expected: errors whose message says everything, others are printed with
         where they come from.
         """
         job, began = Job(overrides, folder), time.perf_counter()
-        self.jobs.append(job)
+        self.write(number, job)
         before = fingerprint(folder)
         interrupted = folder is not None and (Path(folder) / "last.pt").exists()
         try:
             yield job
             finished = before is not None and before == fingerprint(folder)
-            job.state = "finished before" if finished else "resumed" if interrupted else "done"
+            job.state, job.reason = "finished before" if finished else "resumed" if interrupted else "done", None
         except Exception as error:
-            job.reason = " ".join(str(error).split()) or type(error).__name__
+            job.state, job.reason = "failed", " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, expected):
                 print(f"error: {error}", file=sys.stderr)
             else:
@@ -62,33 +71,51 @@ class Multirun:
                 traceback.print_exc()
             raise
         except BaseException:  # a signal: the jobs behind it do not start
-            job.state = "stopped"
+            job.state, job.reason = "stopped", None
             raise
         finally:
             job.seconds = round(time.perf_counter() - began, 1)
+            self.write(number, job)
+
+    def write(self, number: int, job: Job) -> None:
+        """Put the job's record where the others are."""
+        temporary = self.records / f"{number:06d}.tmp"
+        temporary.write_text(json.dumps(asdict(job)), encoding="utf-8")
+        temporary.replace(temporary.with_suffix(".json"))
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The jobs that have started, in their order."""
+        files = sorted(self.records.glob("*.json")) if self.records else []
+        return [Job(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
 
     @property
     def failed(self) -> bool:
-        return any(job.state == "failed" for job in self.jobs)
+        return any(job.state in ("failed", "lost") for job in self.jobs)
 
     def report(self) -> None:
-        """Print what became of the jobs; of training runs also into multirun.json beside their folders."""
-        if not self.jobs:
+        """Print what became of the jobs, of training runs also into multirun.json beside their folders.
+
+        The records are gone then.
+        """
+        jobs = self.jobs
+        if self.records:
+            shutil.rmtree(self.records, ignore_errors=True)
+        if not jobs:
             return
-        counts = {state: sum(job.state == state for job in self.jobs) for state in STATES}
-        print(f"\n{len(self.jobs)} jobs: {', '.join(f'{n} {state}' for state, n in counts.items() if n)}")
-        for job in self.jobs:
+        counts = {state: sum(job.state == state for job in jobs) for state in STATES}
+        print(f"\n{len(jobs)} jobs: {', '.join(f'{n} {state}' for state, n in counts.items() if n)}")
+        for job in jobs:
             note = job.reason or ("" if job.value is None else f"{job.value:.3f}")
             print(f"  {job.state:<15}  {job.folder or ' '.join(job.overrides)}  {note}".rstrip())
-        folders = [Path(job.folder).absolute().parent for job in self.jobs if job.folder]
-        if not folders:
-            return
-        file = Path(os.path.commonpath(folders)) / "multirun.json"
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps([asdict(job) for job in self.jobs], indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            print(f"{file} could not be written: {error}", file=sys.stderr)
+        folders = [Path(job.folder).absolute().parent for job in jobs if job.folder]
+        if folders:
+            file = Path(os.path.commonpath(folders)) / "multirun.json"
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps([asdict(job) for job in jobs], indent=1) + "\n", encoding="utf-8")
+            except OSError as error:
+                print(f"{file} could not be written: {error}", file=sys.stderr)
 
 
 def fingerprint(folder: str | None) -> Any:

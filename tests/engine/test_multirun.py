@@ -12,7 +12,7 @@ import torch
 from detector.config import build
 from detector.engine import distributed
 from detector.engine.logging import forget_peak, memory_mb
-from detector.multirun import Multirun
+from detector.multirun import Job, Multirun
 from tests.engine.conftest import TINY, Program, curve
 
 METHODS = ("pool", "align", "align_max", "deformable", "modulated_deformable")
@@ -53,12 +53,23 @@ def test_a_finished_run_that_trains_on_is_no_skipped_one(tmp_path):
     for name in ("last.pt", "metrics.json", "log.jsonl"):
         (folder / name).write_text("{}\n")
     multirun = Multirun()
-    with multirun.job(["seed=0"], str(folder), ()):
+    multirun.open(tmp_path / "sweep")
+    with multirun.job(0, ["seed=0"], str(folder), ()):
         pass
-    with multirun.job(["seed=0"], str(folder), ()):
+    with multirun.job(1, ["seed=0"], str(folder), ()):
         (folder / "metrics.json").write_text("{}\n{}\n")
         (folder / "log.jsonl").write_text("{}\n{}\n")
     assert [job.state for job in multirun.jobs] == ["finished before", "resumed"] and not multirun.failed
+
+
+def test_a_job_whose_process_was_killed_is_lost(tmp_path, capsys):
+    multirun = Multirun()
+    multirun.open(tmp_path / "sweep")
+    multirun.write(0, Job(["seed=0"], str(tmp_path / "runs" / "0")))  # all that such a job leaves
+    assert multirun.failed
+    multirun.report()
+    assert "1 jobs: 1 lost" in capsys.readouterr().out and not list((tmp_path / "sweep").iterdir())
+    assert json.loads((tmp_path / "runs" / "multirun.json").read_text())[0]["state"] == "lost"
 
 
 def test_a_single_run_reports_nothing(capsys):
