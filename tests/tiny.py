@@ -13,6 +13,19 @@ from detector.roi import RoIAlign
 from detector.rpn import RPN
 from detector.structures import Batch, Targets
 
+OVERRIDES = [  # make about the same of configs/model/mask_rcnn.yaml
+    "experiment=none",
+    "model.backbone.depth=10",
+    "+model.backbone.width=8",
+    "model.backbone.norm=batch_norm",
+    "model.backbone.frozen_stages=0",
+    "model.neck.out_channels=16",
+    "model.rpn.anchor_sizes=[[8],[16],[32],[64],[128]]",
+    "model.box_head.trunk.fc_channels=[32]",
+    "model.mask_head.trunk.conv_channels=[16]",
+    "model.mask_head.upsample_channels=16",
+]
+
 
 def tiny_model(roi=RoIAlign, mask=True, num_classes=3, box_head=None, rpn=None, seed=0, **settings):
     """About 0.1 M parameters: ResNet-10 of width 8, 16 channels, anchors for images of about 100 px."""

@@ -14,22 +14,14 @@ import pytest
 
 from detector.config import CONFIGS, check
 from detector.engine.train import train
+from tests.tiny import OVERRIDES
 
 ROOT = CONFIGS.parent
 TINY = [
-    "experiment=none",
+    *OVERRIDES,
     "schedule=cosine",
-    "model.backbone.depth=10",
-    "+model.backbone.width=8",
-    "model.backbone.norm=batch_norm",
-    "model.backbone.frozen_stages=0",
-    "model.neck.out_channels=16",
-    "model.rpn.anchor_sizes=[[8],[16],[32],[64],[128]]",
     "model.rpn.post_nms_top_n=[60,60]",
-    "model.box_head.trunk.fc_channels=[32]",
     "model.box_head.batch_size_per_image=32",
-    "model.mask_head.trunk.conv_channels=[16]",
-    "model.mask_head.upsample_channels=16",
     "schedule.max_epochs=null",
     "schedule.max_iterations=8",
     "schedule.warmup=2",

@@ -8,21 +8,12 @@ from omegaconf import OmegaConf
 
 from detector.config import build, compose
 from detector.engine import checkpoint as checkpoints
+from tests.tiny import OVERRIDES
 
 SMALL = [
-    "experiment=none",
-    "model/backbone=resnet18",
-    "model.backbone.depth=10",
-    "+model.backbone.width=8",
-    "model.backbone.norm=batch_norm",
-    "model.backbone.frozen_stages=0",
-    "model.neck.out_channels=16",
-    "model.rpn.anchor_sizes=[[8],[16],[32],[64],[128]]",
+    *OVERRIDES,
     "model.rpn.post_nms_top_n=[60,60]",
-    "model.box_head.trunk.fc_channels=[32]",
     "model.box_head.detections_per_image=20",
-    "model.mask_head.trunk.conv_channels=[16]",
-    "model.mask_head.upsample_channels=16",
     "augment=default",
     "augment.short_edge=128",
 ]
@@ -30,7 +21,7 @@ SMALL = [
 
 @pytest.fixture(scope="session")
 def run_config(shapes_tiny):
-    cfg = compose("train", [*[s for s in SMALL if not s.startswith("model/backbone")], f"data.root={shapes_tiny}"])
+    cfg = compose("train", [*SMALL, f"data.root={shapes_tiny}"])
     return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), resolve=True)
 
 

@@ -72,7 +72,7 @@ def photo(shapes_tiny):
 
 def make_model(shapes_tiny, *overrides, seed=0):
     """A small untrained model whose offset predictors, if any, predict something."""
-    overrides = [*[s for s in SMALL if not s.startswith("model/backbone")], *overrides, f"data.root={shapes_tiny}"]
+    overrides = [*SMALL, *overrides, f"data.root={shapes_tiny}"]
     cfg = compose("train", overrides)
     config = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), resolve=True)
     torch.manual_seed(seed)

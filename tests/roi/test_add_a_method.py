@@ -15,7 +15,7 @@ from detector.roi import RoIFeatures, RoIOp
 from detector.roi.bag import pool_cells
 from detector.roi.geometry import Axis, bilinear, locate
 from tests.roi.common import STRIDES, levels_of, make_features, make_rois
-from tests.tiny import random_batch, tiny_model
+from tests.tiny import OVERRIDES, random_batch, tiny_model
 
 GUIDE = Path(__file__).parents[2] / "README.md"
 
@@ -98,19 +98,10 @@ def test_the_guides_method_pools(guide):
 
 def test_the_guides_yaml_trains_in_every_head(guide):
     options = [
-        "experiment=none",
+        *OVERRIDES,
         "roi=gaussian",
         f"hydra.searchpath=[file://{guide[1]}]",
-        "model.backbone.depth=10",
-        "+model.backbone.width=8",
-        "model.backbone.norm=batch_norm",
-        "model.backbone.frozen_stages=0",
-        "model.neck.out_channels=16",
-        "model.rpn.anchor_sizes=[[8],[16],[32],[64],[128]]",
-        "model.box_head.trunk.fc_channels=[32]",
         "model.box_head.roi.sigma=0.3",
-        "model.mask_head.trunk.conv_channels=[16]",
-        "model.mask_head.upsample_channels=16",
     ]
     torch.manual_seed(0)
     model = build(compose("train", options).model, "model", num_classes=3)
