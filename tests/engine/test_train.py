@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from detector.config import CONFIGS, ConfigError, check
 from detector.engine import checkpoint
+from detector.engine.train import train
 from detector.evaluation import coco_metrics
 from tests.engine.conftest import TINY, Program, curve
 from train import Keys
@@ -128,17 +129,29 @@ def test_averaged_weights_are_what_is_evaluated_and_kept(run):
     assert state["ema"].keys() == state["model"].keys()
 
 
-@pytest.mark.parametrize("model", ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"])
+@pytest.mark.parametrize("model", ["rpn", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"])
 def test_the_quickstart_with_another_model(model):
-    """Its settings of the mask head apply where the model has one."""
+    """Its settings of the heads apply where the model has them."""
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = hydra.compose("train", [f"model={model}"])
     check(cfg, Keys)
-    assert cfg.model.box_head.batch_size_per_image == 64
+    assert cfg.model.box_head is None if model == "rpn" else cfg.model.box_head.batch_size_per_image == 64
     assert ("mask_head" in cfg.model) == ("mask" in model)
     if "mask" in model:
         assert cfg.model.mask_head.trunk.conv_channels == [64]
         assert cfg.model.mask_head._target_ == "detector.heads.MaskHead"
+
+
+def test_the_quickstart_of_proposals_alone(shapes_tiny, tmp_path):
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        small = ["schedule.max_iterations=2", "training.batch_size=2", "runtime.device=cpu", "runtime.workers=0"]
+        small += [f"data.root={shapes_tiny}", f"run_dir={tmp_path}", "runtime.log_every=1", "evaluation.every=null"]
+        cfg = hydra.compose("train", ["model=rpn", *small])
+    check(cfg, Keys)
+    train(cfg)
+    losses = curve(tmp_path)[2]
+    assert {key for key in losses if key.startswith("loss_")} == {"loss_objectness", "loss_rpn_box_reg"}
+    assert json.loads((tmp_path / "metrics.json").read_text()).keys() == {"bbox"}
 
 
 def test_a_schedule_that_does_not_fit_the_run_is_refused_by_name(run):
