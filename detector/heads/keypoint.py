@@ -123,6 +123,6 @@ def from_heatmaps(logits: Tensor, boxes: Tensor, score: str) -> Tensor:
         cells = torch.stack([place % whole[0], place // whole[0]], dim=1)
         points = box[:2] + (cells + 0.5) * size / size.ceil()
         if score == "probability":
-            best = (best - heatmap.flatten(1).logsumexp(dim=1)).exp()
+            best = 1 / (heatmap.flatten(1) - best[:, None]).exp().sum(dim=1)
         found.append(torch.cat([points, best[:, None]], dim=1))
     return torch.stack(found)

@@ -7,6 +7,7 @@ from typing import Any
 
 import hydra
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from detector.weights.loading import ForeignWeights, load_into
 from detector.weights.presets import groups, has
@@ -52,9 +53,20 @@ def model_config(state: dict[str, Tensor], presets: dict[str, Any]) -> dict[str,
 
 def build_model(weights: ForeignWeights) -> nn.Module:
     """The detector that the weights are of, filled with them, in evaluation mode."""
-    model = hydra.utils.instantiate(model_config(*weights), _convert_="all")
+    with Undrawn():
+        model = hydra.utils.instantiate(model_config(*weights), _convert_="all")
     load_into(model, weights.state_dict)
     return model.eval()
+
+
+class Undrawn(TorchFunctionMode):
+    """Inside, no random numbers are drawn for weights that are loaded at once: seconds, for the largest heads."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("uniform_", "normal_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def part(name: str) -> dict[str, Any]:

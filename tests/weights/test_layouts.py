@@ -9,7 +9,6 @@ import hydra
 import pytest
 import torch
 
-from detector.structures import Batch
 from detector.weights import build_model, load_foreign, misfit, model_config
 
 LAYOUTS = [
@@ -98,28 +97,20 @@ def check_numerics(numerics: dict, presets: dict, config: dict) -> None:
         assert box["output_size"] == numerics["bbox_roi_extractor"]["roi_layer"]["output_size"]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_it_runs(shared, name):
-    """On a small image, with few proposals."""
-    model = stand_in_model(shared, name)
-    for part in model.modules():
-        if hasattr(part, "detections_per_image"):
-            part.detections_per_image, part.score_threshold = 5, 0.0
-    model.rpn.pre_nms_top_n = model.rpn.post_nms_top_n = (100, 40)
-    images = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    sizes = torch.tensor([[64, 96]])
-    with torch.no_grad():
-        found = model(Batch(images, sizes, sizes, torch.arange(1), torch.arange(1)))
-    assert found.valid.any()
-    assert found.boxes.isfinite().all() and found.scores.isfinite().all()
-    assert (found.masks is not None) == ("mask" in name) and (found.keypoints is not None) == ("keypoint" in name)
-
-
 def stand_in_model(shared, name: str) -> torch.nn.Module:
     """The model of a layout with the parity data's stand-in weights."""
-    layout = read_layout(shared, name)
+    return build_model(load_foreign(stand_in_weights(shared, name), source=name.split("-")[0]))
+
+
+def stand_in_weights(shared, name: str) -> dict[str, torch.Tensor]:
+    """The parity data's stand-in weights of a layout, by their own keys."""
+    stand_in, shapes = read_stand_in(shared), read_layout(shared, name)["state_dict"]
+    return {key: torch.as_tensor(stand_in.weight(key, shape)) for key, shape in shapes.items()}
+
+
+def read_stand_in(shared):
+    """The parity data's module that makes every tensor from its key."""
     spec = importlib.util.spec_from_file_location("stand_in", shared / "parity" / "stand_in.py")
     stand_in = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stand_in)
-    theirs = {key: torch.as_tensor(stand_in.weight(key, shape)) for key, shape in layout["state_dict"].items()}
-    return build_model(load_foreign(theirs, source=name.split("-")[0]))
+    return stand_in

@@ -8,6 +8,7 @@ such a box may lose to its rival.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,7 +18,9 @@ from pycocotools import mask as rle_tools
 
 from detector.evaluation.masks import paste_masks
 from detector.structures import Batch
-from tests.weights.test_layouts import stand_in_model
+from tests.weights import reference_detectron2, reference_mmdetection
+from tests.weights.reference_parts import Found, Outputs, paste
+from tests.weights.test_layouts import read_layout, stand_in_model, stand_in_weights
 
 TIES = (0, 0) if torch.__version__.startswith("2.15.") else (9, 4)  # of 60 proposals, of 60 detections
 
@@ -28,34 +31,63 @@ TIES = (0, 0) if torch.__version__.startswith("2.15.") else (9, 4)  # of 60 prop
     ["detectron2-mask_rcnn_R_50_FPN_1x", "detectron2-faster_rcnn_R_50_C4_1x", "mmdet-mask-rcnn_r50_fpn_1x_coco"],
 )
 def test_same_outputs(shared, name):
-    file = shared / "parity" / "outputs" / f"{name}.json"
-    if not file.exists():
-        pytest.skip(f"no recorded outputs: {file} is missing")
-    expected = json.loads(file.read_text())
+    expected, image = recorded(shared, name)
     model = stand_in_model(shared, name)
-    batch = read_batch(shared / "data" / "coco_cc_sample" / "images" / expected["image"])
+    batch = read_batch(image)
     with torch.no_grad():
         features = model.features(batch)
         proposals, _ = model.rpn(features, batch)
         found = model.detect(features, batch)
+    proposals = Found(proposals.boxes[0, proposals.valid[0]], proposals.scores[0, proposals.valid[0]])
+    found = Found(
+        *(field[0, found.valid[0]] for field in found[:3]),
+        None if found.masks is None else found.masks[0, found.valid[0]],
+    )
+    check(Outputs(features, [proposals], [found._replace(labels=found.labels - 1)]), expected, paste_masks)
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["detectron2-mask_rcnn_R_50_FPN_1x", "mmdet-mask-rcnn_r50_fpn_1x_coco"])
+def test_the_reference_passes_themselves(shared, name):
+    """What test_reference compares all layouts with."""
+    expected, image = recorded(shared, name)
+    reference = reference_detectron2 if name.startswith("detectron2") else reference_mmdetection
+    pixels = torch.from_numpy(cv2.imread(str(image))).permute(2, 0, 1)
+    outputs = reference.run(read_layout(shared, name), stand_in_weights(shared, name), [pixels])
+    check(outputs, expected, lambda masks, boxes, *size: paste(masks, boxes, size).numpy())
+
+
+def recorded(shared, name) -> tuple[dict, Path]:
+    """What the framework computed, and the image."""
+    file = shared / "parity" / "outputs" / f"{name}.json"
+    if not file.exists():
+        pytest.skip(f"no recorded outputs: {file} is missing")
+    expected = json.loads(file.read_text())
+    return expected, shared / "data" / "coco_cc_sample" / "images" / expected["image"]
+
+
+def check(outputs: Outputs, expected: dict, paste_masks) -> None:
     maps = expected["features"]
-    for level, wanted in zip(features, maps.values() if isinstance(maps, dict) else maps, strict=True):
+    for level, wanted in zip(outputs.features, maps.values() if isinstance(maps, dict) else maps, strict=True):
         assert list(level.shape) == wanted["shape"]
         assert level.mean().item() == pytest.approx(wanted["mean"], abs=1e-4)
         assert level.std().item() == pytest.approx(wanted["std"], abs=1e-4)
 
-    wanted = expected["proposals"]
+    proposals, wanted = outputs.proposals[0], expected["proposals"]
     scores = wanted["scores"] if "scores" in wanted else torch.tensor(wanted["logits"]).sigmoid().tolist()
-    lost_proposals, _ = lost(proposals.boxes[0], proposals.scores[0], None, wanted["boxes"], scores, None)
-    wanted = expected["detections"]
-    mine = (found.boxes[0], found.scores[0], found.labels[0] - 1)
-    lost_detections, pairs = lost(*mine, wanted["boxes"], wanted["scores"], wanted["labels"])
-    assert int(proposals.valid.sum()) == expected["proposals"]["count"]
-    assert int(found.valid.sum()) == expected["detections"]["count"]
+    lost_proposals, _ = lost(proposals.boxes, proposals.scores, None, wanted["boxes"], scores, None)
+    found, wanted = outputs.detections[0], expected["detections"]
+    lost_detections, pairs = lost(*found[:3], wanted["boxes"], wanted["scores"], wanted["labels"])
+    assert len(proposals.boxes) == expected["proposals"]["count"]
+    assert len(found.boxes) == expected["detections"]["count"]
     assert len(lost_proposals) <= TIES[0] and len(lost_detections) <= TIES[1]
     if found.masks is not None:
-        check_masks(found, pairs, wanted["masks"], expected["image_size"])
+        rows = [mine for _, mine in pairs]
+        masks = paste_masks(found.masks[rows], found.boxes[rows], *expected["image_size"])
+        theirs = np.stack([rle_tools.decode(wanted["masks"][row]) for row, _ in pairs]).astype(bool)
+        differing = (masks != theirs).sum(axis=(1, 2))  # all pixels agree but for a few on the threshold
+        assert differing.sum() / theirs.size < 1e-5
+        assert differing.max() <= 20
 
 
 def read_batch(path) -> Batch:
@@ -80,13 +112,3 @@ def lost(boxes, scores, labels, wanted_boxes, wanted_scores, wanted_labels) -> t
         else:
             lost_rows.append(row)
     return lost_rows, pairs
-
-
-def check_masks(found, pairs, wanted, image_size) -> None:
-    """All pixels agree but for a few on the threshold."""
-    rows = [mine for _, mine in pairs]
-    masks = paste_masks(found.masks[0][rows], found.boxes[0][rows], *image_size)
-    theirs = np.stack([rle_tools.decode(wanted[row]) for row, _ in pairs]).astype(bool)
-    differing = (masks != theirs).sum(axis=(1, 2))
-    assert differing.sum() / theirs.size < 1e-5
-    assert differing.max() <= 20

@@ -1,0 +1,112 @@
+"""Arithmetic that both reference passes share, in plain torch and torchvision.ops: nothing of the package they check.
+
+Weights are a mapping of the checkpoint's own keys. Dimensions: N images, R RoIs, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import deform_conv2d, roi_align
+
+Weights = Mapping[str, Tensor]
+
+
+class Found(NamedTuple):
+    """One image's proposals or detections, best first; labels count from 0, without the background."""
+
+    boxes: Tensor  # [D, 4]
+    scores: Tensor  # [D]
+    labels: Tensor | None = None  # [D]
+    masks: Tensor | None = None  # [D, M, M] probabilities in the box's frame
+    keypoints: Tensor | None = None  # [D, P, 3] = (x, y, score)
+
+
+class Outputs(NamedTuple):
+    features: list[Tensor]  # levels [N, C, Hl, Wl]
+    proposals: list[Found]  # of each image
+    detections: list[Found]
+
+
+class Limits(NamedTuple):
+    """How much goes through at inference."""
+
+    pre_nms: int  # candidates of each level
+    post_nms: int  # proposals of an image
+    detections: int = 100
+    score: float = 0.05
+
+
+def conv(w: Weights, key: str, x: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
+    """The convolution at `key`, padded to keep the size at stride 1, in as many groups as its shape implies."""
+    weight = w[f"{key}.weight"]
+    padding = dilation * (weight.shape[2] // 2)
+    return F.conv2d(x, weight, w.get(f"{key}.bias"), stride, padding, dilation, x.shape[1] // weight.shape[1])
+
+
+def linear(w: Weights, key: str, x: Tensor) -> Tensor:
+    return F.linear(x, w[f"{key}.weight"], w[f"{key}.bias"])
+
+
+def norm(w: Weights, key: str, x: Tensor) -> Tensor:
+    """Batch norm by its running statistics; without any, group norm of 32 groups."""
+    weight, bias = w[f"{key}.weight"], w[f"{key}.bias"]
+    if f"{key}.running_mean" in w:
+        return F.batch_norm(x, w[f"{key}.running_mean"], w[f"{key}.running_var"], weight, bias, eps=1e-5)
+    return F.group_norm(x, 32, weight, bias, eps=1e-5)
+
+
+def bottleneck(w: Weights, at: Callable[[str], str], x: Tensor, stride: int, dilation: int, caffe: bool) -> Tensor:
+    """1 x 1, 3 x 3, 1 x 1 and a shortcut; `at` gives the keys of conv1, norm1, ..., offset, shortcut, shortcut_norm.
+
+    The stride is in the first 1 x 1 (caffe) or in the 3 x 3; that one may be deformable (v1: offsets alone).
+    """
+    first, second = (stride, 1) if caffe else (1, stride)
+    out = norm(w, at("norm1"), conv(w, at("conv1"), x, first)).relu()
+    if f"{at('offset')}.weight" in w:
+        offset = conv(w, at("offset"), out, second, dilation)
+        kernel = w[f"{at('conv2')}.weight"]
+        out = deform_conv2d(out, offset, kernel, None, second, dilation, dilation)
+    else:
+        out = conv(w, at("conv2"), out, second, dilation)
+    out = norm(w, at("norm2"), out).relu()
+    out = norm(w, at("norm3"), conv(w, at("conv3"), out))
+    if f"{at('shortcut')}.weight" in w:
+        x = norm(w, at("shortcut_norm"), conv(w, at("shortcut"), x, stride))
+    return (out + x).relu()
+
+
+def align(maps: Sequence[Tensor], strides: Sequence[int], rois: Tensor, levels: Tensor, size: int) -> Tensor:
+    """RoI Align, aligned and adaptive, of rois [R, 5] from the map of each one's level: [R, C, size, size]."""
+    out = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size)
+    for level, (feature, stride) in enumerate(zip(maps, strides)):
+        rows = levels == level
+        out[rows] = roi_align(feature, rois[rows], size, 1 / stride, sampling_ratio=-1, aligned=True)
+    return out
+
+
+def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes [..., 4] cut at the borders of an image of (height, width)."""
+    x, y = boxes[..., 0::2].clamp(0, size[1]), boxes[..., 1::2].clamp(0, size[0])
+    return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], dim=-1)
+
+
+def with_image(boxes: Sequence[Tensor]) -> Tensor:
+    """rois [R, 5] of the boxes [Ri, 4] of each image."""
+    return torch.cat([torch.cat([torch.full_like(b[:, :1], i), b], dim=1) for i, b in enumerate(boxes)])
+
+
+def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks [D, M, M] in boxes [D, 4] at the pixels of an image (height, width): [D, height, width] bool.
+
+    Both frameworks sample at pixel centres, bilinearly, zero beyond the mask; at least 1/2 is object.
+    """
+    y, x = (torch.arange(side) + 0.5 for side in size)
+    x = (x - boxes[:, :1]) / (boxes[:, 2:3] - boxes[:, :1]) * 2 - 1
+    y = (y - boxes[:, 1:2]) / (boxes[:, 3:4] - boxes[:, 1:2]) * 2 - 1
+    grid = torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], dim=3)
+    return F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0] >= 0.5
