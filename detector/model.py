@@ -42,7 +42,8 @@ class TwoStageDetector(nn.Module):
             entry points also put the settings that belong to them into the config.
         share_trunk: the mask head works on what the box head's ResNetTrunk gives before its mean (C4).
         channels_last: give the images to the backbone in this layout, in which most layers are fastest.
-        size_divisibility: padding beyond the next multiple of it is cut off again before the backbone; None keeps all.
+        size_divisibility: padding beyond the next multiple of it is cut off again before the backbone; None keeps all,
+            as do exported programs.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class TwoStageDetector(nn.Module):
     def normalise(self, batch: Batch) -> Tensor:
         """uint8 images [N, 3, H, W] as the network's float input, zero outside each image's content."""
         images = batch.images if self.channel_order == "rgb" else batch.images.flip(1)
-        if self.size_divisibility is not None:
+        if self.size_divisibility is not None and not torch.compiler.is_exporting():
             height, width = (batch.image_sizes.amax(0) / self.size_divisibility).ceil().int() * self.size_divisibility
             images = images[:, :, :height, :width]
         height, width = batch.image_sizes[:, :, None].unbind(1)

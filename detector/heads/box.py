@@ -175,10 +175,13 @@ class BoxHead(nn.Module):
     def detect(self, features: Sequence[Tensor], proposals: Proposals, batch: Batch) -> Detections:
         """Detections [N, D] of the proposals: score threshold, NMS per class, best D of each image."""
         rois = rois_from_boxes(proposals.boxes, proposals.valid)
+        return self.select(*self.candidates(features, rois, batch.image_sizes), rois[:, 0].long(), batch)
+
+    def candidates(self, features: Sequence[Tensor], rois: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes [R, K or 1, 4], not clipped, and scores [R, K] of rois [R, 5] on images of image_sizes [N, 2]."""
         prediction = self(features, rois)
-        scores = prediction.class_logits.float().softmax(dim=1)[:, 1:]  # [R, K]
-        boxes = self.coder.decode(prediction.box_deltas, rois[:, None, 1:])  # [R, K or 1, 4]
-        return self.select(boxes, scores, rois[:, 0].long(), batch)
+        scores = prediction.class_logits.float().softmax(dim=1)[:, 1:]
+        return self.coder.decode(prediction.box_deltas, rois[:, None, 1:]), scores
 
     def select(self, boxes: Tensor, scores: Tensor, image: Tensor, batch: Batch) -> Detections:
         """The best of boxes [R, K or 1, 4] with scores [R, K] on image [R]: clip, threshold, suppress."""

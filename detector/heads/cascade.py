@@ -100,15 +100,20 @@ class CascadeBoxHead(nn.Module):
 
     def detect(self, features: Sequence[Tensor], proposals: Proposals, batch: Batch) -> Detections:
         """Detections [N, D]: the last stage's boxes with the stages' mean scores."""
-        prediction = self(features, rois_from_boxes(proposals.boxes, proposals.valid), batch.image_sizes)
+        rois = rois_from_boxes(proposals.boxes, proposals.valid)
+        candidates = self.candidates(features, rois, batch.image_sizes)
+        return self.stages[-1].select(*candidates, rois[:, 0].long(), batch)
+
+    def candidates(self, features: Sequence[Tensor], rois: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """As BoxHead's: boxes [R, 1, 4] and scores [R, K]."""
+        prediction = self(features, rois, image_sizes)
         logits = torch.stack([stage.class_logits.float() for stage in prediction.stages])  # [T, R, K + 1]
         if self.average == "logit":
             scores = logits.mean(dim=0).softmax(dim=1)
         else:
             scores = logits.softmax(dim=2).mean(dim=0)
-        last, rois = self.stages[-1], prediction.rois[-1]
-        boxes = last.coder.decode(prediction.stages[-1].box_deltas, rois[:, None, 1:])
-        return last.select(boxes, scores[:, 1:], rois[:, 0].long(), batch)
+        boxes = self.stages[-1].coder.decode(prediction.stages[-1].box_deltas, prediction.rois[-1][:, None, 1:])
+        return boxes, scores[:, 1:]
 
 
 class CascadeMaskPrediction(NamedTuple):

@@ -79,6 +79,7 @@ class NonLocal(nn.Module):
         nn.init.zeros_(self.project.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (layer(x).flatten(2).mT for layer in (self.query, self.key, self.value))  # [R, h*w, C/2]
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        # one head: [R, 1, h*w, C/2]
+        query, key, value = (layer(x).flatten(2).mT[:, None] for layer in (self.query, self.key, self.value))
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)[:, 0]
         return x + self.project(mixed.mT.unflatten(2, x.shape[2:]))

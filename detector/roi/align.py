@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from detector.roi.bag import CHUNK, max_of_runs, pool_cells, runs
 from detector.roi.base import RoIOp, check_choice, check_inputs
-from detector.roi.dispatch import choose_path
+from detector.roi.dispatch import check_fixed, choose_path
 from detector.roi.geometry import Axis, Regions, bilinear, cells_between, locate
+from detector.roi.plain import align_boxes
 from detector.structures import RoIFeatures
 
 
@@ -66,6 +68,8 @@ class RoIAlign(RoIOp):
             settings = self.output_size, self.sampling_ratio, self.aligned
             return RoIFeatures(roi_align_fused(features, rois, levels, strides, *settings))
         regions = locate(features, rois, levels, strides)
+        if choose_path(features[0], ("triton", "bag", "plain")) == "plain":
+            return RoIFeatures(self.plain(features, regions))
         if self.reduction == "max":
             return RoIFeatures(self.pool_points(features, regions))
         return RoIFeatures(pool_cells(features, regions, *self.axes(regions)))
@@ -98,6 +102,21 @@ class RoIAlign(RoIOp):
         first = start[:, None] + torch.arange(bins, device=start.device) * bin_size[:, None]
         counts = self.sampling_ratio or bin_size.detach().ceil().clamp(min=0)
         return Grid(first, bin_size, counts, 0.5 if self.placement == "centre" else 1)
+
+    def plain(self, features: Sequence[Tensor], regions: Regions) -> Tensor:
+        """[R, C, h, w] by torchvision's op. For a maximum it gives the points, of which the largest are taken."""
+        (h, w), (x1, y1, x2, y2) = self.output_size, regions.boxes.unbind(1)
+        if self.placement == "edge":
+            shift = [(0.5 * g.bin_size / g.counts) for g in (self.grid(x1, x2, w), self.grid(y1, y2, h))]
+            regions = regions._replace(boxes=regions.boxes + torch.stack(shift * 2, 1).nan_to_num(0))
+        if self.reduction == "avg":
+            settings = (h, w), self.sampling_ratio, self.aligned
+            return align_boxes(features, regions, regions.boxes[:, None], *settings)[:, 0]
+        if self.sampling_ratio == 0:
+            check_fixed("the number of points follows the RoI's size")
+        s = self.sampling_ratio
+        values = align_boxes(features, regions, regions.boxes[:, None], (h * s, w * s), 1, self.aligned)[:, 0]
+        return F.max_pool2d(values, s)
 
     def pool_points(self, features: Sequence[Tensor], regions: Regions) -> Tensor:
         """[R, C, h, w], the maximum over the points of every bin.
@@ -168,6 +187,8 @@ def points(grid: Grid, size: Tensor) -> tuple[Tensor, Tensor]:
 
     Of a bin with more points than fit the map, those around the map: the others read 0, as their neighbours here do.
     """
+    if not isinstance(grid.counts, int):
+        check_fixed("the number of points follows the RoI's size")
     if isinstance(grid.counts, int):
         positions = grid.at(torch.arange(grid.counts, dtype=grid.first.dtype, device=size.device))
         return positions, torch.ones_like(positions, dtype=torch.bool)

@@ -10,6 +10,7 @@ to offsets, modulation and boxes. On a GPU a Triton kernel does the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -31,11 +32,15 @@ def weighted_bag(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         table: [cells, C] floating point. indices: [B, K] int32 or int64, 0..cells-1. weights: [B, K] floating point.
     Returns: [B, C] in the dtype of the table, differentiable in the table and the weights.
     """
-    if choose_path(table, ("triton", "bag")) == "triton":
+    path = choose_path(table, ("triton", "bag", "plain"))
+    if path == "triton":
         from detector.roi.triton_bag import weighted_bag_cuda
 
         return weighted_bag_cuda(table, indices, weights)
     dtype = torch.promote_types(table.dtype, torch.float32)
+    if path == "plain":
+        cells = zip(indices.unbind(1), weights.to(dtype).unbind(1))
+        return sum(table[i.long()].to(dtype) * weight[:, None] for i, weight in cells).to(table.dtype)
     bags = Bags(indices.reshape(-1).int(), torch.arange(len(indices), device=table.device) * indices.shape[1], None)
     return _WeightedSum.apply(len(indices), [bags], table.to(dtype), weights.reshape(-1).to(dtype)).to(table.dtype)
 
@@ -49,10 +54,15 @@ def max_bag(table: Tensor, indices: Tensor, valid: Tensor) -> Tensor:
         table: [cells, C] floating point. indices: [B, K] int32 or int64, 0..cells-1. valid: [B, K] bool.
     Returns: [B, C], differentiable in the table.
     """
-    if choose_path(table, ("triton", "bag")) == "triton":
+    path = choose_path(table, ("triton", "bag", "plain"))
+    if path == "triton":
         from detector.roi.triton_bag import max_bag_cuda
 
         return max_bag_cuda(table, indices.masked_fill(~valid, -1))[0]
+    if path == "plain":
+        cells = zip(indices.unbind(1), valid.unbind(1))
+        values = (torch.where(there[:, None], table[i.long()], -torch.inf) for i, there in cells)
+        return reduce(torch.maximum, values).where(valid.any(1, keepdim=True), 0)
     counts = valid.sum(1)
     return _Maximum.apply(len(indices), [Bags(indices[valid].int(), counts.cumsum(0) - counts, None)], table)
 
@@ -65,7 +75,7 @@ def as_table(feature: Tensor) -> Tensor:
 def pool_cells(features: Sequence[Tensor], regions: Regions, y: Axis, x: Axis) -> Tensor:
     """Sum of the cells of every bin, each weighted with its row's weight times its column's: [R, C, h, w]."""
     tables = [as_table(f) for f in features]
-    if choose_path(tables[0], ("triton", "bag")) == "triton":
+    if choose_path(tables[0], ("triton", "bag", "plain")) != "bag":
         parts = [weighted_bag(*bags) for bags in _padded_bags(tables, regions, y, x)]
     else:
         dtype = torch.promote_types(tables[0].dtype, torch.float32)
@@ -78,7 +88,7 @@ def pool_cells(features: Sequence[Tensor], regions: Regions, y: Axis, x: Axis) -
 def pool_max(features: Sequence[Tensor], regions: Regions, y: Axis, x: Axis) -> Tensor:
     """Maximum of the cells of every bin, those with a positive weight; 0 for a bin without any: [R, C, h, w]."""
     tables = [as_table(f) for f in features]
-    if choose_path(tables[0], ("triton", "bag")) == "triton":
+    if choose_path(tables[0], ("triton", "bag", "plain")) != "bag":
         padded = _padded_bags(tables, regions, y, x)
         return _as_maps([max_bag(table, indices, weights > 0) for table, indices, weights in padded], y, x)
     parts = []
@@ -245,9 +255,9 @@ def _ragged_bags(levels: int, regions: Regions, y: Axis, x: Axis) -> Iterator[tu
 def _padded_bags(tables: list[Tensor], regions: Regions, y: Axis, x: Axis) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """All levels as one table, with the indices and weights [B, K] of bags that are all as long as the longest.
 
-    For GPUs: nothing here waits for the device.
+    For GPUs and exported programs: nothing here waits for the device.
     """
-    starts = per_level(regions.levels, [sum(map(len, tables[:i])) for i in range(len(tables))], torch.int32)
+    starts = per_level(regions.levels, [sum(t.shape[0] for t in tables[:i]) for i in range(len(tables))], torch.int32)
     table = tables[0] if len(tables) == 1 else torch.cat(tables)
     h, w = _bins(y, x)
     step = max(1, CHUNK // (h * w * y.cells.shape[3] * y.cells.shape[4] * x.cells.shape[4]))

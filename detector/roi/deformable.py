@@ -13,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detector.roi.align import RoIAlign
 from detector.roi.bag import pool_cells
 from detector.roi.base import RoIOp, check_choice, check_inputs, make_op
+from detector.roi.dispatch import choose_path, exporting
 from detector.roi.geometry import Axis, Regions, bilinear, locate
+from detector.roi.plain import align_boxes, as_maps, bins
 from detector.structures import RoIFeatures
 
 
@@ -119,6 +122,10 @@ class DeformableRoIPool(RoIOp):
         """Offsets [R, 2, points_h, points_w] and modulation [R, points_h, points_w] from features [R, C, h, w]."""
         if len(self.offset_predictor) == 1:
             return self.offset_predictor[0](pooled)
+        if exporting():  # every predictor sees every RoI
+            offsets, modulation = zip(*(predictor(pooled) for predictor in self.offset_predictor))
+            own = levels, torch.arange(len(levels), device=levels.device)
+            return torch.stack(offsets)[own], None if modulation[0] is None else torch.stack(modulation)[own]
         # every predictor sees every RoI of its level only; one without RoIs still takes part, with zero gradients
         order = levels.argsort(stable=True)
         parts = order.split(torch.bincount(levels, minlength=len(self.offset_predictor)).tolist())
@@ -145,6 +152,8 @@ class DeformableRoIPool(RoIOp):
             return roi_align_fused(features, rois, levels, strides, *settings)
         regions = locate(features, rois, levels, strides)
         shift = self.gamma * offsets.to(regions.boxes.dtype)
+        if choose_path(features[0], ("triton", "bag", "plain")) == "plain":
+            return self.plain(features, regions, shift, modulation)
         axes = self.point_axes if self.per_point else self.align.axes
         y, x = axes(regions, shift[:, 0], shift[:, 1])
         if modulation is not None:
@@ -154,6 +163,15 @@ class DeformableRoIPool(RoIOp):
                 modulation = modulation[..., None, None]
             y = y._replace(weights=y.weights * modulation.to(y.weights.dtype))
         return pool_cells(features, regions, y, x)
+
+    def plain(self, features: Sequence[Tensor], regions: Regions, shift: Tensor, modulation: Tensor | None) -> Tensor:
+        """[R, C, h, w] by torchvision's op: every bin, or point, is a box, moved by shift [R, 2, *, *]."""
+        size, ratio = shift.shape[2:], 1 if self.per_point else self.align.sampling_ratio
+        extent = (regions.boxes[:, 2:] - regions.boxes[:, :2])[:, None, None]
+        boxes = bins(regions, size) + (shift.permute(0, 2, 3, 1) * extent).repeat(1, 1, 1, 2)
+        values = as_maps(align_boxes(features, regions, boxes.flatten(1, 2), (1, 1), ratio, True), size)
+        values = values if modulation is None else values * modulation[:, None].to(values.dtype)
+        return F.avg_pool2d(values, self.align.sampling_ratio) if self.per_point else values
 
     def point_axes(self, regions: Regions, shift_x: Tensor, shift_y: Tensor) -> tuple[Axis, Axis]:
         """As RoIAlign.axes, for shifts [R, h * s, w * s] of single points: a bin reads s * s groups of 2 x 2 cells."""

@@ -4,6 +4,7 @@ Paths:
 - "triton": kernels on the GPU, all levels in one launch (triton_align.py, triton_bag.py).
 - "bag": the weighted bag of cells in pure PyTorch (bag.py): every device, every dtype, every gradient.
 - "torchvision": torchvision's compiled op, one call per level; only for what it implements.
+- "plain": operators that torch.export and ONNX know, with shapes that do not depend on the data (plain.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-PATHS = ("triton", "bag", "torchvision")
+PATHS = ("triton", "bag", "torchvision", "plain")
 _forced: str | None = None
 
 
@@ -34,12 +35,12 @@ def choose_path(features: Tensor, paths: Sequence[str] = PATHS) -> str:
     """The path that computes a RoI method over `features` (of any level), out of the `paths` that the method has.
 
     On the GPU "triton" where it can run, else "torchvision", else "bag". On the CPU "bag", the fastest there. float64,
-    which is for gradient checks, is the bag's everywhere. `use_path` or the environment variable ROI_PATH force a path
-    on the methods that have it.
+    which is for gradient checks, is the bag's everywhere. While a program is exported, "plain". `use_path` or the
+    environment variable ROI_PATH force a path on the methods that have it.
 
     Raises ValueError if the forced path is unknown.
     """
-    forced = _forced or os.environ.get("ROI_PATH")
+    forced = "plain" if exporting() else _forced or os.environ.get("ROI_PATH")
     if forced and forced not in PATHS:
         raise ValueError(f"the environment variable ROI_PATH must be one of {PATHS}, got {forced!r}")
     if forced in paths:
@@ -49,6 +50,17 @@ def choose_path(features: Tensor, paths: Sequence[str] = PATHS) -> str:
     else:
         order = ("bag", "torchvision")
     return next(path for path in order if path in paths)
+
+
+def exporting() -> bool:
+    """Whether shapes must not depend on the data: torch.export runs, or the path "plain" is forced."""
+    return torch.compiler.is_exporting() or (_forced or os.environ.get("ROI_PATH")) == "plain"
+
+
+def check_fixed(what: str) -> None:
+    """ValueError while exporting: `what` depends on the data."""
+    if exporting():
+        raise ValueError(f"{what}, and the shapes of an exported program do not: it needs another form in plain.py")
 
 
 @contextmanager

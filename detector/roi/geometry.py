@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from detector.roi.dispatch import check_fixed
+
 NOWHERE = -9.0  # a point outside every map, even after rounding up to a cell
 FAR = 1e18  # pixels; products of two such still fit float32
 
@@ -94,6 +96,7 @@ def cells_between(first: Tensor, last: Tensor, size: Tensor) -> tuple[Tensor, Te
 
     Returns: cells int32, inside a map of `size` [R]; which of the K there are, bool; and the most of each RoI, [R].
     """
+    check_fixed("the number of cells follows the RoI's size")
     counts = (last - first).clamp(min=0)
     used = counts.flatten(1).amax(1).clamp(min=1)
     n = torch.arange(int(used.max()) if len(used) else 1, dtype=torch.int32, device=first.device)

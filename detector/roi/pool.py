@@ -17,7 +17,9 @@ from torch import Tensor
 
 from detector.roi.bag import pool_max
 from detector.roi.base import RoIOp, check_choice, check_inputs
+from detector.roi.dispatch import choose_path
 from detector.roi.geometry import Axis, cells_between, locate
+from detector.roi.plain import max_between
 from detector.structures import RoIFeatures
 
 QUANTIZATIONS = ("caffe", "floor", "uniform")
@@ -46,6 +48,9 @@ class RoIPool(RoIOp):
         x1, y1, x2, y2 = regions.boxes.detach().unbind(1)
         rows = bin_ranges(y1, y2, self.output_size[0], regions.heights, self.quantization)
         columns = bin_ranges(x1, x2, self.output_size[1], regions.widths, self.quantization)
+        if choose_path(features[0], ("bag", "plain")) == "plain":
+            rows, columns = [r[:, :, None] for r in rows], [c[:, None] for c in columns]
+            return RoIFeatures(max_between(features, regions, rows, columns))
         y_cells, y_there, y_used = cells_between(*rows, regions.heights)
         x_cells, x_there, x_used = cells_between(*columns, regions.widths)
         y = Axis(y_cells[:, :, None, None], y_there[:, :, None, None].float(), y_used)

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from detector.roi.align import RoIAlign
 from detector.roi.bag import pool_cells
 from detector.roi.base import RoIOp, check_choice, check_inputs
+from detector.roi.dispatch import choose_path
 from detector.roi.geometry import Axis, Regions, cells_between, locate
+from detector.roi.plain import mean_between
 from detector.roi.pool import round_half_away
 from detector.structures import RoIFeatures
 
@@ -37,13 +39,19 @@ class PositionSensitive(RoIOp):
 
     def pool(self, features: Sequence[Tensor], regions: Regions, y: Axis, x: Axis) -> Tensor:
         """[R, D, h, w]: every bin from its own channels."""
+        tall, start = self.tall(features, regions)
+        rows = y.cells + start[..., None, None]
+        y = Axis(rows, y.weights.expand(rows.shape), y.used)
+        bins = self.output_size[0] * self.output_size[1]
+        return pool_cells(tall, regions._replace(heights=regions.heights * bins), y, x)
+
+    def tall(self, features: Sequence[Tensor], regions: Regions) -> tuple[list[Tensor], Tensor]:
+        """The tall maps [N, D, h*w*H, W], and the row of them [R, h, w] where the channels of a RoI's bin begin."""
         h, w = self.output_size
         channels = self.output_channels(features[0].shape[1])
         tall = [f.unflatten(1, (channels, h * w)).flatten(2, 3) for f in features]
-        group = torch.arange(h * w, dtype=torch.int32, device=y.cells.device).view(1, h, w, 1, 1)
-        rows = y.cells + group * regions.heights.view(-1, 1, 1, 1, 1)
-        y = Axis(rows, y.weights.expand(rows.shape), y.used)
-        return pool_cells(tall, regions._replace(heights=regions.heights * (h * w)), y, x)
+        group = torch.arange(h * w, dtype=torch.int32, device=regions.heights.device).view(1, h, w)
+        return tall, group * regions.heights[:, None, None]
 
 
 class PositionSensitiveRoIPool(PositionSensitive):
@@ -71,6 +79,13 @@ class PositionSensitiveRoIPool(PositionSensitive):
             corners = round_half_away(rois[:, 1:].detach().to(torch.promote_types(rois.dtype, torch.float32)))
             rois = torch.cat([rois[:, :1].to(corners), corners[:, :2], corners[:, 2:] + 1], 1)
         regions = locate(features, rois, levels, strides)
+        if choose_path(features[0], ("bag", "plain")) == "plain":
+            x1, y1, x2, y2 = regions.boxes.detach().unbind(1)
+            rows = self.ranges(y1, y2, self.output_size[0], regions.heights)
+            columns = self.ranges(x1, x2, self.output_size[1], regions.widths)
+            tall, start = self.tall(features, regions)
+            rows, columns = [r[:, :, None] + start for r in rows], [c[:, None] for c in columns]
+            return RoIFeatures(mean_between(tall, regions, rows, columns))
         return RoIFeatures(self.pool(features, regions, *self.axes(regions)))
 
     def axes(self, regions: Regions) -> tuple[Axis, Axis]:
@@ -83,6 +98,11 @@ class PositionSensitiveRoIPool(PositionSensitive):
 
     def mean_of_cells(self, start: Tensor, end: Tensor, bins: int, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cells [R, bins, K] int32, their equal weights, 0 past the bin's last cell, and the cells of a RoI's bins."""
+        cells, there, used = cells_between(*self.ranges(start, end, bins, size), size)
+        return cells, there.to(start.dtype) / there.sum(2, keepdim=True).clamp(min=1), used
+
+    def ranges(self, start: Tensor, end: Tensor, bins: int, size: Tensor) -> tuple[Tensor, Tensor]:
+        """First cell of every bin and the one past its last, [R, bins] int32 each."""
         i = torch.arange(bins + 1, device=start.device)
         if self.quantization == "rfcn":
             bin_size = ((end - start).clamp(min=0.1) / bins)[:, None]
@@ -94,8 +114,7 @@ class PositionSensitiveRoIPool(PositionSensitive):
             start, limit = start[:, None], size[:, None] - 1
             low, high = (i[:-1] * bin_size).floor() + start, (i[1:] * bin_size).ceil() + start
         low, high = (v.clamp(min=0).minimum(limit).int() for v in (low, high))
-        cells, there, used = cells_between(low, high, size)
-        return cells, there.to(start.dtype) / there.sum(2, keepdim=True).clamp(min=1), used
+        return low, high
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, quantization={self.quantization!r}"

@@ -58,10 +58,10 @@ POSITION_SENSITIVE = {name for name in OPS if "position_sensitive" in name}
 BOX_GRADIENTS = ["align", "align_adaptive", "align_max", "precise", "deformable", "modulated_points"]
 
 
-def build(name: str, dtype=torch.float64, size=SIZE) -> RoIOp:
-    """The method with random parameters, its offsets far from zero."""
+def build(op: str | partial, dtype=torch.float64, size=SIZE) -> RoIOp:
+    """The method, by name or as a factory, with random parameters, its offsets far from zero."""
     torch.manual_seed(0)
-    op = make_op(OPS[name], size, CHANNELS, len(STRIDES)).to(dtype)
+    op = make_op(OPS[op] if isinstance(op, str) else op, size, CHANNELS, len(STRIDES)).to(dtype)
     for parameter in op.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return op
