@@ -25,6 +25,7 @@ from detector.engine import distributed
 from detector.engine.settings import Runtime
 from detector.evaluation.evaluator import autocast
 from detector.evaluation.masks import encode_window, paste_masks
+from detector.evaluation.proposals import OBJECT
 from detector.evaluation.results import coco_keypoints, to_original, write_json
 from detector.structures import Batch, Detections, to_device
 from detector.visualize import draw
@@ -40,8 +41,8 @@ def load(
     the checkpoint's, such as {"box_head": {"score_threshold": 0.01}}.
 
     It has, beyond the model that was trained: `categories` (names of label 1, 2, ...), `category_ids` (their COCO ids
-    in the training set), `preprocess` (the validation transforms), `config` (the run's), and `predict`, which is
-    the function below for this model.
+    in the training set; of a model without a box head only "object"), `preprocess` (the validation transforms),
+    `config` (the run's), and `predict`, which is the function below for this model.
 
     Raises ConfigError (a ValueError) naming the file if it is missing, damaged, or its weights do not fit its config.
     """
@@ -57,7 +58,11 @@ def load(
     except RuntimeError as error:
         raise ConfigError(f"{name}: the weights do not fit the model of the same file: {error}") from None
     model.to(device).eval()
-    model.config, model.categories, model.category_ids = config, categories, list(state["category_ids"])
+    if model.box_head is None:  # proposals, of whatever class
+        model.categories, model.category_ids = ["object"], [OBJECT]
+    else:
+        model.categories, model.category_ids = categories, list(state["category_ids"])
+    model.config = config
     model.preprocess = validation_transforms(config)
     model.predict = partial(predict, model)
     return model

@@ -223,15 +223,15 @@ def summary_table(metrics: dict) -> str:
 
 def class_table(metrics: dict, annotations: dict) -> str:
     """One row per class: how many objects and images hold it, then AP, AP50, AP75 of each IoU type, in percent."""
-    kinds = [kind for kind in metrics["per_class"]]
+    kinds = list(metrics["per_class"])
     header = ["class", "images", "objects"] + [f"{TITLES[k]} {c}" for k in kinds for c in COLUMNS[:3]]
+    images_of: dict[int, list[int]] = {category["id"]: [] for category in annotations["categories"]}
+    for entry in annotations["annotations"]:
+        if not entry.get("iscrowd"):
+            images_of[entry["category_id"]].append(entry["image_id"])
     rows = []
     for category in sorted(annotations["categories"], key=lambda c: c["id"]):
-        objects = [
-            a["image_id"]
-            for a in annotations["annotations"]
-            if a["category_id"] == category["id"] and not a.get("iscrowd")
-        ]
+        objects = images_of[category["id"]]
         numbers = [percent(metrics["per_class"][k][category["name"]].get(c)) for k in kinds for c in COLUMNS[:3]]
         rows.append([category["name"], str(len(set(objects))), str(len(objects)), *numbers])
     return table(header, rows)

@@ -13,6 +13,7 @@ from detector.data import build_dataset, build_loader
 from detector.engine import distributed
 from detector.engine.settings import Runtime
 from detector.evaluation.evaluator import class_table, evaluate, ground_truth, summary_table
+from detector.evaluation.proposals import without_classes
 from detector.evaluation.results import write_json
 from detector.predict import load, merge
 
@@ -22,7 +23,8 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
 
     Writes predictions.json (COCO results), metrics.json, table.txt and about.json (which checkpoint, which annotations)
     into the output folder. Categories are matched by name: a data set with a category that the model does not know is
-    refused, what the model finds of a category that the data set does not have is left out.
+    refused, what the model finds of a category that the data set does not have is left out. The proposals of a model
+    without a box head are measured whatever the category.
     """
     changes = OmegaConf.to_container(cfg, resolve=True)
     with config_errors("runtime"):
@@ -30,8 +32,10 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     world = distributed.start(runtime)
     model = load(cfg.checkpoint, world.device, changes["model"])
     data = merge(model.config["data"], changes["data"])
+    proposals_only = model.box_head is None
     with config_errors("data"):
-        dataset = build_dataset(data, "val", model.config["augment"], categories=model.categories)
+        categories = None if proposals_only else model.categories
+        dataset = build_dataset(data, "val", model.config["augment"], categories=categories)
         padding = {key: data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
         ranks = {"rank": world.rank, "world": world.size}
         loader = build_loader(dataset, cfg.batch_size, cfg.workers, training=False, **ranks, **padding)
@@ -54,7 +58,8 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
         about = {"checkpoint": str(cfg.checkpoint), "settings": changes}
         about |= {"annotations": str(dataset.annotation_file), "images": str(dataset.folder)}
         write_json(folder / "about.json", about, indent=1)
-        summary, classes = summary_table(metrics), class_table(metrics, ground_truth(dataset))
+        truth = without_classes(ground_truth(dataset)) if proposals_only else ground_truth(dataset)
+        summary, classes = summary_table(metrics), class_table(metrics, truth)
         (folder / "table.txt").write_text(f"{summary}\n\n{classes}\n", encoding="utf-8")
         print(f"\n{summary}\n\n{classes if len(dataset.categories) <= 100 else 'per class: see table.txt'}\n")
         print(f"{len(dataset)} images, {len(results)} detections; {folder}: metrics.json, predictions.json, table.txt")

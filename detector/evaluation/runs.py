@@ -84,6 +84,8 @@ def read_run(folder: Path, checkpoint: str, evaluate=None) -> Run:
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if line]
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise Unusable(f"its record cannot be read: {error}") from None
+    if not any(key.startswith("model.box_head.") for key in flatten(config)):
+        raise Unusable("its model has no box head: its proposals are of no class")
     if not (folder / "metrics.json").exists():
         done = max((entry.get("iteration", 0) for entry in log), default=0)
         raise Unusable(f"it is not finished: there is no metrics.json, and its log ends at iteration {done}")

@@ -19,20 +19,29 @@ SMALL = [
 ]
 
 
+def configured(*overrides: str) -> dict:
+    """The configuration of a run, as its checkpoint keeps it."""
+    cfg = compose("train", list(overrides))
+    return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), resolve=True)
+
+
+def untrained(config: dict) -> dict:
+    """What a training run of `config` would save."""
+    torch.manual_seed(0)
+    names = ["ellipse", "triangle", "rectangle", "star", "ring"]
+    model = build(config["model"], "model", num_classes=len(names))
+    ids = {"category_ids": [1, 2, 4, 5, 8], "categories": names}
+    return {"model": model.state_dict(), "ema": None, "config": config, "iteration": 1, **ids}
+
+
 @pytest.fixture(scope="session")
 def run_config(shapes_tiny):
-    cfg = compose("train", [*SMALL, f"data.root={shapes_tiny}"])
-    return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), resolve=True)
+    return configured(*SMALL, f"data.root={shapes_tiny}")
 
 
 @pytest.fixture(scope="session")
 def state(run_config):
-    """What a training run would save."""
-    torch.manual_seed(0)
-    names = ["ellipse", "triangle", "rectangle", "star", "ring"]
-    model = build(run_config["model"], "model", num_classes=len(names))
-    ids = {"category_ids": [1, 2, 4, 5, 8], "categories": names}
-    return {"model": model.state_dict(), "ema": None, "config": run_config, "iteration": 1, **ids}
+    return untrained(run_config)
 
 
 @pytest.fixture

@@ -142,11 +142,13 @@ def test_bad_runs_are_named_and_the_rest_is_compared(make_run, tmp_path, capsys)
     (make_run("no_log", roi("warp")) / "log.jsonl").unlink()
     (make_run("cut", roi("warp")) / "eval_last" / "predictions.json").write_text('[{"image_id"')
     (make_run("unseen", roi("warp")) / "eval_last" / "predictions.json").unlink()
+    make_run("proposals", roi("warp"), model={"box_head": None})
     report = compare_runs(settings(tmp_path))
     reasons = {path.rpartition("/")[2]: reason for path, reason in report["left_out"].items()}
     assert reasons["unfinished"] == "it is not finished: there is no metrics.json, and its log ends at iteration 40"
     assert "log.jsonl" in reasons["no_log"] and "is not JSON" in reasons["cut"]
-    assert "neither eval_last/predictions.json nor last.pt" in reasons["unseen"] and len(reasons) == 4
+    assert "neither eval_last/predictions.json nor last.pt" in reasons["unseen"] and len(reasons) == 5
+    assert reasons["proposals"] == "its model has no box head: its proposals are of no class"
     assert [m["label"] for m in report["methods"]] == ["align", "pool"]
     assert "left out: " in capsys.readouterr().out
 

@@ -8,9 +8,12 @@ import sys
 
 import pytest
 
+import detector
 from detector.config import CONFIGS, ConfigError, compose, quoted
+from detector.engine.checkpoint import save
 from detector.evaluation import coco_metrics
 from detector.evaluation.run import evaluate_checkpoint
+from tests.evaluation.conftest import configured, untrained
 
 
 def options(checkpoint, **more):
@@ -33,6 +36,20 @@ def test_evaluation_of_a_checkpoint(checkpoint, shapes_tiny, tmp_path, capsys):
         compose("eval", options(checkpoint, evaluator="pycocotools", output=tmp_path / "other"))
     )
     assert other == metrics
+
+
+def test_proposals_are_of_no_class(shapes_tiny, tmp_path):
+    """A model without a box head: one class, 'object', in tables and in what it predicts."""
+    save(untrained(configured("model=rpn", f"data.root={shapes_tiny}")), tmp_path / "rpn.pt")
+    metrics = evaluate_checkpoint(compose("eval", options(tmp_path / "rpn.pt", output=tmp_path)))
+    assert metrics.keys() == {"bbox", "per_class"} and metrics["per_class"]["bbox"].keys() == {"object"}
+    assert metrics["bbox"]["AR1000"] >= metrics["bbox"]["AR100"]
+    truth = json.loads((shapes_tiny / "annotations" / "instances_val.json").read_text())
+    rows = (tmp_path / "table.txt").read_text().splitlines()
+    assert rows[-1].split()[:3] == ["object", str(len(truth["images"])), str(len(truth["annotations"]))]
+    model = detector.load(tmp_path / "rpn.pt")
+    found = model.predict(shapes_tiny / "val" / truth["images"][0]["file_name"])
+    assert model.categories == ["object"] and set(found.labels.tolist()) == {1}
 
 
 def test_another_data_set_and_other_thresholds(checkpoint, shapes_tiny, tmp_path):
