@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import platform
@@ -222,8 +221,3 @@ def locked(folder: Path) -> Iterator[None]:
         for stale in folder.glob(".*.tmp"):  # of a process that was killed while writing
             stale.unlink()
         yield
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Write JSON atomically."""
-    atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))

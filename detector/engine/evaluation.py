@@ -32,8 +32,8 @@ def measure(
 ) -> bool:
     """Evaluate the weights that are kept, and record it. Is it the best so far?
 
-    The last evaluation of a run leaves predictions.json in its folder. A stop request ends it: the checkpoint before it
-    is kept, and a resumed run evaluates again.
+    The last evaluation of a run leaves predictions.json and metrics.json in its folder. A stop request ends it: the
+    checkpoint before it is kept, and a resumed run evaluates again.
     """
     world.share_buffers(state.trained)
     metrics, _ = evaluate(

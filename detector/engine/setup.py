@@ -99,8 +99,7 @@ def loaders(
 
 
 def finish(state: State, folder: Path) -> None:
-    """metrics.json, the table, and where to look."""
-    checkpoint.write_json(state.metrics, folder / "metrics.json")
+    """The table, and where to look."""
     log.info(
         "finished after %d iterations, the best at %d\n%s\n\n"
         "run          %s  (last.pt, best.pt, metrics.json, log.jsonl)\n"

@@ -27,11 +27,11 @@ from detector.engine.evaluation import chosen, measure, show
 from detector.engine.schedule import Schedule
 from detector.engine.settings import Evaluation, Runtime, Training, to_iterations
 from detector.engine.state import State
+from detector.evaluation.evaluator import autocast
 from detector.structures import Batch, Targets, to_device
 from detector.weights import Start
 
 log = logging.getLogger(__name__)
-PRECISION = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -156,13 +156,12 @@ def forward_backward(
     stats: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Add the gradient of the micro-batches' mean loss; returns the mean losses, and statistics of the last one."""
-    dtype = PRECISION[runtime.precision]
     mean: dict[str, Tensor] = {}
     for index, (batch, targets) in enumerate(micro_batches, 1):
         # the ranks exchange gradients once, with the last micro-batch
         quiet = world.size > 1 and index < len(micro_batches)
         with model.no_sync() if quiet else contextlib.nullcontext():
-            with torch.autocast(world.device.type, dtype, enabled=dtype is not None):
+            with autocast(world.device, runtime.precision):
                 losses, found = model(batch, targets, stats=True) if stats else (model(batch, targets), {})
             scaler.scale(sum(losses.values()) / len(micro_batches)).backward()
         for name, loss in losses.items():
