@@ -1,7 +1,9 @@
 """Test-time augmentation: the same images at several scales and mirrored, their detections merged.
 
-Boxes of all views compete in one NMS; masks are predicted in every view for the boxes that are left, and averaged.
-Dimensions: N images, V views, D detections per image.
+Boxes of all views compete in one NMS. For those that are left, masks and keypoints are predicted in every view, in the
+frame of the box: masks' probabilities are averaged, and so are the logits of keypoints' heat maps, as in Detectron
+(its HM_AVG); those of a mirrored view are mirrored back, left and right keypoints changing places.
+Dimensions: N images, V views, D detections per image, R of them valid, P keypoints.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from detector.boxes import clip, nms_by_image
 from detector.model import TwoStageDetector
-from detector.structures import Batch, Detections
+from detector.structures import Batch, Detections, rois_from_boxes
 
 
 class View(NamedTuple):
@@ -27,19 +29,36 @@ class Augmented(nn.Module):
     """A detector that looks at every image several times.
 
     Args:
-        model: boxes and, if it has a mask head, masks; keypoints are not merged.
+        model: with a box head, and with or without a mask and a keypoint head.
         scales: sizes of the views, as factors of the network's input.
         flip: each scale also mirrored left to right.
+        mirrored: [P] which keypoint each one becomes in a mirror; needed for keypoints and `flip`. A data set that
+            reads keypoints has it, by their names.
+
+    Raises ValueError for a model without boxes, scales that are not positive, and `mirrored` of another length.
     """
 
-    def __init__(self, model: TwoStageDetector, scales: Sequence[float] = (1.0,), flip: bool = True):
+    def __init__(
+        self,
+        model: TwoStageDetector,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = True,
+        mirrored: Sequence[int] | None = None,
+    ):
         super().__init__()
-        if model.box_head is None or model.keypoint_head is not None:
-            raise ValueError("test-time augmentation merges boxes and masks: not proposals alone, and no keypoints")
+        if model.box_head is None:
+            raise ValueError("test-time augmentation merges boxes, and this model has no box head: proposals alone")
         if not scales or min(scales) <= 0:
             raise ValueError(f"scales={list(scales)}: expected at least one, all positive")
-        self.model = model
-        self.views = [View(scale, mirrored) for scale in scales for mirrored in ([False, True] if flip else [False])]
+        if model.keypoint_head is not None and flip:
+            count, given = model.keypoint_head.predictor.out_channels, list(mirrored or [])
+            if sorted(given) != list(range(count)):
+                raise ValueError(
+                    f"mirrored={given}: expected which of the model's {count} keypoints each one becomes in a mirror; "
+                    "the category of the annotations must name them, or leave flip=true away"
+                )
+        self.model, self.mirrored = model, mirrored
+        self.views = [View(scale, turned) for scale in scales for turned in ([False, True] if flip else [False])]
 
     def forward(self, batch: Batch) -> Detections:
         """Detections [N, D] in pixels of `batch.images`."""
@@ -53,15 +72,25 @@ class Augmented(nn.Module):
             detections = self.model.box_head.detect(features, proposals, seen)
             found.append(detections._replace(boxes=back(detections.boxes, view, batch, seen)))
             looks.append((seen, features))
-        merged = self.merge(found, batch)
-        if self.model.mask_head is None:
-            return merged
-        masks = []
+        merged, masks, heatmaps = self.merge(found, batch), [], []
         for view, (seen, features) in zip(self.views, looks):
             there = merged._replace(boxes=forth(merged.boxes, view, batch, seen))
-            mask = self.model.mask_head.detect(features, there).masks
-            masks.append(mask.flip(-1) if view.flip else mask)
-        return merged._replace(masks=torch.stack(masks).mean(dim=0))
+            if self.model.mask_head is not None:
+                mask = self.model.mask_head.detect(features, there).masks
+                masks.append(mask.flip(-1) if view.flip else mask)
+            if self.model.keypoint_head is not None:
+                heatmaps.append(self.heatmaps(features, there, view))
+        if masks:
+            merged = merged._replace(masks=torch.stack(masks).mean(dim=0))
+        if heatmaps:
+            merged = self.model.keypoint_head.decode(torch.stack(heatmaps).mean(dim=0), merged)
+        return merged
+
+    def heatmaps(self, features: Sequence[Tensor], there: Detections, view: View) -> Tensor:
+        """Logits [R, P, H, H] of the keypoints in the boxes of a view, as they would be without the mirror."""
+        rois = rois_from_boxes(there.boxes, there.valid)
+        logits = self.model.keypoint_head(features, rois).keypoint_logits.float()
+        return logits[:, self.mirrored].flip(-1) if view.flip else logits
 
     def merge(self, found: Sequence[Detections], batch: Batch) -> Detections:
         """The best of all views' detections, after NMS within each class."""

@@ -42,7 +42,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     folder = Path(cfg.output) if cfg.output else Path(cfg.checkpoint).parent / f"eval_{Path(cfg.checkpoint).stem}"
     plain = not cfg.flip and list(cfg.scales) == [1.0]
     with config_errors("scales"):
-        network = model if plain else Augmented(model, list(cfg.scales), cfg.flip)
+        network = model if plain else Augmented(model, list(cfg.scales), cfg.flip, dataset.mirrored)
     metrics, results = evaluate(
         network,
         loader,

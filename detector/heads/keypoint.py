@@ -82,7 +82,13 @@ class KeypointHead(nn.Module):
 
     def detect(self, features: Sequence[Tensor], detections: Detections) -> Detections:
         """`detections` with keypoints [N, D, P, 3] = (x, y, score)."""
-        logits = self(features, rois_from_boxes(detections.boxes, detections.valid)).keypoint_logits.float()
+        return self.decode(
+            self(features, rois_from_boxes(detections.boxes, detections.valid)).keypoint_logits, detections
+        )
+
+    def decode(self, logits: Tensor, detections: Detections) -> Detections:
+        """`detections` with the keypoints of logits [R, P, H, H], one row for each valid box."""
+        logits = logits.float()
         keypoints = logits.new_zeros(*detections.valid.shape, logits.shape[1], 3)
         if len(logits):
             keypoints[detections.valid] = from_heatmaps(logits, detections.boxes[detections.valid], self.score)
@@ -120,7 +126,8 @@ def from_heatmaps(logits: Tensor, boxes: Tensor, score: str) -> Tensor:
     for heatmap, box, size, whole in zip(logits, boxes, sizes, sizes.ceil().int().tolist()):
         resized = F.interpolate(heatmap[None], size=whole[::-1], mode="bicubic", align_corners=False)[0]
         best, place = resized.flatten(1).max(dim=1)
-        cells = torch.stack([place % whole[0], place // whole[0]], dim=1)
+        width = size[0].ceil().long()
+        cells = torch.stack([place % width, place // width], dim=1)
         points = box[:2] + (cells + 0.5) * size / size.ceil()
         if score == "probability":
             best = 1 / (heatmap.flatten(1) - best[:, None]).exp().sum(dim=1)
