@@ -117,7 +117,9 @@ class MaskHead(nn.Module):
     def detect(self, features: Sequence[Tensor], detections: Detections) -> Detections:
         """`detections` with masks [N, D, M, M]: probabilities of each detection's label in its box's frame."""
         prediction = self(features, rois_from_boxes(detections.boxes, detections.valid))
-        logits = self.predictor(prediction.hidden, detections.labels[detections.valid])
+        # a few at a time, or the predictor's wide maps fall out of a CPU's cache
+        parts = zip(prediction.hidden.split(32), detections.labels[detections.valid].split(32))
+        logits = torch.cat([self.predictor(*part) for part in parts])
         masks = logits.new_zeros(*detections.valid.shape, *logits.shape[1:], dtype=torch.float32)
         masks[detections.valid] = logits.float().sigmoid()
         return detections._replace(masks=masks)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detector.layers import conv_block, init_kaiming
@@ -34,19 +35,36 @@ class FCTrunk(nn.Module):
         channels = [in_channels, *conv_channels]
         self.conv = nn.Sequential(*(conv_block(a, b, 3, norm) for a, b in zip(channels, channels[1:])))
         init_kaiming(self.conv)
-        channels = [channels[-1] * output_size[0] * output_size[1], *fc_channels]
-        self.fc = nn.ModuleList(nn.Linear(a, b) for a, b in zip(channels, channels[1:]))
+        first = [RoILinear(channels[-1], output_size, width) for width in fc_channels[:1]]
+        self.fc = nn.ModuleList([*first, *(nn.Linear(a, b) for a, b in zip(fc_channels, fc_channels[1:]))])
         for layer in self.fc:
             nn.init.kaiming_uniform_(layer.weight, a=1)
             nn.init.zeros_(layer.bias)
-        self.out_channels = channels[-1]
+        self.out_channels = fc_channels[-1] if fc_channels else channels[-1] * output_size[0] * output_size[1]
 
     def forward(self, features: Tensor) -> Tensor:
         """[R, out_channels] of RoI features [R, C, h, w]."""
-        hidden = self.conv(features).flatten(1)
+        hidden = self.conv(features)
         for layer in self.fc:
             hidden = layer(hidden).relu_()
-        return hidden
+        return hidden.flatten(1)
+
+
+class RoILinear(nn.Conv2d):
+    """A fully connected layer on RoI features [R, in_channels, *output_size]: [R, out_features].
+
+    With its weight as [out_features, in_channels, *output_size] both stay in the layout that they have in memory, where
+    flattening would rearrange channels_last features.
+    """
+
+    def __init__(self, in_channels: int, output_size: tuple[int, int], out_features: int):
+        super().__init__(in_channels, out_features, output_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if features.device.type == "cpu":
+            return super().forward(features).flatten(1)
+        features, weight = (t.permute(0, 2, 3, 1).flatten(1) for t in (features, self.weight))
+        return F.linear(features, weight, self.bias)
 
 
 class ConvTrunk(nn.Module):

@@ -251,6 +251,9 @@ def load_into(
         state |= {key: wanted[key] for key in reset}
         if reset:
             log.warning("initialised anew, as asked, for another number of classes: %s", ", ".join(reset))
+    for key, wanted in model.state_dict().items():  # others flatten what a fully connected layer reads of a RoI
+        if key in state and state[key].dim() == 2 and wanted.dim() == 4 and state[key].numel() == wanted.numel():
+            state[key] = state[key].reshape(wanted.shape)
     found = misfit(model, state, parts)
     if found:
         if strict:

@@ -293,3 +293,11 @@ def test_caffe_s_norms_have_no_statistics(mean, style):
     state = {"backbone.conv1.weight": torch.zeros(64, 3, 7, 7), "neck.lateral_convs.0.conv.bias": torch.zeros(256)}
     state |= {"backbone.bn1.running_mean": torch.full((64,), mean), "rpn_head.rpn_cls.bias": torch.zeros(3)}
     assert load_foreign(state, source="mmdet").presets["backbone.stride_in_1x1"] == (style == "caffe")
+
+
+def test_flattened_weights_of_the_first_fully_connected_layer_fit():
+    state = tiny_model(seed=1).state_dict()
+    flat = {key: value.flatten(1) if key == "box_head.trunk.fc.0.weight" else value for key, value in state.items()}
+    model = tiny_model()
+    load_into(model, flat)
+    assert torch.equal(model.box_head.trunk.fc[0].weight, state["box_head.trunk.fc.0.weight"])

@@ -1,0 +1,24 @@
+"""What lies between RoI features and predictions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from detector.heads.trunk import FCTrunk, RoILinear
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_roi_linear_is_a_linear_layer_on_flattened_features(layout):
+    torch.manual_seed(0)
+    layer = RoILinear(3, (2, 5), 7).to(memory_format=layout)
+    features = torch.randn(4, 3, 2, 5).contiguous(memory_format=layout)
+    expected = F.linear(features.flatten(1), layer.weight.flatten(1), layer.bias)
+    torch.testing.assert_close(layer(features), expected)
+    assert layer(features[:0]).shape == (0, 7)
+
+
+def test_trunk_without_layers_flattens():
+    trunk = FCTrunk(3, (2, 2), fc_channels=())
+    features = torch.randn(4, 3, 2, 2)
+    assert trunk.out_channels == 12
+    assert torch.equal(trunk(features), features.flatten(1))
