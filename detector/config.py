@@ -9,6 +9,7 @@ path.
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import functools
 import hashlib
@@ -24,6 +25,7 @@ from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union
+from urllib.error import URLError
 
 import hydra
 import torch
@@ -102,6 +104,7 @@ def entry_point(config_name: str, keys: type, paths: Collection[str] = ()) -> Ca
             nonlocal started
             started = True
             mine = HydraConfig.get()
+            share_roi(cfg, mine)
             if mine.mode == RunMode.MULTIRUN:  # Hydra goes on with the next job if one fails
                 if multirun.records is None:  # asked for in a way that MULTIRUN does not know, such as --multi
                     multirun.open(mine.sweep.dir)
@@ -139,6 +142,29 @@ def entry_point(config_name: str, keys: type, paths: Collection[str] = ()) -> Ca
         return main
 
     return decorate
+
+
+def share_roi(cfg: DictConfig, hydras: DictConfig) -> None:
+    """Give what is set of `roi`, such as roi.gamma=0.2, to every head that has the same RoI method.
+
+    What a head sets for itself stays. Hydra alone would put it into cfg.roi, which no head reads. `hydras`: Hydra's own
+    node, which says whence the configs come and which option of each group was chosen.
+    """
+    choices = hydras.runtime.choices
+    if "roi" not in cfg or "model" not in cfg:
+        return
+    folders = [source.path for source in hydras.runtime.config_sources if source.schema == "file"]
+    files = [file for folder in folders if (file := Path(folder, "roi", f"{choices.roi}.yaml")).exists()]
+    usual = OmegaConf.load(files[0])
+    for name, head in cfg.model.items():
+        if not (isinstance(head, DictConfig) and choices.get(f"roi@model.{name}.roi") == choices.roi):
+            continue
+        shared = copy.deepcopy(cfg.roi)
+        for key in leaves(head.roi):
+            value = OmegaConf.select(head.roi, key)
+            if not isinstance(value, DictConfig) and value != OmegaConf.select(usual, key):
+                OmegaConf.update(shared, key, value, force_add=True)
+        head.roi = shared
 
 
 def quoted(text: str, paths: Collection[str]) -> str:
@@ -179,7 +205,8 @@ def config_errors(path: str) -> Iterator[None]:
         if isinstance(cause, ConfigError) or not isinstance(cause, (ValueError, TypeError, OSError)):
             raise cause from error
         where = path if key is None else key[1] if key[1].split(".")[0] == path else f"{path}.{key[1]}"
-        raise ConfigError(f"{where}: {cause}") from error
+        hint = "; a download failed: get the file elsewhere and give its path" if isinstance(cause, URLError) else ""
+        raise ConfigError(f"{where}: {cause}{hint}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------- the check

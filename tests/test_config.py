@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.error import URLError
 
 import hydra
 import pytest
@@ -133,6 +134,15 @@ def test_build_names_the_nested_node():
     good = {**bad, "size": 1}
     with pytest.raises(ConfigError, match=r"^shelf: size = 0"):
         build({"_target_": "tests.test_config.Shelf", "box": good, "factory": {**bad, "_partial_": True}}, "shelf")
+
+
+def offline():
+    raise URLError("no route to host")
+
+
+def test_a_download_that_fails_says_what_to_do():
+    with pytest.raises(ConfigError, match=r"^model: .*no route to host.*get the file elsewhere and give its path"):
+        build({"_target_": "tests.test_config.offline"}, "model")
 
 
 def test_build_lets_bugs_through():
@@ -262,3 +272,31 @@ def test_missing_data_set_names_the_command():
 
 def test_configs_are_where_the_programs_look():
     assert (config.CONFIGS / "train.yaml").is_file()
+
+
+def shared_roi(*overrides: str):
+    cfg = config.compose("train", overrides)
+    config.share_roi(cfg, cfg.hydra)
+    return cfg
+
+
+def test_settings_of_roi_reach_every_head_with_that_method():
+    cfg = shared_roi("roi=deformable", "roi.gamma=0.5", "model.mask_head.roi.sampling_ratio=4")
+    assert cfg.model.box_head.roi == cfg.roi and cfg.roi.gamma == 0.5
+    assert cfg.model.mask_head.roi == {**cfg.roi, "sampling_ratio": 4}
+
+
+def test_a_heads_own_method_and_settings_stay():
+    cfg = shared_roi("roi=align", "roi.sampling_ratio=3", "roi@model.mask_head.roi=deformable")
+    assert cfg.model.box_head.roi.sampling_ratio == 3
+    assert cfg.model.mask_head.roi == OmegaConf.load(CONFIGS / "roi" / "deformable.yaml")
+    cfg = shared_roi("roi=deformable", "roi.gamma=0.5", "model.mask_head.roi.gamma=0.2")
+    assert (cfg.model.box_head.roi.gamma, cfg.model.mask_head.roi.gamma) == (0.5, 0.2)
+
+
+@pytest.mark.parametrize("arguments", [(), ("-m",)])
+def test_train_gives_settings_of_roi_to_the_heads(arguments, tmp_path):
+    """Through the program itself: the value is wrong for the heads, and they say so."""
+    command = [sys.executable, "train.py", *arguments, "roi.sampling_ratio=many", f"run_dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent)
+    assert done.returncode and "model.box_head.roi.sampling_ratio" in done.stdout + done.stderr

@@ -24,7 +24,7 @@ from detector.engine.optimizer import build_optimizer
 from tests.test_variants import random_input, small
 from train import Keys
 
-NOT_FOR_COCO = ("none", "small", "coco", "quickstart", "mask_rcnn_nuclei", "faster_rcnn_bccd") + tuple(
+NOT_FOR_COCO = ("none", "small", "coco", "finetune", "quickstart", "mask_rcnn_nuclei", "faster_rcnn_bccd") + tuple(
     file.stem for file in (CONFIGS / "experiment").glob("ablation_*.yaml")
 )
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))

@@ -1,6 +1,6 @@
 """Data sets in other formats as COCO annotation files beside their pictures, which stay where they are.
 
-    python -m detector.data.convert voc data/VOCdevkit         then: python train.py data=voc data.root=data/VOCdevkit
+    python -m detector.data.convert voc data/VOCdevkit        then: python train.py experiment=pascal_voc
     python -m detector.data.convert voc my_data --train trainval --val test
     python -m detector.data.convert voc data/VOCdevkit --train VOC2012/Segmentation/train --val VOC2012/Segmentation/val
     python -m detector.data.convert cityscapes data/cityscapes

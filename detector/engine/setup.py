@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from detector.config import ConfigError, build, config_errors, overridden
 from detector.data import Loader, build_dataset, build_loader, collate
@@ -35,6 +36,18 @@ def rehearse(cfg: DictConfig, training: Training) -> None:
     with torch.device("meta"):
         skeleton = build(model, "model", num_classes=2)
     build_optimizer(build(cfg.optimizer, "optimizer"), skeleton, training)
+
+
+def warn_of_random_layers(cfg: DictConfig, model: nn.Module) -> None:
+    """Say so if a run begins with layers that are random and never trained: nothing good can come of it."""
+    frozen = [name for name, p in model.backbone.named_parameters() if not p.requires_grad]
+    if frozen and cfg.model.backbone.get("weights") is None:
+        log.warning(
+            "model.backbone.weights = null, but %d of its tensors are not trained (%s, ...): they stay random. Give "
+            "model.backbone.weights=IMAGENET1K_V1 or model.weights=FILE, or train from scratch with "
+            "model.backbone.frozen_stages=0 model.backbone.norm=batch_norm",
+            *(len(frozen), frozen[0]),
+        )
 
 
 def find_checkpoint(cfg: DictConfig, folder: Path, world: World) -> dict[str, Any] | None:

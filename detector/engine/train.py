@@ -65,6 +65,8 @@ def train(cfg: DictConfig) -> float | None:
         state = State.create(cfg, len(train_set.categories), schedule, per_epoch, training, runtime, world, fill)
         if found:
             setup.resume(found, state, train_set, world)
+        elif not weights:
+            setup.warn_of_random_layers(cfg, state.model)
         if state.iteration >= total and state.evaluated >= total:
             log.info(
                 "%s is finished: %d iterations. Another run_dir, or a longer schedule, trains more.", folder, total

@@ -72,7 +72,14 @@ def test_what_a_run_leaves_behind(run, shapes_tiny):
     assert state["best"]["value"] == max(line["metrics"]["segm"]["AP"] for line in lines if "metrics" in line)
     assert state["categories"] and len(state["categories"]) == len(state["category_ids"])
     assert state["config"] == yaml.safe_load((folder / "config.yaml").read_text())
-    assert "tensorboard --logdir" in (folder / "train.log").read_text()
+    log = (folder / "train.log").read_text()
+    assert "tensorboard --logdir" in log and "random" not in log
+
+
+def test_layers_that_stay_random_are_named(run):
+    folder = run("model.backbone.frozen_stages=2", "schedule.max_iterations=3")
+    message = (folder / "train.log").read_text()
+    assert "(conv1.weight, ...): they stay random. Give model.backbone.weights=" in message
 
 
 @pytest.mark.slow
