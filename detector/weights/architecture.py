@@ -204,6 +204,10 @@ def keypoint_head(state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def roi(state: dict[str, Tensor], head: str) -> dict[str, Any]:
+    if has(state, f"{head}.extractor.op.after."):  # mmdetection's GRoIE
+        kernel = state[f"{head}.extractor.op.before.0.weight"].shape[2]
+        op = {**part("roi.RoIAlign"), "sampling_ratio": 2}
+        return {**part("roi.GRoIE"), "op": op, "kernel": kernel, "attention": "mmdetection"}
     prefix = f"{head}.extractor.op.offset_predictor."
     if not has(state, prefix):
         return part("roi.RoIAlign")

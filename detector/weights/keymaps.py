@@ -119,6 +119,22 @@ def mmdet_convs(theirs: str, ours: str) -> Table:
     return {f"{theirs}.{{i}}.{part}.*": f"{ours}.{{i}}.{j}.*" for part, j in (("conv", 0), ("bn", 1), ("gn", 1))}
 
 
+def mmdet_groie(theirs: str, ours: str) -> Table:
+    """GenericRoIExtractor: a convolution before the sum over levels, and attention by position ('0100') after it."""
+    after = {
+        "query_conv": "query",
+        "value_conv": "value",
+        "appr_geom_fc_x": "distance_x",
+        "appr_geom_fc_y": "distance_y",
+        "proj_conv": "project",
+    }
+    return {
+        f"{theirs}pre_module.conv.*": f"{ours}before.0.*",
+        **{f"{theirs}post_module.{theirs_}.*": f"{ours}after.{ours_}.*" for theirs_, ours_ in after.items()},
+        f"{theirs}post_module.gamma": f"{ours}after.gamma",
+    }
+
+
 MMDET: Table = {
     **resnet("backbone.", "backbone."),
     **resnet("roi_head.shared_head.", "box_head.trunk."),  # C4: stage 5 works on RoIs
@@ -141,6 +157,8 @@ MMDET: Table = {
         for theirs, ours in (("bbox_roi_extractor", "box_head"), ("mask_roi_extractor", "mask_head"))
         for fc, part in (("offset_fc", "offsets"), ("mask_fc", "modulation"))
     },
+    **mmdet_groie("roi_head.bbox_roi_extractor.", "box_head.extractor.op."),
+    **mmdet_groie("roi_head.mask_roi_extractor.", "mask_head.extractor.op."),
     **mmdet_box_head("roi_head.bbox_head.", "box_head."),
     **mmdet_box_head("roi_head.bbox_head.{k}.", "box_head.stages.{k}."),  # Cascade R-CNN
     **mmdet_mask_head("roi_head.mask_head.", "mask_head."),

@@ -53,6 +53,7 @@ OPS = {
     "deformable_position_sensitive": partial(DeformablePositionSensitiveRoIPool, sampling_ratio=2),
     "sum_levels": SumLevels,
     "groie": GRoIE,
+    "groie_position": partial(GRoIE, attention="position"),
 }
 POSITION_SENSITIVE = {name for name in OPS if "position_sensitive" in name}
 BOX_GRADIENTS = ["align", "align_adaptive", "align_max", "precise", "deformable", "modulated_points"]

@@ -1,5 +1,6 @@
 """What mmdetection 3.3 computes at inference, from its own keys: Faster, Mask and Cascade R-CNN and RPN, with FPN,
-PAFPN, C4, DC5 and deformable RoI pooling. Written from its sources' behaviour; it stands in for the framework in tests.
+PAFPN, C4, DC5, deformable RoI pooling and GRoIE. Written from its sources' behaviour; it stands in for the framework in
+tests.
 
 Dimensions: N images, A anchors per cell, R RoIs, C channels, K classes, D detections.
 """
@@ -11,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import nms
+from torchvision.ops import nms, roi_align
 
 from tests.weights.reference_parts import (
     Found,
@@ -171,8 +172,10 @@ def levels_of(rois: Tensor, maps) -> Tensor:
 
 
 def extract(w: Weights, maps, strides, rois: Tensor, size: int) -> Tensor:
-    """The box head's RoI features: RoI Align, or deformable pooling where its extractor has layers of its own."""
+    """The box head's RoI features: RoI Align, or what the layers of its extractor say, if it has any."""
     levels = levels_of(rois, maps)
+    if "roi_head.bbox_roi_extractor.pre_module.conv.weight" in w:
+        return generic(w, "roi_head.bbox_roi_extractor", maps, strides, rois, size)
     if "roi_head.bbox_roi_extractor.roi_layers.0.offset_fc.0.weight" not in w:
         return align(maps, strides, rois, levels, size)
     out = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size)
@@ -230,6 +233,27 @@ def bilinear(feature: Tensor, y: Tensor, x: Tensor) -> Tensor:
     above = feature[:, top, left] * (1 - across) + feature[:, top, right] * across
     below = feature[:, bottom, left] * (1 - across) + feature[:, bottom, right] * across
     return (above * (1 - down) + below * down) * inside
+
+
+def generic(w: Weights, prefix: str, maps, strides, rois: Tensor, size: int) -> Tensor:
+    """GRoIE: a convolution on every level's RoI Align (2 x 2 samples), their sum, and attention "0100" of 6 heads
+    to every second bin, whose vertical part takes the transposed bin's query."""
+    pooled = [
+        roi_align(feature, rois, size, 1 / s, sampling_ratio=2, aligned=True) for feature, s in zip(maps, strides)
+    ]
+    x = sum(conv(w, f"{prefix}.pre_module.conv", p).relu() for p in pooled)
+    post, places = f"{prefix}.post_module", torch.arange(size).float()
+    waves = 1000 ** (torch.arange(x.shape[1] // 4) * 4 / x.shape[1])
+    angles = (places[:, None, None] - places[::2, None]) / waves
+    waves = torch.cat([angles.sin(), angles.cos()], dim=2)
+    across, down = (F.linear(waves, w[f"{post}.appr_geom_fc_{a}.weight"]).unflatten(2, (6, -1)) / 2**0.5 for a in "xy")
+    query = conv(w, f"{post}.query_conv", x).unflatten(1, (6, -1)).permute(0, 1, 3, 4, 2)  # [R, 6, row, column, d]
+    by_column = (query[:, :, :, :, None] * across.permute(2, 0, 1, 3)[:, None]).sum(-1)  # [R, 6, row, column, other]
+    by_row = (query.transpose(2, 3)[:, :, :, :, None] * down.permute(2, 0, 1, 3)[:, :, None]).sum(-1)
+    energy = by_row[..., :, None] + by_column[..., None, :]
+    value = conv(w, f"{post}.value_conv", F.avg_pool2d(x, 1, 2)).unflatten(1, (6, -1)).flatten(3)  # [R, 6, d, others]
+    mixed = energy.flatten(4).softmax(dim=4).flatten(2, 3) @ value.mT  # [R, 6, bins, d]
+    return w[f"{post}.gamma"] * conv(w, f"{post}.proj_conv", mixed.mT.flatten(1, 2).unflatten(2, (size, size))) + x
 
 
 def box_head(w: Weights, prefix: str, pooled: Tensor, caffe: bool) -> tuple[Tensor, Tensor]:

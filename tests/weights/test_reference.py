@@ -37,8 +37,26 @@ def test_same_where_boxes_go_far(shared, name):
     check_layout(shared, name, deltas=20.0)
 
 
-def check_layout(shared, name: str, deltas: float = 1.0) -> None:
+def test_groie_as_mmdetection_has_it(shared):
+    """Not among the layouts, but published: these keys are faster-rcnn_r50_fpn_groie_1x_coco's."""
+    extractor = {
+        "pre_module.conv.weight": [256, 256, 5, 5],
+        "pre_module.conv.bias": [256],
+        "post_module.query_conv.weight": [252, 256, 1, 1],
+        "post_module.value_conv.weight": [252, 256, 1, 1],
+        "post_module.appr_geom_fc_x.weight": [252, 128],
+        "post_module.appr_geom_fc_y.weight": [252, 128],
+        "post_module.proj_conv.weight": [256, 252, 1, 1],
+        "post_module.proj_conv.bias": [256],
+        "post_module.gamma": [1],
+    }
+    keys = {f"roi_head.bbox_roi_extractor.{key}": shape for key, shape in extractor.items()}
+    check_layout(shared, "mmdet-faster-rcnn_r50_fpn_1x_coco", more=keys)
+
+
+def check_layout(shared, name: str, deltas: float = 1.0, more: dict | None = None) -> None:
     layout, source = read_layout(shared, name), name.split("-")[0]
+    layout["state_dict"] |= more or {}
     weights = quick_weights(shared, layout, deltas)
     images = read_images(shared, large="dpool" in name)  # that has weights of its own for each level
     reference = reference_detectron2 if source == "detectron2" else reference_mmdetection
