@@ -4,6 +4,7 @@
     python train.py experiment=mask_rcnn_r50_fpn_1x   a recipe of configs/experiment
     python train.py roi=deformable                    another RoI method in all heads
     python train.py roi@model.mask_head.roi=warp      ... in one head
+    python train.py roi=deformable roi.gamma=0.2      a setting of the method, for all heads that have it
     python train.py -m roi=pool,align seed=0,1        four runs, one after the other
     torchrun --nproc-per-node=2 train.py              on two GPUs, or two CPU processes
     python train.py --cfg job                         show the configuration

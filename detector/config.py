@@ -156,10 +156,8 @@ def share_roi(cfg: DictConfig, hydras: DictConfig) -> None:
     folders = [source.path for source in hydras.runtime.config_sources if source.schema == "file"]
     files = [file for folder in folders if (file := Path(folder, "roi", f"{choices.roi}.yaml")).exists()]
     usual = OmegaConf.load(files[0])
-    for name, head in cfg.model.items():
-        if not (isinstance(head, DictConfig) and choices.get(f"roi@model.{name}.roi") == choices.roi):
-            continue
-        shared = copy.deepcopy(cfg.roi)
+    for name in [name for name in cfg.model if choices.get(f"roi@model.{name}.roi") == choices.roi]:
+        head, shared = cfg.model[name], copy.deepcopy(cfg.roi)
         for key in leaves(head.roi):
             value = OmegaConf.select(head.roi, key)
             if not isinstance(value, DictConfig) and value != OmegaConf.select(usual, key):
