@@ -122,14 +122,15 @@ def from_heatmaps(logits: Tensor, boxes: Tensor, score: str) -> Tensor:
     the map as it was predicted, so that those of small and large boxes can be compared.
     """
     sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
-    found = []
-    for heatmap, box, size, whole in zip(logits, boxes, sizes, sizes.ceil().int().tolist()):
-        resized = F.interpolate(heatmap[None], size=whole[::-1], mode="bicubic", align_corners=False)[0]
-        best, place = resized.flatten(1).max(dim=1)
-        width = size[0].ceil().long()
-        cells = torch.stack([place % width, place // width], dim=1)
-        points = box[:2] + (cells + 0.5) * size / size.ceil()
-        if score == "probability":
-            best = 1 / (heatmap.flatten(1) - best[:, None]).exp().sum(dim=1)
-        found.append(torch.cat([points, best[:, None]], dim=1))
-    return torch.stack(found)
+    whole = sizes.ceil().long()
+    winners = []
+    for heatmap, (width, height) in zip(logits, whole.tolist()):
+        resized = F.interpolate(heatmap[None], size=(height, width), mode="bicubic", align_corners=False)[0]
+        winners.append(resized.flatten(1).max(dim=1))
+    best, place = (torch.stack(values) for values in zip(*winners))  # [R, P]
+    sizes, whole = sizes[:, None], whole[:, None]
+    cells = torch.stack([place % whole[..., 0], place // whole[..., 0]], dim=2)
+    points = boxes[:, None, :2] + (cells + 0.5) * sizes / whole
+    if score == "probability":
+        best = 1 / (logits.flatten(2) - best[..., None]).exp().sum(dim=2)  # of large logits exacter than logsumexp
+    return torch.cat([points, best[..., None]], dim=2)
