@@ -45,6 +45,9 @@ def convert(
     data = "coco_keypoints" if "keypoint_head" in config else "coco"
     usual = compose("train", ["experiment=none", "augment=default", f"data={data}"])  # images of 800 to 1333 px, as all
     usual = {key: OmegaConf.to_container(usual[key], resolve=True) for key in ("augment", "data")}
+    if weights.presets.get("rpn.anchor_rounding"):  # torchvision's, which cuts off fractions of the resized sides too
+        for split in ("train", "val"):
+            usual["augment"][split][0]["rounding"] = "floor"
     config = {"model": config, **usual, "seed": 0}
     state = {"model": model.state_dict(), "ema": None, "config": config, "categories": names, "category_ids": ids}
     checkpoint.save(state | {"iteration": 0, "metrics": {}, "best": {}}, Path(out))

@@ -225,9 +225,14 @@ def misfit(model: nn.Module, state: Mapping[str, Tensor], parts: tuple[str, ...]
     shapes = [
         f"{key}: {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}"
         for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
+        if key in state and state[key].shape != wanted[key].shape and not is_flat(state[key], wanted[key])
     ]
     return Misfit(missing, extra, shapes)
+
+
+def is_flat(value: Tensor, wanted: Tensor) -> bool:
+    """Whether `value` [out, C h w] is the weight of a fully connected layer on RoIs that is wanted as [out, C, h, w]."""
+    return value.dim() == 2 and wanted.dim() == 4 and value.shape == wanted.flatten(1).shape
 
 
 def load_into(
@@ -251,8 +256,8 @@ def load_into(
         state |= {key: wanted[key] for key in reset}
         if reset:
             log.warning("initialised anew, as asked, for another number of classes: %s", ", ".join(reset))
-    for key, wanted in model.state_dict().items():  # others flatten what a fully connected layer reads of a RoI
-        if key in state and state[key].dim() == 2 and wanted.dim() == 4 and state[key].numel() == wanted.numel():
+    for key, wanted in model.state_dict().items():
+        if key in state and is_flat(state[key], wanted):
             state[key] = state[key].reshape(wanted.shape)
     found = misfit(model, state, parts)
     if found:

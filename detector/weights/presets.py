@@ -50,11 +50,14 @@ def presets_of(source: str, state: dict[str, Tensor], style: str | None = None) 
         has(state, "neck.lateral."),
         [h for h in ("box_head", "mask_head", "keypoint_head") if has(state, h)],
     )
+    trained_on = 2000 if source == "torchvision" or not pyramid or has(state, "box_head.stages.") else 1000
+    if source == "detectron2" and "keypoint_head" in heads:
+        trained_on = 1500
     presets |= {
         "size_divisibility": 1 if source == "detectron2" and not pyramid else 32,
         "rpn.anchor_rounding": source == "torchvision",
         "rpn.pre_nms_top_n": [2000, 1000] if pyramid else [12000, 6000],
-        "rpn.post_nms_top_n": [2000 if source == "torchvision" or not pyramid else 1000, 1000],
+        "rpn.post_nms_top_n": [trained_on, 1000],
         "rpn.nms_threshold": 0.7,
         "rpn.min_size": 1e-3 if source == "torchvision" else 0.0,
         "rpn.rank_by": "probability" if source == "mmdet" else "logit",

@@ -63,6 +63,9 @@ def test_every_key_is_used_once_and_fits(shared, name):
         torch.Size(shape).numel() for key, shape in shapes.items() if not key.endswith("num_batches_tracked")
     )
     check_numerics(layout["numerics"], presets, config)
+    single, cascade = "C4" in name.upper() or "DC5" in name.upper(), "cascade" in name
+    assert presets["rpn.pre_nms_top_n"][0] == (12000 if single else 2000)
+    assert presets["rpn.post_nms_top_n"][0] == (2000 if single or cascade else 1500 if "keypoint" in name else 1000)
 
 
 def check_numerics(numerics: dict, presets: dict, config: dict) -> None:

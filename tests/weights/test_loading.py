@@ -205,6 +205,9 @@ def test_convert(tmp_path, capsys):
     assert model.categories == ["cat", "dog", "horse"]
     assert torch.equal(model.backbone.conv1.weight, theirs.backbone.body.conv1.weight)
     assert model.rpn.anchors.cells.frac().eq(0).all()  # torchvision rounds its anchors
+    assert model.preprocess(np.zeros((427, 640, 3), np.uint8)).image.shape[:2] == (800, 1199)  # 1199.06; 889: 1332.6
+    assert model.preprocess(np.zeros((427, 889, 3), np.uint8)).image.shape[:2] == (640, 1333)  # 640.26
+    assert model.preprocess(np.zeros((600, 451, 3), np.uint8)).image.shape[:2] == (1064, 800)  # 1064.3
     model.preprocess = lambda image: type("Sample", (), {"image": image})  # at its own size: fast
     found = model.predict(np.zeros((64, 96, 3), np.uint8))
     assert found.boxes.shape[1] == 4
