@@ -9,15 +9,18 @@ Paths:
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from subprocess import CalledProcessError
 
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
 PATHS = ("triton", "bag", "torchvision", "plain")
 _forced: str | None = None
 
@@ -25,10 +28,21 @@ _forced: str | None = None
 @torch.compiler.assume_constant_result
 @cache
 def triton_available() -> bool:
-    """Whether this machine has Triton and a GPU that it compiles for."""
-    return (
-        find_spec("triton") is not None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (7, 0)
-    )
+    """Whether this machine has Triton, a GPU that it compiles for, and what Triton builds its launcher with."""
+    if find_spec("triton") is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (7, 0):
+        return False
+    from triton.runtime import driver
+
+    try:
+        _ = driver.active.utils  # built at its first use
+    except (RuntimeError, OSError, CalledProcessError) as error:
+        log.warning(
+            "Triton's kernels cannot be used, RoI methods take slower paths: %s. Triton needs a C compiler and "
+            "Python's header files (Debian and Ubuntu: apt-get install gcc python3-dev)",
+            error,
+        )
+        return False
+    return True
 
 
 def choose_path(features: Tensor, paths: Sequence[str] = PATHS) -> str:

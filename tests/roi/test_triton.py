@@ -7,12 +7,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from detector.roi.dispatch import choose_path, use_path
+from detector.roi.dispatch import choose_path, triton_available, use_path
 
 CASES = Path(__file__).with_name("triton_cases.py")
 
@@ -123,6 +124,29 @@ def test_a_path_is_forced_where_a_method_has_it(monkeypatch):
     assert choose_path(maps) == "torchvision"
     with use_path("bag"):  # the nearer one wins
         assert choose_path(maps) == "bag"
+
+
+@pytest.mark.parametrize("compiler", ["gcc", None])
+def test_without_a_c_compiler_other_paths_serve(monkeypatch, caplog, compiler):
+    """Triton builds a launcher in C at its first use; here on a machine that is said to have a GPU."""
+    runtime = pytest.importorskip("triton.runtime", reason="this platform has no Triton")
+
+    class Driver:
+        @property
+        def active(self):
+            if compiler is None:
+                raise RuntimeError("Failed to find C compiler")
+            return SimpleNamespace(utils="built")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(runtime, "driver", Driver())
+    triton_available.cache_clear()
+    try:
+        assert triton_available() == (compiler is not None)
+    finally:
+        triton_available.cache_clear()
+    assert ("Failed to find C compiler. Triton needs a C compiler" in caplog.text) == (compiler is None)
 
 
 def test_an_unknown_path_is_refused(monkeypatch):
