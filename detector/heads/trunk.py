@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,7 +62,8 @@ class RoILinear(nn.Conv2d):
         super().__init__(in_channels, out_features, output_size)
 
     def forward(self, features: Tensor) -> Tensor:
-        if features.device.type == "cpu":
+        # as a convolution it is fastest on a CPU, but the gradient takes more memory
+        if features.device.type == "cpu" and not torch.is_grad_enabled():
             return super().forward(features).flatten(1)
         features, weight = (t.permute(0, 2, 3, 1).flatten(1) for t in (features, self.weight))
         return F.linear(features, weight, self.bias)

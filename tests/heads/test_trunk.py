@@ -14,6 +14,9 @@ def test_roi_linear_is_a_linear_layer_on_flattened_features(layout):
     features = torch.randn(4, 3, 2, 5).contiguous(memory_format=layout)
     expected = F.linear(features.flatten(1), layer.weight.flatten(1), layer.bias)
     torch.testing.assert_close(layer(features), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(features), expected)
+        assert layer(features[:0]).shape == (0, 7)
     assert layer(features[:0]).shape == (0, 7)
 
 
