@@ -73,7 +73,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(steps(Path())), help="these steps alone")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("gpu_check.py needs a GPU that this PyTorch can use; torch.cuda.is_available() is False")
+        would = "\n".join(f"  {name}: python {' '.join(line)}" for name, (_, line) in steps(args.output).items())
+        raise SystemExit(f"torch.cuda.is_available() is False. With a GPU, this would run:\n{would}")
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     begin, report = time.monotonic(), {}
