@@ -17,6 +17,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise it asks the 
 import albumentations as A
 import cv2
 import numpy as np
+from PIL import Image
 
 from detector.data.masks import Outlines, visible_bounds
 
@@ -165,7 +166,11 @@ class Resize(A.DualTransform):
     """What resizing transforms share: a subclass says `new`, the (height, width) that the image gets."""
 
     def apply(self, img, new, interpolation, **params):
-        return img if img.shape[:2] == new else cv2.resize(img, new[::-1], interpolation=interpolation)
+        if img.shape[:2] == new:
+            return img
+        if interpolation == "pillow":
+            return np.array(Image.fromarray(img).resize(new[::-1], Image.Resampling.BILINEAR))
+        return cv2.resize(img, new[::-1], interpolation=interpolation)
 
     def apply_to_bboxes(self, bboxes, **params):
         return bboxes  # relative to the image's sides
@@ -184,21 +189,22 @@ class ResizeShortestEdge(Resize):
         size: pixels; of several sizes one is drawn for each image.
         max_size: limit of the longer side; None for no limit.
         rounding: how sides come to whole pixels: "nearest" as in detectron2 (half up), "floor" as in torchvision.
-        interpolation: OpenCV's constant, bilinear by default.
+        interpolation: OpenCV's constant, bilinear by default; or "pillow": Pillow's bilinear one, as in detectron2, which
+            averages over all pixels where the image shrinks.
     """
 
     class InitSchema(A.BasicTransform.InitSchema):
         size: int | list[int]
         max_size: int | None
         rounding: str
-        interpolation: int
+        interpolation: int | str
 
     def __init__(
         self,
         size: int | Sequence[int] = 800,
         max_size: int | None = 1333,
         rounding: str = "nearest",
-        interpolation: int = cv2.INTER_LINEAR,
+        interpolation: int | str = cv2.INTER_LINEAR,
         p: float = 1.0,
     ):
         super().__init__(p=p)
@@ -208,6 +214,10 @@ class ResizeShortestEdge(Resize):
             raise ValueError(f"ResizeShortestEdge: size={size} and max_size={max_size} must be positive")
         if rounding not in ("nearest", "floor"):
             raise ValueError(f"ResizeShortestEdge: rounding={rounding!r} must be 'nearest' or 'floor'")
+        if isinstance(interpolation, str) and interpolation != "pillow":
+            raise ValueError(
+                f"ResizeShortestEdge: interpolation={interpolation!r} must be 'pillow' or OpenCV's constant"
+            )
 
     def get_params_dependent_on_data(self, params, data):
         height, width = params["shape"][:2]

@@ -27,7 +27,7 @@ def assign_levels(
     """Index into `strides` of the level that each box reads.
 
     With s = sqrt(area), k0 = canonical_level, s0 = canonical_size and k_min = log2(strides[0]):
-      detectron2:   floor(k0 + log2(s / s0 + 2.2e-16)) - k_min
+      detectron2:   floor(k0 + log2(s / s0 + 1e-8)) - k_min
       torchvision:  floor(k0 + log2(s / s0) + 1e-6) - k_min
       mmdetection:  floor(log2(s / finest + 1e-6)), finest = s0 / 2^(k0 - k_min): 56 px in the usual pyramid
     each clamped to [0, len(strides) - 1]. A box without a size (NaN, reversed on one axis) reads the finest level.
@@ -45,7 +45,7 @@ def assign_levels(
     size = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
     finest = log2(strides[0])
     if rule == "detectron2":
-        level = (canonical_level + (size / canonical_size + torch.finfo(torch.float64).eps).log2()).floor() - finest
+        level = (canonical_level + (size / canonical_size + 1e-8).log2()).floor() - finest
     elif rule == "torchvision":
         level = (canonical_level + (size / canonical_size).log2() + 1e-6).floor() - finest
     elif rule == "mmdetection":

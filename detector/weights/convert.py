@@ -12,6 +12,7 @@ from detector.config import compose
 from detector.engine import checkpoint
 from detector.weights.architecture import build_model, model_config
 from detector.weights.loading import load_foreign
+from detector.weights.presets import resizing_of
 
 COCO_91 = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]  # by COCO's ids; "N/A" where there is none
 COCO_IDS = [i for i, name in enumerate(COCO_91) if i and name != "N/A"]
@@ -45,9 +46,8 @@ def convert(
     data = "coco_keypoints" if "keypoint_head" in config else "coco"
     usual = compose("train", ["experiment=none", "augment=default", f"data={data}"])  # images of 800 to 1333 px, as all
     usual = {key: OmegaConf.to_container(usual[key], resolve=True) for key in ("augment", "data")}
-    if weights.presets.get("rpn.anchor_rounding"):  # torchvision's, which cuts off fractions of the resized sides too
-        for split in ("train", "val"):
-            usual["augment"][split][0]["rounding"] = "floor"
+    for split in ("train", "val"):
+        usual["augment"][split][0] |= resizing_of(weights.presets)
     config = {"model": config, **usual, "seed": 0}
     state = {"model": model.state_dict(), "ema": None, "config": config, "categories": names, "category_ids": ids}
     checkpoint.save(state | {"iteration": 0, "metrics": {}, "best": {}}, Path(out))

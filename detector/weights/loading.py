@@ -231,7 +231,7 @@ def misfit(model: nn.Module, state: Mapping[str, Tensor], parts: tuple[str, ...]
 
 
 def is_flat(value: Tensor, wanted: Tensor) -> bool:
-    """Whether `value` [out, C h w] is the weight of a fully connected layer on RoIs that is wanted as [out, C, h, w]."""
+    """Whether `value` [out, C h w] is the weight of a fully connected layer on RoIs, wanted as [out, C, h, w]."""
     return value.dim() == 2 and wanted.dim() == 4 and value.shape == wanted.flatten(1).shape
 
 

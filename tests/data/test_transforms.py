@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from detector.data import Pipeline, ResizeShortestEdge, ScaleJitter
 from detector.data.masks import fill, visible_bounds
@@ -191,13 +192,25 @@ def test_shortest_edge(height, width, size, max_size, rounding, expected):
     np.testing.assert_allclose(out.boxes, [[0, 0, expected[1], expected[0]]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("size", [60, 300])
+def test_shortest_edge_by_pillow(size):
+    image = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    expected = Image.fromarray(image).resize((size * 4 // 3, size), Image.Resampling.BILINEAR)
+    found = Pipeline([ResizeShortestEdge(size, None, interpolation="pillow")])(image).image
+    np.testing.assert_array_equal(found, np.asarray(expected))
+    plain = Pipeline([ResizeShortestEdge(size, None)])(image).image.astype(int)
+    assert (np.abs(found - plain).max() <= 1) == (size > 120)  # the same where images grow
+
+
 def test_shortest_edge_draws_from_several_sizes():
     pipeline = Pipeline([ResizeShortestEdge([32, 48, 64], None)])
     image = np.zeros((20, 30, 3), np.uint8)
     assert {pipeline(image, seed=seed).image.shape[0] for seed in range(30)} == {32, 48, 64}
 
 
-@pytest.mark.parametrize("settings", [{"size": 0}, {"size": []}, {"max_size": 0}, {"rounding": "up"}])
+@pytest.mark.parametrize(
+    "settings", [{"size": 0}, {"size": []}, {"max_size": 0}, {"rounding": "up"}, {"interpolation": "pil"}]
+)
 def test_shortest_edge_refuses(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         ResizeShortestEdge(**settings)

@@ -304,3 +304,10 @@ def test_flattened_weights_of_the_first_fully_connected_layer_fit():
     model = tiny_model()
     load_into(model, flat)
     assert torch.equal(model.box_head.trunk.fc[0].weight, state["box_head.trunk.fc.0.weight"])
+
+
+def test_other_attention_of_groie_is_refused_by_name():
+    prefix = "roi_head.bbox_roi_extractor.post_module"
+    state = {f"{prefix}.{key}": torch.zeros(1) for key in ("query_conv.weight", "key_conv.weight", "geom_bias")}
+    with pytest.raises(ValueError, match=rf"2 keys have no place .*: {prefix}.key_conv.weight, {prefix}.geom_bias"):
+        load_foreign(state, source="mmdet")
