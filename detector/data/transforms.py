@@ -189,8 +189,8 @@ class ResizeShortestEdge(Resize):
         size: pixels; of several sizes one is drawn for each image.
         max_size: limit of the longer side; None for no limit.
         rounding: how sides come to whole pixels: "nearest" as in detectron2 (half up), "floor" as in torchvision.
-        interpolation: OpenCV's constant, bilinear by default; or "pillow": Pillow's bilinear one, as in detectron2, which
-            averages over all pixels where the image shrinks.
+        interpolation: OpenCV's constant, bilinear by default; or "pillow": Pillow's bilinear one, as in detectron2,
+            which averages over all pixels where the image shrinks.
     """
 
     class InitSchema(A.BasicTransform.InitSchema):
