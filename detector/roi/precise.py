@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detector.roi.bag import pool_cells
 from detector.roi.base import RoIOp, check_inputs
+from detector.roi.dispatch import choose_path
 from detector.roi.geometry import Axis, cells_between, locate
 from detector.structures import RoIFeatures
 
@@ -42,6 +44,13 @@ class PreciseRoIPool(RoIOp):
         check_inputs(features, rois, levels, strides)
         regions = locate(features, rois, levels, strides)
         x1, y1, x2, y2 = (regions.boxes - (0.5 if self.aligned else 0)).unbind(1)
+        if choose_path(features[0], ("triton", "bag", "plain")) == "plain":
+            sums = [F.pad(f.double().cumsum(2).cumsum(3), (1, 0, 1, 0)) for f in features]  # of all cells before each
+            regions = regions._replace(heights=regions.heights + 1, widths=regions.widths + 1)
+            y = of_sums(y1, y2, self.output_size[0], regions.heights)
+            x = of_sums(x1, x2, self.output_size[1], regions.widths)
+            y, x = Axis(*(t[:, :, None, None] for t in y)), Axis(*(t[:, None, :, None] for t in x))
+            return RoIFeatures(pool_cells(sums, regions, y, x).to(features[0].dtype))
         rows, row_weights, y_used = integral(y1, y2, self.output_size[0], regions.heights)
         columns, column_weights, x_used = integral(x1, x2, self.output_size[1], regions.widths)
         y = Axis(rows[:, :, None, None], row_weights[:, :, None, None], y_used)
@@ -64,6 +73,24 @@ def integral(start: Tensor, end: Tensor, bins: int, size: Tensor) -> tuple[Tenso
     cells, there, used = cells_between(first, last.minimum(size[:, None]), size)
     weights = kernel_integral(high[..., None] - cells) - kernel_integral(low[..., None] - cells)
     return cells, torch.where(there & some[:, None, None], weights / bin_size[..., None], 0), used
+
+
+def of_sums(start: Tensor, end: Tensor, bins: int, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Cells [R, bins, 6] int32 of a map of running sums, `size` [R] long, and their weights.
+
+    As `integral`, whose count of cells follows the RoI. With S_k the sum of the cells before k, the integral up to t is
+        sum over u of K(t - u) cell_u  =  sum over k of (K(t - k + 1) - K(t - k)) S_k,    K the kernel's integral,
+    where three terms are not 0, those at k = floor(t), floor(t) + 1 and floor(t) + 2. In float64, for sums are large.
+    """
+    start, end = start.double(), end.double()
+    some = (end > start)[:, None]
+    bin_size = torch.where(some, (end - start)[:, None] / bins, 1)
+    t = start[:, None] + torch.arange(bins + 1, device=start.device) * bin_size
+    k = t.floor()[..., None] + torch.arange(3, device=t.device)
+    weights = kernel_integral(t[..., None] - k + 1) - kernel_integral(t[..., None] - k)
+    weights = torch.where(some, 1 / bin_size, 0)[..., None] * weights
+    cells = k.clamp(min=0).minimum(size[:, None, None] - 1).int()
+    return torch.cat([cells[:, 1:], cells[:, :-1]], 2), torch.cat([weights[:, 1:], -weights[:, :-1]], 2)
 
 
 def kernel_integral(t: Tensor) -> Tensor:

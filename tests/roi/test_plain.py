@@ -7,14 +7,22 @@ from functools import partial
 import pytest
 import torch
 
-from detector.roi import PositionSensitiveRoIAlign, PositionSensitiveRoIPool, RoIAlign, max_bag, weighted_bag
+from detector.roi import (
+    PositionSensitiveRoIAlign,
+    PositionSensitiveRoIPool,
+    PreciseRoIPool,
+    RoIAlign,
+    max_bag,
+    weighted_bag,
+)
 from detector.roi.dispatch import use_path
 from tests.roi.common import make_features, make_rois
 from tests.roi.test_contract import CHANNELS, build, run
 from tests.roi.test_contract import OPS as USUAL
 
-REFUSED = {"align_max_adaptive", "precise"}
+REFUSED = {"align_max_adaptive"}
 OPS = USUAL | {
+    "precise_aligned": partial(PreciseRoIPool, aligned=True),
     "align_legacy": partial(RoIAlign, aligned=False),
     "align_edge": partial(RoIAlign, placement="edge"),
     "align_max_edge_legacy": partial(RoIAlign, placement="edge", reduction="max", sampling_ratio=3, aligned=False),
@@ -30,6 +38,10 @@ def test_same_as_the_bag(name):
         with use_path("plain"):
             plain = run(op, features, rois)
         torch.testing.assert_close(plain, run(op, features, rois))
+    op, features, rois = op.float(), make_features(CHANNELS, dtype=torch.float32), make_rois(30, dtype=torch.float32)
+    with use_path("plain"):
+        plain = run(op, features, rois)
+    torch.testing.assert_close(plain, run(op, features, rois), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("op", [RoIAlign(2, 0, reduction="max"), PositionSensitiveRoIAlign((2, 3), 0)])
