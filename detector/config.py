@@ -432,6 +432,19 @@ def leaves(node: Any, path: str = "") -> list[str]:
 # ----------------------------------------------------------------------------------------------------- run directories
 
 
+def make_folder(path: str | Path, key: str) -> Path:
+    """The folder that the setting `key` names, made if need be; ConfigError where nothing can be written."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        problem = "" if os.access(folder, os.W_OK) else "Permission denied"
+    except OSError as error:
+        problem = error.strerror
+    if problem:
+        raise ConfigError(f"{key} = {str(path)!r}: nothing can be written there ({problem}); choose another folder")
+    return folder
+
+
 def override_folder(ignore: Sequence[str] = ()) -> str:
     """'/roi=pool,seed=1': what the command line changed, as a folder name; '' if nothing.
 

@@ -18,7 +18,15 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from detector.config import ConfigError, RunError, build, check_model_config, check_transforms_config, config_errors
+from detector.config import (
+    ConfigError,
+    RunError,
+    build,
+    check_model_config,
+    check_transforms_config,
+    config_errors,
+    make_folder,
+)
 from detector.data import Pipeline, Sample, collate, read_image
 from detector.engine import checkpoint as checkpoints
 from detector.engine import distributed
@@ -200,7 +208,7 @@ def predict_files(cfg: DictConfig) -> int:
         device = distributed.start(Runtime(device=cfg.device)).device
     model = load(cfg.checkpoint, device)
     shared = Path(os.path.commonpath([p.absolute().parent for p in paths]))
-    output, images, annotations, failed = Path(cfg.output), [], [], []
+    output, images, annotations, failed = make_folder(cfg.output, "output"), [], [], []
 
     def finish(path: Path, image: np.ndarray, found: Detections) -> None:
         images.append(

@@ -4,7 +4,7 @@
 
 Takes what train.py takes and looks at the data that it would train on, with its image sizes and anchors. Prints what it
 finds, and writes report.json and report.html with pictures. Exit codes: 0 nothing that would stop a run, 1 errors, 2
-there is no data set to look at.
+a setting cannot work or there is no data set to look at.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from detector.config import ConfigError, build, compose, explain
+from detector.config import ConfigError, build, compose, explain, make_folder
 from detector.data import Annotations, Pipeline, read_coco, read_image
 from detector.data.annotations import Problems
 from detector.data.loader import build_transforms
@@ -363,13 +363,14 @@ def main() -> None:
     try:
         cfg = compose("train", options.overrides)
     except Exception as error:
-        sys.exit(f"error: {explain(error, 'train', options.overrides)}")
+        print(f"error: {explain(error, 'train', options.overrides)}", file=sys.stderr)
+        sys.exit(2)
     try:
+        make_folder(options.output, "--output")
         report = validate(cfg, images=not options.no_images)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "report.json").write_text(json.dumps(as_json(report), indent=1) + "\n")
     (options.output / "report.html").write_text(as_html(report), encoding="utf-8")
     print(f"{as_text(report)}\n{options.output}: report.json, report.html")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from detector.data.annotations import Objects, Problems
@@ -65,6 +65,8 @@ def read_image(path: str | os.PathLike, max_pixels: int = 100_000_000) -> np.nda
                 if pixels is not None:
                     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except UnidentifiedImageError:
+        raise ValueError(f"image {path} cannot be read: it is in no format of a picture") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {path} cannot be read: {error}") from error
 

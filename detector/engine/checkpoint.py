@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torchvision
 
-from detector.config import ConfigError, RunError
+from detector.config import ConfigError, RunError, make_folder
 
 FORMAT = "detector checkpoint 1"
 # a run that differs from its checkpoint in one of these is another run; in the others it may go on differently
@@ -204,9 +204,9 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run directory for this process; the lock vanishes with the process, however it ends.
 
-    Raises RunError naming the holder if another living process has it.
+    Raises RunError naming the holder if another living process has it, ConfigError if nothing can be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "run_dir")
     with open(folder / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

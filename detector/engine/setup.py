@@ -25,9 +25,13 @@ log = logging.getLogger(__name__)
 
 def rehearse(cfg: DictConfig, training: Training) -> None:
     """Build model and optimiser without memory, and look whether there is data: what cannot work is refused at once."""
+    hint = f"make it with: {cfg.data.prepare}" if cfg.data.prepare else "set data.root to where your data set is"
     if not Path(cfg.data.root).exists():
-        hint = f"make it with: {cfg.data.prepare}" if cfg.data.prepare else "set data.root to where your data set is"
         raise ConfigError(f"data.root = {cfg.data.root!r} does not exist; {hint}")
+    for split in ("train", "val"):
+        path = Path(cfg.data.root) / cfg.data[split].annotations
+        if not path.is_file():
+            raise ConfigError(f"data.{split}.annotations: {path} does not exist; {hint}")
     if cfg.seed < 0:
         raise ConfigError(f"seed = {cfg.seed}: must be at least 0")
     model = OmegaConf.to_container(cfg.model, resolve=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from detector.augmented import Augmented
-from detector.config import config_errors
+from detector.config import config_errors, make_folder
 from detector.data import build_dataset, build_loader
 from detector.engine import distributed
 from detector.engine.settings import Runtime
@@ -39,21 +40,23 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
         padding = {key: data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
         ranks = {"rank": world.rank, "world": world.size}
         loader = build_loader(dataset, cfg.batch_size, cfg.workers, training=False, **ranks, **padding)
-    folder = Path(cfg.output) if cfg.output else Path(cfg.checkpoint).parent / f"eval_{Path(cfg.checkpoint).stem}"
+    folder = cfg.output or Path(cfg.checkpoint).parent / f"eval_{Path(cfg.checkpoint).stem}"
+    folder = make_folder(folder, "output")
     plain = not cfg.flip and list(cfg.scales) == [1.0]
     with config_errors("scales"):
         network = model if plain else Augmented(model, list(cfg.scales), cfg.flip, dataset.mirrored)
-    metrics, results = evaluate(
-        network,
-        loader,
-        dataset,
-        world.device,
-        precision=cfg.precision,
-        evaluator=cfg.evaluator,
-        iou_types=cfg.iou_types and list(cfg.iou_types),
-        paste=cfg.paste,
-        folder=folder,
-    )
+    with contextlib.closing(loader):  # or its processes outlive an error
+        metrics, results = evaluate(
+            network,
+            loader,
+            dataset,
+            world.device,
+            precision=cfg.precision,
+            evaluator=cfg.evaluator,
+            iou_types=cfg.iou_types and list(cfg.iou_types),
+            paste=cfg.paste,
+            folder=folder,
+        )
     if world.main:
         about = {"checkpoint": str(cfg.checkpoint), "settings": changes}
         about |= {"annotations": str(dataset.annotation_file), "images": str(dataset.folder)}

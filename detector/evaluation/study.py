@@ -12,7 +12,7 @@ from hotcoco import COCO
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from detector.config import CONFIGS, ConfigError, config_errors
+from detector.config import CONFIGS, ConfigError, config_errors, make_folder
 from detector.data import build_dataset, collate, read_image
 from detector.data.annotations import leads_out
 from detector.engine import distributed
@@ -63,6 +63,7 @@ def compare_runs(cfg: DictConfig) -> dict:
         if cfg.baseline not in (labels := [method.label for method in methods]):
             raise ConfigError(f"baseline = {cfg.baseline!r}: the methods are {', '.join(labels)}")
         methods.sort(key=lambda method: method.label != cfg.baseline)
+    output = make_folder(cfg.output, "output")
     with tqdm(total=sum(len(m.runs) for m in methods), desc="compare", unit="run", leave=False, disable=None) as bar:
         report = compare(methods, cfg.samples, cfg.seed, cfg.boundary, bar.update)
     report["left_out"] = {str(k): v for k, v in (left_out | others | wrong | repeated).items()}
@@ -71,14 +72,14 @@ def compare_runs(cfg: DictConfig) -> dict:
         report[name] = {label: found[name] for label, found in probed.items() if found.get(name)}
     pictures = disagreements(methods, report, cfg.pictures) if len(methods) > 1 else []
     report = without_nan(report)
-    write_report(report, Path(cfg.output), pictures)
+    write_report(report, output, pictures)
     for text, _ in verdicts(report):
         print(text)
     for text in report["warnings"]:
         print(f"note: {text}")
     for folder, reason in report["left_out"].items():
         print(f"left out: {folder}: {reason}")
-    print(f"{Path(cfg.output) / 'report.html'} (report.md and report.json beside it)")
+    print(f"{output / 'report.html'} (report.md and report.json beside it)")
     return report
 
 

@@ -124,6 +124,19 @@ def test_broken_annotations_end_before_training(run, tmp_path):
         run(f"data.train.annotations={tmp_path / 'bad.json'}")
 
 
+def test_missing_annotations_name_the_command_that_makes_them(run, shapes_tiny):
+    with pytest.raises(
+        ConfigError, match=r"data.val.annotations: \S*none.json does not exist; make it with: python data/"
+    ):
+        run("data.val.annotations=none.json")
+
+
+def test_a_run_folder_that_cannot_be_written_to_is_refused(run, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"run_dir = '.*file': nothing can be written there \(File exists\)"):
+        run(f"run_dir={tmp_path / 'file'}")
+
+
 @pytest.mark.parametrize(
     "override", ["model.backbone.depth=7", "optimizer.lr=-1.0", "seed=-1", "training.lr_multipliers.backbone=-1.0"]
 )

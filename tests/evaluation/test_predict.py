@@ -148,6 +148,7 @@ def test_predict_files(checkpoint, photo, tmp_path, capsys):
     for name in ("a.jpg", "b.jpg", "deep/a.jpg"):
         (folder / name).write_bytes(photo.read_bytes())
     (folder / "cut.jpg").write_bytes(photo.read_bytes()[:500])
+    (folder / "words.png").write_text("no picture")
     options = [
         f"checkpoint={checkpoint}",
         f"images={folder}",
@@ -156,9 +157,10 @@ def test_predict_files(checkpoint, photo, tmp_path, capsys):
         "batch_size=2",
         "device=cpu",
     ]
-    assert predict_files(compose("predict", options)) == 1
+    assert predict_files(compose("predict", options)) == 2
     message = capsys.readouterr()
-    assert "cut.jpg cannot be read" in message.err and "in 3 images, 1 files unreadable" in message.out
+    assert "cut.jpg cannot be read" in message.err and "in 3 images, 2 files unreadable" in message.out
+    assert "words.png cannot be read: it is in no format of a picture" in message.err
     pictures = sorted(p.relative_to(output).as_posix() for p in output.rglob("*.png"))
     assert pictures == ["a.jpg.png", "b.jpg.png", "deep/a.jpg.png"]
     assert max(Image.open(output / pictures[0]).size) >= 800

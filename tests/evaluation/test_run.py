@@ -52,6 +52,12 @@ def test_proposals_are_of_no_class(shapes_tiny, tmp_path):
     assert model.categories == ["object"] and set(found.labels.tolist()) == {1}
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"output = '.*file': nothing can be written there \(File exists\)"):
+        evaluate_checkpoint(compose("eval", options(checkpoint, output=tmp_path / "file")))
+
+
 def test_another_data_set_and_other_thresholds(checkpoint, shapes_tiny, tmp_path):
     truth = json.loads((shapes_tiny / "annotations" / "instances_val.json").read_text())
     truth["categories"] = [c | {"id": c["id"] + 100} for c in truth["categories"]]  # mapped by name, not by id

@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor, nn
 
-from detector.config import ConfigError, config_errors
+from detector.config import ConfigError, config_errors, make_folder
 from detector.data import read_image
 from detector.engine import distributed
 from detector.engine.settings import Runtime
@@ -84,7 +84,7 @@ def write_page(
     content = collect(model, image, head, max_mb)
     content |= {"name": Path(image_name).name or "image", "checkpoint": checkpoint}
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent, "output")
     output.write_text(render(content), encoding="utf-8", errors="replace")
     return output
 
