@@ -19,7 +19,7 @@ from detector.evaluation.coco import check_annotations, check_predictions, read_
 
 # what may differ between the runs of one method, and says nothing about it
 IRRELEVANT = ("seed", "name", "run_dir", "resume", "runtime", "evaluation")
-HEADS = ("model.box_head.roi", "model.mask_head.roi")
+HEADS = ("model.box_head.roi", "model.mask_head.roi", "model.keypoint_head.roi")
 
 
 class Unusable(ValueError):
@@ -146,12 +146,12 @@ def fitting(runs: Sequence[Run]) -> tuple[list[Run], dict[Path, str]]:
 
 def group(runs: Sequence[Run]) -> tuple[list[Method], dict[Path, str]]:
     """Methods in the order of their first runs, and why runs were left out: a seed that a method already has."""
-    flat = [{k: v for k, v in flatten(run.config).items() if k.split(".")[0] not in IRRELEVANT} for run in runs]
+    flat = [relevant(run) for run in runs]
     keys = sorted({key for config in flat for key in config})
     differing = [key for key in keys if len({repr(config.get(key)) for config in flat}) > 1]
     groups: dict[str, list[tuple[Run, dict]]] = {}
     for run, config in zip(runs, flat):
-        settings = {key: config.get(key) for key in differing}
+        settings = {key: config[key] for key in differing if key in config}
         groups.setdefault(repr(settings), []).append((run, settings))
     methods, left_out = [], {}
     for members in groups.values():
@@ -168,6 +168,14 @@ def group(runs: Sequence[Run]) -> tuple[list[Method], dict[Path, str]]:
         if repeated[method.label] > 1:
             method.label = f"{method.label} ({number})"
     return methods, left_out
+
+
+def relevant(run: Run) -> dict[str, Any]:
+    """The settings of a run, {dotted key: value}, that can make a difference."""
+    found = {key: value for key, value in flatten(run.config).items() if key.split(".")[0] not in IRRELEVANT}
+    if run.log and not any("loss_offset" in line for line in run.log):  # its methods learn no offsets
+        found.pop("model.offset_loss_weight", None)
+    return found
 
 
 def label(config: Mapping, settings: Mapping[str, Any]) -> str:

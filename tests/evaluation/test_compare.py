@@ -56,6 +56,7 @@ def make_run(run_config, shapes_tiny, tmp_path):
         config = changed(run_config, method, seed) | changes
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         lines = [{"iteration": i, "loss": 3 / i, "images_per_second": 5.0, "memory_mb": 800} for i in (20, 40)]
+        lines = [line | ({"loss_offset": 0.1} if "gamma" in method else {}) for line in lines]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "metrics.json").write_text("{}")
         rng = np.random.default_rng([seed, len(name)])
@@ -103,7 +104,7 @@ def test_runs_are_grouped_by_settings_and_named_by_them(make_run):
         ("align_max", [0]),
         ("pool", [0]),
     ]
-    assert set(methods[0].settings) >= {"roi._target_", "roi.reduction", "model.box_head.roi._target_"}
+    assert set(methods[0].settings) >= {"roi._target_", "model.box_head.roi._target_"}
 
 
 def test_names_of_methods(make_run):
@@ -112,14 +113,35 @@ def test_names_of_methods(make_run):
     assert roi_name({"_target_": "mine.MyPool", "_partial_": True}) == "MyPool" and roi_name(None) == "none"
     one, two = make_run("a", roi("align")), make_run("b", roi("align"))
     config = yaml.safe_load((two / "config.yaml").read_text())
-    config["model"]["offset_loss_weight"] = 0.5
+    config["model"]["neck"]["out_channels"] = 32
     config["model"]["mask_head"]["roi"] = roi("pool")
     (two / "config.yaml").write_text(yaml.safe_dump(config))
     methods, _ = group([read_run(path, "last") for path in (one, two)])
     assert [m.label for m in methods] == [
-        "align, offset_loss_weight=0.1",
-        "align, mask_head=pool, offset_loss_weight=0.5",
+        "align, out_channels=16",
+        "align, mask_head=pool, out_channels=32",
     ]
+
+
+def test_the_weight_of_offsets_tells_only_those_apart_that_learn_some(make_run, run_config):
+    for name, method, weight in (
+        ("a", "align", 0.1),
+        ("b", "align", 1),
+        ("c", "deformable", 0.1),
+        ("d", "deformable", 1),
+    ):
+        make_run(name, roi(method), model=run_config["model"] | {"offset_loss_weight": weight})
+    runs = []
+    for folder in find_folders(str(make_run("p", roi("pool")).parent)):
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        for head in ("box_head", "mask_head"):
+            config["model"][head]["roi"] = config["roi"]
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        runs.append(read_run(folder, "last"))
+    methods, left_out = group(runs)
+    labels = ["align", "deformable, offset_loss_weight=0.1", "deformable, offset_loss_weight=1", "pool"]
+    assert [method.label for method in methods] == labels
+    assert [folder.name for folder in left_out] == ["b"]
 
 
 def test_runs_on_other_data_and_repeated_ones_are_left_out(make_run, tmp_path):
