@@ -25,8 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("checkpoint", help="of a run, like runs/quickstart/best.pt")
     command.add_argument("out", help="a name that ends in .safetensors, .pt2 or .onnx")
     command.add_argument(
-        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the canvas, for .pt2 and .onnx"
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="fix the canvas of .pt2 and .onnx; else any"
     )
+    command.add_argument("--precision", default="fp32", help="of the layers in .pt2 and .onnx: fp32, bf16 or fp16")
     command = commands.add_parser("convert", help="write SOURCE's weights, with a complete config, to OUT")
     command.add_argument("source", help="a .pth, .pt, .pkl or .safetensors file")
     command.add_argument("out", help="the checkpoint to write; detector.load, eval.py and predict.py take it")
@@ -37,11 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--categories", type=Path, help="a text file with one class name per line")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("onnxscript").setLevel(logging.WARNING)
     try:
         if args.command == "export":
             from detector.weights.export import export
 
-            export(args.checkpoint, args.out, args.size and tuple(args.size))
+            export(args.checkpoint, args.out, args.size and tuple(args.size), args.precision)
             print(args.out)
             return 0
         names = args.categories.read_text().split("\n") if args.categories else None

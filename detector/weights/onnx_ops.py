@@ -1,4 +1,4 @@
-"""torchvision's two operators in ONNX's words, for torch.onnx's exporter, which does not know them."""
+"""torchvision's operators in ONNX's words, for torch.onnx's exporter, which does not know them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from onnxscript import opset18 as op
 
 def translations() -> dict[Callable, Callable]:
     """The `custom_translation_table` of torch.onnx.export."""
-    return {torch.ops.torchvision.nms.default: nms, torch.ops.torchvision.roi_align.default: roi_align}
+    ops = torch.ops.torchvision
+    return {ops.nms.default: nms, ops.roi_align.default: roi_align, ops.roi_pool.default: roi_pool}
 
 
 def nms(boxes, scores, iou_threshold: float):
@@ -46,6 +47,13 @@ def roi_align(
         sampling_ratio=max(0, sampling_ratio),
         spatial_scale=spatial_scale,
     )
+
+
+def roi_pool(input, rois, spatial_scale: float, pooled_height: int, pooled_width: int):
+    """[R, C, h, w] of rois [R, 5] = (batch_index, x1, y1, x2, y2), and in place of the winners, which only training
+    reads, the same."""
+    pooled = op.MaxRoiPool(input, rois, pooled_shape=[pooled_height, pooled_width], spatial_scale=spatial_scale)
+    return pooled, pooled
 
 
 def _column(table, at: int):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,88 +11,251 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 import detector
+from detector.backbone import FPN, PAFPN, ResNet, SingleLevel
+from detector.backbone.deform import DeformConv2d
 from detector.config import ConfigError, build, compose
 from detector.engine import checkpoint as checkpoints
-from detector.roi import DeformableRoIPool, RoIPool
+from detector.evaluation.evaluator import autocast
+from detector.heads import (
+    BoxHead,
+    CascadeBoxHead,
+    CascadeMaskHead,
+    ConvTrunk,
+    FCTrunk,
+    KeypointHead,
+    MaskHead,
+    ResNetTrunk,
+)
+from detector.model import TwoStageDetector
+from detector.roi import (
+    DeformableRoIPool,
+    GRoIE,
+    PositionSensitiveRoIAlign,
+    PositionSensitiveRoIPool,
+    PreciseRoIPool,
+    RoIAlign,
+    RoIPool,
+)
+from detector.rpn import RPN
 from detector.weights.__main__ import main
-from detector.weights.export import Exportable, export, export_program, save_onnx
+from detector.weights.export import Exportable, export, export_program, output_names, save_onnx
 from tests.evaluation.conftest import SMALL
 from tests.tiny import random_batch, tiny_model
 
 SIZE = (96, 128)
-CASES = [(0, (90, 120)), (1, (96, 128)), (2, (40, 50))]  # (seed of the image, its content)
+CASES = [(SIZE, (90, 120)), ((128, 96), (128, 96)), ((96, 160), (40, 50))]  # (canvas, its content)
+BOX = {"score_threshold": 0.28, "detections_per_image": 20}
+RPN_TOP = {"pre_nms_top_n": (200, 100), "post_nms_top_n": (100, 50)}
 
 
 def small_model(**settings):
-    rpn = {"pre_nms_top_n": (200, 100), "post_nms_top_n": (100, 50)}
-    return tiny_model(rpn=rpn, box_head={"score_threshold": 0.3, "detections_per_image": 20} | settings).eval()
+    return lively(tiny_model(rpn=RPN_TOP, box_head=BOX | settings))
 
 
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
+def lively(model):
+    """In evaluation mode, with random predictors that differ from row to row, so that something is found."""
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("class_logits.weight", "offset_predictor", "keypoint_head.predictor")):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
 
 
-@pytest.fixture(scope="module")
-def program(model):
-    return export_program(model, SIZE)
+def two_levels(stages=(2, 3), neck=None, box=None, top=None, heads=None, **settings):
+    """A model that exports in seconds: two levels, or what `stages` and `neck` make of them. `heads`: further ones."""
+    torch.manual_seed(1)
+    common = {"canonical_level": 3, "canonical_size": 32}
+    box = {"roi": RoIAlign, "trunk": partial(FCTrunk, fc_channels=[32])} | common | BOX | (box or {})
+    box_head = settings.pop("box_head", BoxHead)
+    model = TwoStageDetector(
+        3,
+        ResNet(10, width=8, norm="batch_norm", frozen_stages=0, stages=stages),
+        neck or partial(FPN, out_channels=16, top="none"),
+        partial(RPN, anchor_sizes=[[24]], **RPN_TOP | (top or {})),
+        box_head and partial(box_head, **box),
+        **{name: partial(head, **common, **options) for name, (head, options) in (heads or {}).items()},
+        **settings,
+    )
+    return lively(model)
+
+
+def mask_head(kind=MaskHead, **settings):
+    trunk = partial(ConvTrunk, conv_channels=[16])
+    return {"mask_head": (kind, {"roi": RoIAlign, "trunk": trunk, "upsample_channels": 16} | settings)}
+
+
+def c4():
+    """One level; stage 5 on the RoIs, which box and mask head share."""
+    trunk = partial(ResNetTrunk, norm="batch_norm", blocks=1, width_per_group=32)
+    heads = {"mask_head": (MaskHead, {"roi": RoIAlign, "upsample_channels": 16})}
+    return two_levels((3,), SingleLevel, {"trunk": trunk}, heads=heads, share_trunk=True)
+
+
+def keypoints():
+    trunk = partial(ConvTrunk, conv_channels=[16])
+    return two_levels(heads={"keypoint_head": (KeypointHead, {"roi": RoIAlign, "num_keypoints": 2, "trunk": trunk})})
+
+
+MODELS = {
+    "pafpn, agnostic, frozen norms": lambda: two_levels(
+        neck=partial(PAFPN, out_channels=16, norm="plain_frozen_batch_norm"),
+        box={"class_agnostic": True, "nms_agnostic": True, "min_size_last": True, "nms": "mmcv"},
+        top={"rank_by": "probability"},
+        heads=mask_head(),
+    ),
+    "cascade": lambda: two_levels(box_head=CascadeBoxHead, heads=mask_head(CascadeMaskHead)),
+    "c4": c4,
+    "keypoints": keypoints,
+    "proposals": lambda: two_levels(box_head=None),
+}
+ROIS = {
+    "align_adaptive": partial(RoIAlign, sampling_ratio=0),
+    "align_max": partial(RoIAlign, reduction="max", placement="edge"),
+    "pool": RoIPool,
+    "deformable": partial(
+        DeformableRoIPool, predictor_width=8, sampling_ratio=0, modulated=True, predictor="per_level"
+    ),
+    "deformable_points": partial(DeformableRoIPool, predictor_width=8, modulated=True, offset_granularity="point"),
+    "groie": GRoIE,
+    "precise": PreciseRoIPool,
+}
 
 
 @torch.no_grad()
-def same_detections(model, run, seed, size):
-    """Run `run(images, image_size)` and compare; returns how many detections there are."""
-    batch, _ = random_batch(images=1, size=SIZE, seed=seed)
+def same_detections(model, run, canvas, size, seed=0, atol=(1e-3, 1e-5, 1e-4, 1e-2)):
+    """Run `run(images, image_size)` and compare boxes, scores, masks, keypoints; returns the count of detections."""
+    batch, _ = random_batch(images=1, size=canvas, seed=seed)
     size = torch.tensor([size])
     expected = model(batch._replace(image_sizes=size))
-    boxes, scores, labels, masks = (torch.as_tensor(t) for t in run(batch.images, size[0]))
-    count = int(expected.valid.sum())
-    assert (labels > 0).tolist() == expected.valid[0].tolist()
-    assert labels[:count].tolist() == expected.labels[0, :count].tolist()
-    torch.testing.assert_close(boxes, expected.boxes[0], atol=1e-3, rtol=0)
-    torch.testing.assert_close(scores, expected.scores[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(masks[:count], expected.masks[0, :count], atol=1e-4, rtol=0)
-    return count
+    found = dict(zip(output_names(model), map(torch.as_tensor, run(batch.images, size[0])), strict=True))
+    there = expected.valid[0]
+    assert (found["labels"] > 0).tolist() == there.tolist()
+    assert found["labels"][there].tolist() == expected.labels[0, there].tolist()
+    for name, tolerance in zip(("boxes", "scores", "masks", "keypoints"), atol):
+        if name in found:
+            wanted = getattr(expected, name)[0]
+            torch.testing.assert_close(found[name][there], wanted[there], atol=tolerance, rtol=0)
+            if name in ("boxes", "scores"):
+                assert not found[name][~there].any()
+    return int(there.sum())
 
 
-def test_the_exportable_path_is_the_models(model):
-    counts = [same_detections(model, Exportable(model), *case) for case in CASES]
-    assert max(counts) > 1
-    nothing = small_model(score_threshold=0.999)
-    assert same_detections(nothing, Exportable(nothing), *CASES[0]) == 0
-    agnostic = small_model(nms_agnostic=True, class_agnostic=True, score_threshold=0.1)
-    assert same_detections(agnostic, Exportable(agnostic), *CASES[0]) > 0
-
-
-def test_program_of_torch_export(model, program, tmp_path):
+def reloaded(program, tmp_path):
     torch.export.save(program, tmp_path / "model.pt2")
-    again = torch.export.load(tmp_path / "model.pt2").module()
-    assert sum(same_detections(model, again, *case) for case in CASES) > 1
+    return torch.export.load(tmp_path / "model.pt2").module()
 
 
-@pytest.mark.slow
-def test_onnx_runtime_finds_the_same(model, program, tmp_path):
+def onnx_session(model, program, path):
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name, reason=f"the extra 'export' is not installed: no {name}")
     runtime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed: no onnxruntime")
-    save_onnx(program, tmp_path / "model.onnx")
+    save_onnx(program, output_names(model), path)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = runtime.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
-    assert [node.name for node in session.get_outputs()] == ["boxes", "scores", "labels", "masks"]
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    assert [node.name for node in session.get_outputs()] == output_names(model)
+    return lambda images, size: session.run(None, {"images": images.numpy(), "image_size": size.numpy()})
 
-    def run(images, image_size):
-        return session.run(None, {"images": images.numpy(), "image_size": image_size.numpy()})
 
-    assert sum(same_detections(model, run, *case) for case in CASES) > 1
+def test_the_exportable_path_is_the_models():
+    model = small_model()
+    assert min(same_detections(model, Exportable(model), *case) for case in CASES) > 0
+    nothing = small_model(score_threshold=0.999)
+    assert same_detections(nothing, Exportable(nothing), *CASES[0]) == 0
+    large = small_model(min_size=30.0, min_size_last=True, nms_agnostic=True)
+    assert same_detections(large, Exportable(large), *CASES[1]) > 0
+
+
+@pytest.mark.slow
+def test_one_program_serves_every_size(tmp_path):
+    model = two_levels(neck=partial(FPN, out_channels=16), heads=mask_head())  # and a third one, for the RPN
+    program = export_program(model)
+    for run in (reloaded(program, tmp_path), onnx_session(model, program, tmp_path / "model.onnx")):
+        assert min(same_detections(model, run, *case) for case in CASES) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, tmp_path):
+    model = MODELS[name]()
+    program = export_program(model, SIZE)
+    for run in (reloaded(program, tmp_path), onnx_session(model, program, tmp_path / "model.onnx")):
+        assert same_detections(model, run, *CASES[0]) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROIS)
+def test_roi_methods(name, tmp_path):
+    """Of each kind of operator one; tests/roi/test_plain.py compares all methods."""
+    model = two_levels(box={"roi": ROIS[name]}, heads=mask_head(roi=ROIS[name]))
+    program = export_program(model, SIZE)
+    for run in (reloaded(program, tmp_path), onnx_session(model, program, tmp_path / "model.onnx")):
+        assert same_detections(model, run, *CASES[0]) > 1
+
+
+@pytest.mark.slow
+def test_position_sensitive_methods(tmp_path):
+    for op in (PositionSensitiveRoIAlign, PositionSensitiveRoIPool):
+        model = two_levels(box={"roi": op, "output_size": 2})
+        program = export_program(model, SIZE)
+        for run in (reloaded(program, tmp_path), onnx_session(model, program, tmp_path / "model.onnx")):
+            assert same_detections(model, run, *CASES[0]) > 1
+
+
+@pytest.mark.slow
+def test_canvas_of_an_imported_model(tmp_path):
+    """Its own path pads content to a multiple of size_divisibility, and so must who runs the program."""
+    model = two_levels(size_divisibility=1, neck=SingleLevel, stages=(3,))
+    program = export_program(model)
+    for run in (reloaded(program, tmp_path), onnx_session(model, program, tmp_path / "model.onnx")):
+        assert same_detections(model, run, (75, 98), (75, 98)) > 1
+    with pytest.raises(ValueError, match="multiples of 48"):
+        export_program(two_levels(size_divisibility=48), (96, 128))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_program(precision, tmp_path):
+    model = two_levels(neck=partial(PAFPN, out_channels=16, norm="plain_frozen_batch_norm"), heads=mask_head())
+    program = export_program(model, SIZE, precision)
+    run = reloaded(program, tmp_path)
+
+    def autocasted(batch):
+        with autocast(torch.device("cpu"), precision):
+            return model(batch)
+
+    autocasted.mask_head, autocasted.keypoint_head = model.mask_head, None
+    assert same_detections(autocasted, run, *CASES[0], atol=(1e-2, 1e-4, 1e-3)) > 1
+    if precision == "bf16":
+        with pytest.raises(ValueError, match="take no bf16: export with precision fp16"):
+            save_onnx(program, output_names(model), tmp_path / "model.onnx")
+    else:
+        run = onnx_session(model, program, tmp_path / "model.onnx")
+        images = random_batch(images=1, size=SIZE)[0].images
+        boxes, scores, _, masks = run(images, torch.tensor(SIZE))
+        expected = model(random_batch(images=1, size=SIZE)[0])
+        assert boxes.dtype == scores.dtype == masks.dtype == np.float32
+        assert 0 < np.abs(scores - expected.scores[0].numpy()).max() < 2e-3
+        onnx = pytest.importorskip("onnx")
+        weights = [t for t in onnx.load(tmp_path / "model.onnx").graph.initializer if len(t.dims) > 1]
+        halves = sum(np.prod(t.dims) for t in weights if t.data_type == onnx.TensorProto.FLOAT16)
+        assert halves > 0.8 * sum(np.prod(t.dims) for t in weights)
+
+
+def test_what_onnx_lacks_is_named(tmp_path):
+    pytest.importorskip("onnxscript", reason="the extra 'export' is not installed: no onnxscript")
+    model = two_levels()
+    model.backbone.layer1[0].conv2 = DeformConv2d(model.backbone.layer1[0].conv2)
+    program = export_program(lively(model), SIZE)
+    assert same_detections(model, reloaded(program, tmp_path), *CASES[0]) > 0
+    with pytest.raises(ValueError, match=r"no form of torchvision.deform_conv2d.*name it \.pt2"):
+        save_onnx(program, output_names(model), tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"roi": DeformableRoIPool}, "box_head.roi is DeformableRoIPool"),
-        ({"roi": RoIPool}, "mask_head.roi is RoIPool"),
+        ({"roi": partial(RoIAlign, sampling_ratio=0, reduction="max")}, "mask_head.roi is RoIAlign.*follows the RoI's"),
         ({"box_head": {"nms": "linear"}}, "box_head.nms is 'linear'"),
-        ({"size_divisibility": 32}, "size_divisibility is 32"),
     ],
 )
 def test_what_cannot_be_exported_is_named(settings, message):
@@ -98,13 +263,16 @@ def test_what_cannot_be_exported_is_named(settings, message):
         Exportable(tiny_model(**settings))
 
 
-def test_canvas_and_name_are_checked(model, tmp_path):
+def test_arguments_are_checked(tmp_path):
+    model = small_model()
     with pytest.raises(ValueError, match="multiples of 32"):
         export_program(model, (100, 128))
+    with pytest.raises(ValueError, match="precision is 'int8', expected one of fp32, bf16, fp16"):
+        export_program(model, SIZE, "int8")
     with pytest.raises(ValueError, match=r"must end in \.safetensors, \.pt2 or \.onnx"):
         export("a.pt", tmp_path / "a.bin")
-    with pytest.raises(ValueError, match=r"give the size \(height, width\)"):
-        export("a.pt", tmp_path / "a.onnx")
+    with pytest.raises(TypeError, match="model is a Linear, not a TwoStageDetector"):
+        Exportable(torch.nn.Linear(1, 1))
 
 
 # ------------------------------------------------------------------------------------------------------- safetensors
