@@ -153,7 +153,7 @@ class FullDisk:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize(
     ("name", "spare", "done"),
-    [("config.yaml", 0, None), ("log.jsonl", 3, 2), ("predictions.json.{}", 0, 4), ("metrics.json.{}.tmp", 0, 4)],
+    [("config.yaml", 0, None), ("log.jsonl", 3, 2), ("predictions.json.{}", 0, 4), ("metrics.json.{}", 0, 4)],
 )
 def test_full_disk(run, tmp_path, monkeypatch, name, spare, done):
     """Whatever file does not fit, the message says so, the checkpoint stays, and with room the run goes on."""
