@@ -46,6 +46,7 @@ def mask_rcnn_pair(
     config = model_config(*foreign)
     # an imported model computes as its source does, to the bit; here ours computes as it does by default
     config["channels_last"], config["backbone"]["norm"] = True, "frozen_batch_norm"
+    config["box_head"]["roi"]["exact"] = config["mask_head"]["roi"]["exact"] = False
     ours = hydra.utils.instantiate(config, _convert_="all")
     load_into(ours, foreign.state_dict)
     ours.mask_head.target_aligned, ours.mask_head.target_threshold = False, None  # how torchvision makes mask targets

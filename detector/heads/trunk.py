@@ -62,6 +62,8 @@ class RoILinear(nn.Conv2d):
         super().__init__(in_channels, out_features, output_size)
 
     def forward(self, features: Tensor) -> Tensor:
+        if features.is_contiguous():
+            return F.linear(features.flatten(1), self.weight.flatten(1), self.bias)
         # as a convolution it is fastest on a CPU, but the gradient takes more memory
         if features.device.type == "cpu" and not torch.is_grad_enabled():
             return super().forward(features).flatten(1)

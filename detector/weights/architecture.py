@@ -206,11 +206,11 @@ def keypoint_head(state: dict[str, Tensor]) -> dict[str, Any]:
 def roi(state: dict[str, Tensor], head: str) -> dict[str, Any]:
     if has(state, f"{head}.extractor.op.after."):  # mmdetection's GRoIE
         kernel = state[f"{head}.extractor.op.before.0.weight"].shape[2]
-        op = {**part("roi.RoIAlign"), "sampling_ratio": 2}
+        op = {**part("roi.RoIAlign"), "sampling_ratio": 2, "exact": True}
         return {**part("roi.GRoIE"), "op": op, "kernel": kernel, "attention": "mmdetection"}
     prefix = f"{head}.extractor.op.offset_predictor."
     if not has(state, prefix):
-        return part("roi.RoIAlign")
+        return {**part("roi.RoIAlign"), "exact": True}
     levels = len({key.split(".")[4] for key in state if key.startswith(prefix)})
     return {  # mmdetection's packs
         **part("roi.DeformableRoIPool"),

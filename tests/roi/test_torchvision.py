@@ -39,6 +39,17 @@ def test_roi_align(aligned, sampling_ratio, size):
     )
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("sampling_ratio", [2, 0])
+def test_exact_roi_align_is_torchvisions_to_the_bit(sampling_ratio):
+    features, levels = make_features(4, dtype=torch.float32), torch.arange(64) % len(STRIDES)
+    actual = RoIAlign(7, sampling_ratio, exact=True)(features, ROIS, levels, STRIDES).features
+    assert actual.is_contiguous()  # as what follows takes it
+    for level, (feature, stride) in enumerate(zip(features, STRIDES)):
+        expected = ops.roi_align(feature, ROIS[levels == level], 7, 1 / stride, sampling_ratio or -1, True)
+        assert torch.equal(actual[levels == level], expected)
+
+
 @pytest.mark.parametrize("size", [(7, 7), (3, 5)], ids=str)
 def test_roi_pool(size):
     compare(RoIPool(size), lambda f: ops.roi_pool(f, ROIS, size, 1 / 8), exact=True)

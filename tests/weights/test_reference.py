@@ -62,9 +62,7 @@ def check_layout(shared, name: str, deltas: float = 1.0, more: dict | None = Non
     reference = reference_detectron2 if source == "detectron2" else reference_mmdetection
     expected = reference.run(layout, weights, images, LIMITS)
     model = build_model(load_foreign(weights, source=source))
-    published = reference.limits_of(layout)
-    assert (model.rpn.pre_nms_top_n[1], model.rpn.post_nms_top_n[1]) == (published.pre_nms, published.post_nms)
-    limit(model)
+    limit(model, reference.limits_of(layout))
     batch = as_batch(images)
     with torch.no_grad():
         features = model.features(batch)
@@ -120,11 +118,13 @@ def check_masks(mine: Found, wanted: Found, pairs: torch.Tensor, size) -> None:
     assert pixels.any() and differing.mean() < 1e-3
 
 
-def limit(model) -> None:
-    """Let less through, as LIMITS says."""
+def limit(model, published: Limits) -> None:
+    """Let less through, as LIMITS says, than the published model does and this one did."""
+    assert (model.rpn.pre_nms_top_n[1], model.rpn.post_nms_top_n[1]) == (published.pre_nms, published.post_nms)
     model.rpn.pre_nms_top_n, model.rpn.post_nms_top_n = (LIMITS.pre_nms,) * 2, (LIMITS.post_nms,) * 2
     for part in model.modules():
         if hasattr(part, "detections_per_image"):
+            assert (part.detections_per_image, part.score_threshold) == (published.detections, published.score)
             part.detections_per_image, part.score_threshold = LIMITS.detections, LIMITS.score
 
 
