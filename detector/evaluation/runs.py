@@ -19,6 +19,7 @@ from detector.evaluation.coco import check_annotations, check_predictions, read_
 
 # what may differ between the runs of one method, and says nothing about it
 IRRELEVANT = ("seed", "name", "run_dir", "resume", "runtime", "evaluation")
+OFFSET_WEIGHT = "model.offset_loss_weight"
 HEADS = ("model.box_head.roi", "model.mask_head.roi", "model.keypoint_head.roi")
 
 
@@ -148,7 +149,8 @@ def group(runs: Sequence[Run]) -> tuple[list[Method], dict[Path, str]]:
     """Methods in the order of their first runs, and why runs were left out: a seed that a method already has."""
     flat = [relevant(run) for run in runs]
     keys = sorted({key for config in flat for key in config})
-    differing = [key for key in keys if len({repr(config.get(key)) for config in flat}) > 1]
+    values = {key: {repr(c.get(key)) for c in flat if key in c or key != OFFSET_WEIGHT} for key in keys}
+    differing = [key for key in keys if len(values[key]) > 1]
     groups: dict[str, list[tuple[Run, dict]]] = {}
     for run, config in zip(runs, flat):
         settings = {key: config[key] for key in differing if key in config}
@@ -174,7 +176,7 @@ def relevant(run: Run) -> dict[str, Any]:
     """The settings of a run, {dotted key: value}, that can make a difference."""
     found = {key: value for key, value in flatten(run.config).items() if key.split(".")[0] not in IRRELEVANT}
     if run.log and not any("loss_offset" in line for line in run.log):  # its methods learn no offsets
-        found.pop("model.offset_loss_weight", None)
+        found.pop(OFFSET_WEIGHT, None)
     return found
 
 
