@@ -37,8 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--style", choices=("caffe", "pytorch"), help="of strides and pixel statistics; else guessed")
     command.add_argument("--categories", type=Path, help="a text file with one class name per line")
     args = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("onnxscript").setLevel(logging.WARNING)
+    level = logging.WARNING if args.command == "export" else logging.INFO  # ONNX's packages tell every step
+    logging.basicConfig(level=level, format="%(message)s")
     try:
         if args.command == "export":
             from detector.weights.export import export

