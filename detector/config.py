@@ -121,6 +121,8 @@ def entry_point(config_name: str, keys: type, paths: Collection[str] = ()) -> Ca
 
         @functools.wraps(task)
         def main() -> None:
+            nonlocal started
+            started = False
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out as they are: Hydra's own report exits with 1
             sys.argv[1:] = [quoted(text, paths) for text in sys.argv[1:]]
             try:

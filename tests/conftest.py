@@ -8,19 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hypothesis
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hypothesis import settings
-
-settings.register_profile("project", deadline=None)  # shared machines stall
-settings.load_profile("project")
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Continuous integration tries the same examples every time; elsewhere each run tries new ones.
-hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("ci")
+# Continuous integration tries the same examples every time; elsewhere each run tries new ones. Shared machines stall.
+settings.register_profile("project", derandomize=bool(os.environ.get("CI")), deadline=None)
+settings.load_profile("project")
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +35,22 @@ def shapes_tiny(tmp_path_factory) -> Path:
     script = [sys.executable, ROOT / "data" / "make_shapes.py", "--out", out]
     subprocess.run([*script, "--train", "24", "--val", "8", "--size", "96", "--seed", "1"], check=True)
     return out
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(main, *arguments): a program that exits, in this process -> (its exit code, stdout, stderr)."""
+
+    def go(main, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it and Hydra its own config: undone after the test
+        monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        shown = capsys.readouterr()
+        return end.value.code, shown.out, shown.err
+
+    return go
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from torch import nn
 
 from detector import config
 from detector.config import CONFIGS, ConfigError, build, check, check_model_config, explain, fits, near
-from train import Keys
+from train import Keys, main
 
 
 def compose(*overrides: str):
@@ -246,26 +246,22 @@ def test_run_folders():
     assert long == folder_of(*(f"+training.lr_multipliers.part{i}=0.5" for i in range(20)))
 
 
-def program(*arguments: str) -> subprocess.CompletedProcess:
-    script = CONFIGS.parent / "train.py"
-    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, cwd=CONFIGS.parent)
-
-
 @pytest.mark.parametrize(
     "override", ["optimizer.lrr=1", "roi=deformabel", "optimizer.lr=fast", "data.root=nowhere", "training.batch_size=0"]
 )
-def test_program_ends_with_code_2_and_no_traceback(override):
-    done = program(override, "runtime.device=cpu", "run_dir=runs/never")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
-    assert override.split("=")[0].split(".")[-1] in done.stderr
-    assert len(done.stderr.splitlines()) <= 2
-    assert not done.stdout
+def test_program_ends_with_code_2_and_no_traceback(call, override):
+    code, shown, errors = call(main, override, "runtime.device=cpu", "run_dir=runs/never")
+    assert code == 2 and not shown
+    assert errors.startswith("error: ") and "Traceback" not in errors
+    assert override.split("=")[0].split(".")[-1] in errors
+    assert len(errors.splitlines()) <= 2
 
 
 def test_missing_data_set_names_the_command():
-    done = program("data.root=nowhere/shapes", "runtime.device=cpu", "run_dir=runs/never")
+    """The program itself, in a process of its own."""
+    command = [sys.executable, "train.py", "data.root=nowhere/shapes", "runtime.device=cpu", "run_dir=runs/never"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     assert "make it with: python data/make_shapes.py --out nowhere/shapes" in done.stderr
     assert not (CONFIGS.parent / "runs" / "never").exists()
 
