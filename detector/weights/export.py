@@ -208,7 +208,8 @@ def export_program(
         size: (height, width) of the canvas; None makes a program for every size. Multiples of the model's
             size_divisibility, or of 32.
 
-    Raises ValueError for a model without an exportable form, or a size that is no such multiple.
+    Raises ValueError for a model without an exportable form, for a size that is no such multiple, and without one where
+    torch needs it.
     """
     exportable = Exportable(model, precision).eval().requires_grad_(False)
     step = model.size_divisibility or 32
@@ -220,7 +221,12 @@ def export_program(
     device = next(model.parameters()).device
     images = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, device=device)
     arguments = images, torch.tensor([height, width], device=device)
-    return torch.export.export(exportable, arguments, dynamic_shapes=None if size else (sides, {}))
+    try:
+        return torch.export.export(exportable, arguments, dynamic_shapes=None if size else (sides, {}))
+    except torch._dynamo.exc.UserError as error:
+        if size:
+            raise
+        raise ValueError(f"torch {torch.__version__} makes no program of this model for every size: fix one") from error
 
 
 def export(

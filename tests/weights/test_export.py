@@ -205,7 +205,11 @@ def test_position_sensitive_methods(tmp_path):
 def test_canvas_of_an_imported_model(tmp_path):
     """Its own path pads content to a multiple of size_divisibility, and so must who runs the program."""
     model = two_levels(size_divisibility=1, neck=SingleLevel, stages=(3,))
-    program = export_program(model)
+    try:
+        program = export_program(model)
+    except ValueError as error:
+        assert "makes no program of this model for every size: fix one" in str(error)  # torch 2.11
+        program = export_program(model, (75, 98))
     for run in (reloaded(program, tmp_path), onnx_session(model, program, tmp_path / "model.onnx")):
         assert same_detections(model, run, (75, 98), (75, 98)) > 1
     with pytest.raises(ValueError, match="multiples of 48"):
