@@ -263,8 +263,8 @@ def load_into(
     if found:
         if strict:
             raise ValueError(
-                f"weights do not fit the model: {found}. weights.strict=false loads what fits, "
-                "weights.reset_heads=true initialises heads for another number of classes anew"
+                "weights do not fit the model: is it the one that they are of? weights.strict=false loads what fits, "
+                f"weights.reset_heads=true initialises heads for another number of classes anew. {found}"
             )
         log.warning("loading what fits of the weights; %s", found)
     wrong = {line.split(":")[0] for line in found.shapes}
