@@ -61,6 +61,13 @@ class RoILinear(nn.Conv2d):
     def __init__(self, in_channels: int, output_size: tuple[int, int], out_features: int):
         super().__init__(in_channels, out_features, output_size)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Take the weight [out_features, in_channels h w] of a plain linear layer, too."""
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and weight.shape == self.weight.flatten(1).shape:
+            state_dict[f"{prefix}weight"] = weight.reshape(self.weight.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, features: Tensor) -> Tensor:
         if features.is_contiguous():
             return F.linear(features.flatten(1), self.weight.flatten(1), self.bias)

@@ -256,9 +256,6 @@ def load_into(
         state |= {key: wanted[key] for key in reset}
         if reset:
             log.warning("initialised anew, as asked, for another number of classes: %s", ", ".join(reset))
-    for key, wanted in model.state_dict().items():
-        if key in state and is_flat(state[key], wanted):
-            state[key] = state[key].reshape(wanted.shape)
     found = misfit(model, state, parts)
     if found:
         if strict:

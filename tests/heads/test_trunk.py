@@ -22,6 +22,16 @@ def test_roi_linear_is_a_linear_layer_on_flattened_features(layout):
     assert layer(features[:0]).shape == (0, 7)
 
 
+def test_roi_linear_takes_flattened_weights():
+    layer, other = RoILinear(3, (2, 5), 7), RoILinear(3, (2, 5), 7)
+    state = layer.state_dict()
+    flat = state | {"weight": state["weight"].flatten(1)}
+    other.load_state_dict(flat)
+    assert torch.equal(other.weight, layer.weight) and flat["weight"].dim() == 2
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        other.load_state_dict(state | {"weight": torch.zeros(7, 31)})
+
+
 def test_trunk_without_layers_flattens():
     trunk = FCTrunk(3, (2, 2), fc_channels=())
     features = torch.randn(4, 3, 2, 2)
