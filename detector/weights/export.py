@@ -29,6 +29,7 @@ from torchvision.ops import nms
 
 from detector.boxes import clip
 from detector.engine import checkpoint as checkpoints
+from detector.evaluation.evaluator import PRECISIONS
 from detector.heads import BoxHead
 from detector.heads.keypoint import from_heatmaps
 from detector.model import TwoStageDetector
@@ -39,7 +40,6 @@ from detector.structures import Batch
 from detector.weights.portable import save_safetensors
 
 SMALLEST = 65  # pixels: dimensions of 1, as the coarsest level would have, are fixed in programs of torch.export
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Exportable(nn.Module):

@@ -13,22 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from tests.weights.reference_parts import (
-    Found,
-    Limits,
-    Outputs,
-    Weights,
-    align,
-    bottleneck,
-    clip,
-    conv,
-    linear,
-    norm,
-    with_image,
-)
+from tests.weights import reference_parts as parts
+from tests.weights.reference_parts import Found, Limits, Outputs, Weights
 
 CASCADE = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
-MAX_LOG_SCALE = math.log(1000 / 16)
 PARTS = {"norm": "conv{}.norm", "conv": "conv{}"}
 
 
@@ -80,14 +68,14 @@ def residual_stage(w: Weights, prefix: str, x: Tensor, stride: int, dilation: in
         def at(part: str, block: int = block) -> str:
             return f"{prefix}.{block}.{names[part]}"
 
-        x = bottleneck(w, at, x, stride if block == 0 else 1, dilation, caffe)
+        x = parts.bottleneck(w, at, x, stride if block == 0 else 1, dilation, caffe)
         block += 1
     return x
 
 
 def stages(w: Weights, prefix: str, x: Tensor, last: int, caffe: bool, dilated: bool = False) -> list[Tensor]:
     """Maps of res2 to `last`; a dilated res5 does not stride, and all its 3 x 3 convolutions have dilation 2."""
-    x = norm(w, f"{prefix}stem.conv1.norm", conv(w, f"{prefix}stem.conv1", x, 2)).relu()
+    x = parts.norm(w, f"{prefix}stem.conv1.norm", parts.conv(w, f"{prefix}stem.conv1", x, 2)).relu()
     x, maps = F.max_pool2d(x, 3, 2, 1), []
     for stage in range(2, last + 1):
         stride, dilation = (1, 2) if dilated and stage == 5 else (1 if stage == 2 else 2, 1)
@@ -102,8 +90,8 @@ def single(w: Weights, x: Tensor, caffe: bool, dilated: bool) -> Tensor:
 
 def unit(w: Weights, key: str, x: Tensor) -> Tensor:
     """A convolution, and its norm if it has one."""
-    x = conv(w, key, x)
-    return norm(w, f"{key}.norm", x) if f"{key}.norm.weight" in w else x
+    x = parts.conv(w, key, x)
+    return parts.norm(w, f"{key}.norm", x) if f"{key}.norm.weight" in w else x
 
 
 def pyramid(w: Weights, x: Tensor, caffe: bool) -> list[Tensor]:
@@ -130,7 +118,7 @@ def move(boxes: Tensor, deltas: Tensor, weights: tuple[float, ...]) -> Tensor:
     size = (boxes[:, 2:] - boxes[:, :2])[:, None]
     centre = boxes[:, None, :2] + 0.5 * size
     centre = d[..., :2] * size + centre
-    size = d[..., 2:].clamp(max=MAX_LOG_SCALE).exp() * size
+    size = d[..., 2:].clamp(max=parts.MAX_LOG_SCALE).exp() * size
     return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=2)
 
 
@@ -138,9 +126,11 @@ def propose(w: Weights, features, strides, numerics: dict, sizes, limits: Limits
     """RPN; its scores are given as probabilities."""
     head, per_level = "proposal_generator.rpn_head", []
     for i, (feature, stride) in enumerate(zip(features, strides)):
-        hidden = conv(w, f"{head}.conv", feature).relu()
-        logits = conv(w, f"{head}.objectness_logits", hidden).permute(0, 2, 3, 1).flatten(1)
-        deltas = conv(w, f"{head}.anchor_deltas", hidden).unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)
+        hidden = parts.conv(w, f"{head}.conv", feature).relu()
+        logits = parts.conv(w, f"{head}.objectness_logits", hidden).permute(0, 2, 3, 1).flatten(1)
+        deltas = (
+            parts.conv(w, f"{head}.anchor_deltas", hidden).unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)
+        )
         anchors = anchors_of(feature, stride, numerics["anchor_sizes"][i], numerics["aspect_ratios"][0])
         per_level.append((logits, deltas, anchors))
     found = []
@@ -151,7 +141,7 @@ def propose(w: Weights, features, strides, numerics: dict, sizes, limits: Limits
             boxes.append(move(anchor[rows], delta[n, rows], tuple(numerics["rpn_bbox_weights"]))[:, 0])
             logits.append(best)
             levels.append(torch.full_like(rows, level))
-        boxes, logits, levels = clip(torch.cat(boxes), size), torch.cat(logits), torch.cat(levels)
+        boxes, logits, levels = parts.clip(torch.cat(boxes), size), torch.cat(logits), torch.cat(levels)
         filled = nonempty(boxes)
         boxes, logits, levels = boxes[filled], logits[filled], levels[filled]
         keep = batched_nms(boxes, logits, levels, 0.7)[: limits.post_nms]
@@ -180,17 +170,17 @@ def box_trunk(w: Weights, prefix: str, pooled: Tensor, caffe: bool) -> Tensor:
         pooled, i = unit(w, f"{prefix}conv{i}", pooled).relu(), i + 1
     x, i = pooled.flatten(1), 1
     while f"{prefix}fc{i}.weight" in w:
-        x, i = linear(w, f"{prefix}fc{i}", x).relu(), i + 1
+        x, i = parts.linear(w, f"{prefix}fc{i}", x).relu(), i + 1
     return x
 
 
 def detect(w: Weights, maps, strides, proposals: list[Found], numerics: dict, sizes, limits: Limits) -> list[Found]:
-    rois = with_image([p.boxes for p in proposals])
-    pooled = align(maps, strides, rois, levels_of(rois[:, 1:], maps), numerics["box_pooler_resolution"])
+    rois = parts.with_image([p.boxes for p in proposals])
+    pooled = parts.align(maps, strides, rois, levels_of(rois[:, 1:], maps), numerics["box_pooler_resolution"])
     prefix = "roi_heads." if "roi_heads.res5.0.conv1.weight" in w else "roi_heads.box_head."
     hidden = box_trunk(w, prefix, pooled, numerics["stride_in_1x1"])
-    scores = linear(w, "roi_heads.box_predictor.cls_score", hidden).softmax(dim=1)
-    deltas = linear(w, "roi_heads.box_predictor.bbox_pred", hidden)
+    scores = parts.linear(w, "roi_heads.box_predictor.cls_score", hidden).softmax(dim=1)
+    deltas = parts.linear(w, "roi_heads.box_predictor.bbox_pred", hidden)
     boxes = move(rois[:, 1:], deltas, tuple(numerics["box_bbox_weights"]))
     images = range(len(sizes))
     return [select(boxes[rois[:, 0] == n], scores[rois[:, 0] == n], sizes[n], limits) for n in images]
@@ -200,11 +190,11 @@ def cascade(w: Weights, maps, strides, proposals: list[Found], numerics: dict, s
     """Three stages, each on the last one's boxes, clipped; probabilities are averaged."""
     boxes, total = [p.boxes for p in proposals], 0
     for stage, weights in enumerate(CASCADE):
-        rois = with_image([clip(b, size) for b, size in zip(boxes, sizes)])
-        pooled = align(maps, strides, rois, levels_of(rois[:, 1:], maps), numerics["box_pooler_resolution"])
+        rois = parts.with_image([parts.clip(b, size) for b, size in zip(boxes, sizes)])
+        pooled = parts.align(maps, strides, rois, levels_of(rois[:, 1:], maps), numerics["box_pooler_resolution"])
         hidden = box_trunk(w, f"roi_heads.box_head.{stage}.", pooled, numerics["stride_in_1x1"])
-        total = total + linear(w, f"roi_heads.box_predictor.{stage}.cls_score", hidden).softmax(dim=1)
-        deltas = linear(w, f"roi_heads.box_predictor.{stage}.bbox_pred", hidden)
+        total = total + parts.linear(w, f"roi_heads.box_predictor.{stage}.cls_score", hidden).softmax(dim=1)
+        deltas = parts.linear(w, f"roi_heads.box_predictor.{stage}.bbox_pred", hidden)
         moved = move(rois[:, 1:], deltas, weights)
         boxes = [moved[rois[:, 0] == n, 0] for n in range(len(sizes))]
     scores = total / len(CASCADE)
@@ -214,7 +204,7 @@ def cascade(w: Weights, maps, strides, proposals: list[Found], numerics: dict, s
 def select(boxes: Tensor, scores: Tensor, size: tuple[int, int], limits: Limits) -> Found:
     """The best of boxes [R, K or 1, 4] with scores [R, K + 1], background last. Empty boxes take part in the NMS."""
     scores = scores[:, :-1]
-    boxes = clip(boxes, size).expand(-1, scores.shape[1], 4)
+    boxes = parts.clip(boxes, size).expand(-1, scores.shape[1], 4)
     rows, labels = torch.nonzero(scores > limits.score, as_tuple=True)
     boxes, scores = boxes[rows, labels], scores[rows, labels]
     keep = batched_nms(boxes, scores, labels, 0.5)[: limits.detections]
@@ -225,19 +215,19 @@ def with_shapes(w: Weights, maps, strides, found: Found, image: int, caffe: bool
     """Masks and keypoints for the detections of one image, if the model has such heads; then empty boxes go."""
     rois = torch.cat([torch.full_like(found.boxes[:, :1], image), found.boxes], dim=1)
     if "roi_heads.mask_head.predictor.weight" in w:
-        pooled = align(maps, strides, rois, levels_of(found.boxes, maps), 14)
+        pooled = parts.align(maps, strides, rois, levels_of(found.boxes, maps), 14)
         if "roi_heads.res5.0.conv1.weight" in w:
             pooled = residual_stage(w, "roi_heads.res5", pooled, 2, 1, caffe)
         i = 1
         while f"roi_heads.mask_head.mask_fcn{i}.weight" in w:
             pooled, i = unit(w, f"roi_heads.mask_head.mask_fcn{i}", pooled).relu(), i + 1
         deconv = [w[f"roi_heads.mask_head.deconv.{part}"] for part in ("weight", "bias")]
-        logits = conv(w, "roi_heads.mask_head.predictor", F.conv_transpose2d(pooled, *deconv, stride=2).relu())
+        logits = parts.conv(w, "roi_heads.mask_head.predictor", F.conv_transpose2d(pooled, *deconv, stride=2).relu())
         found = found._replace(masks=logits[torch.arange(len(rois)), found.labels].sigmoid())
     if "roi_heads.keypoint_head.score_lowres.weight" in w:
-        pooled, i = align(maps, strides, rois, levels_of(found.boxes, maps), 14), 1
+        pooled, i = parts.align(maps, strides, rois, levels_of(found.boxes, maps), 14), 1
         while f"roi_heads.keypoint_head.conv_fcn{i}.weight" in w:
-            pooled, i = conv(w, f"roi_heads.keypoint_head.conv_fcn{i}", pooled).relu(), i + 1
+            pooled, i = parts.conv(w, f"roi_heads.keypoint_head.conv_fcn{i}", pooled).relu(), i + 1
         deconv = [w[f"roi_heads.keypoint_head.score_lowres.{part}"] for part in ("weight", "bias")]
         logits = F.conv_transpose2d(pooled, *deconv, stride=2, padding=1)
         logits = F.interpolate(logits, scale_factor=2.0, mode="bilinear", align_corners=False)

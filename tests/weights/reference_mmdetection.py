@@ -14,21 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms, roi_align
 
-from tests.weights.reference_parts import (
-    Found,
-    Limits,
-    Outputs,
-    Weights,
-    align,
-    bottleneck,
-    clip,
-    conv,
-    linear,
-    norm,
-    with_image,
-)
+from tests.weights import reference_parts as parts
+from tests.weights.reference_parts import Found, Limits, Outputs, Weights
 
-MAX_LOG_SCALE = math.log(1000 / 16)
 GAMMA = 0.1  # of deformable RoI pooling
 
 
@@ -82,14 +70,14 @@ def residual_stage(w: Weights, prefix: str, x: Tensor, stride: int, dilation: in
         def at(part: str, block: int = block) -> str:
             return f"{prefix}.{block}.{names[part]}"
 
-        x = bottleneck(w, at, x, stride if block == 0 else 1, dilation, caffe)
+        x = parts.bottleneck(w, at, x, stride if block == 0 else 1, dilation, caffe)
         block += 1
     return x
 
 
 def backbone(w: Weights, x: Tensor, caffe: bool, strides: list[int]) -> list[Tensor]:
     """Maps of the stages that there are; with a single stride of 16 a fourth one is dilated instead."""
-    x = norm(w, "backbone.bn1", conv(w, "backbone.conv1", x, 2)).relu()
+    x = parts.norm(w, "backbone.bn1", parts.conv(w, "backbone.conv1", x, 2)).relu()
     x, maps = F.max_pool2d(x, 3, 2, 1), []
     for stage in range(1, 5):
         if f"backbone.layer{stage}.0.conv1.weight" in w:
@@ -101,14 +89,14 @@ def backbone(w: Weights, x: Tensor, caffe: bool, strides: list[int]) -> list[Ten
 
 def pyramid(w: Weights, maps: list[Tensor]) -> list[Tensor]:
     """FPN; PAFPN's way back up if it is there, on the sums before their last convolution; every second cell on top."""
-    merged = [conv(w, f"neck.lateral_convs.{i}.conv", x) for i, x in enumerate(maps)]
+    merged = [parts.conv(w, f"neck.lateral_convs.{i}.conv", x) for i, x in enumerate(maps)]
     for i in (3, 2, 1):
         merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=merged[i - 1].shape[2:], mode="nearest")
-    levels = [conv(w, f"neck.fpn_convs.{i}.conv", x) for i, x in enumerate(merged)]
+    levels = [parts.conv(w, f"neck.fpn_convs.{i}.conv", x) for i, x in enumerate(merged)]
     if "neck.pafpn_convs.0.conv.weight" in w:
         for i in range(3):
-            levels[i + 1] = levels[i + 1] + conv(w, f"neck.downsample_convs.{i}.conv", levels[i], 2)
-        levels[1:] = [conv(w, f"neck.pafpn_convs.{i}.conv", x) for i, x in enumerate(levels[1:])]
+            levels[i + 1] = levels[i + 1] + parts.conv(w, f"neck.downsample_convs.{i}.conv", levels[i], 2)
+        levels[1:] = [parts.conv(w, f"neck.pafpn_convs.{i}.conv", x) for i, x in enumerate(levels[1:])]
     return [*levels, F.max_pool2d(levels[-1], 1, stride=2)]
 
 
@@ -126,7 +114,7 @@ def move(boxes: Tensor, deltas: Tensor, stds: tuple[float, ...]) -> Tensor:
     d = deltas.unflatten(1, (-1, 4)) * torch.tensor(stds)
     size = (boxes[:, 2:] - boxes[:, :2])[:, None]
     centre = (boxes[:, None, :2] + boxes[:, None, 2:]) * 0.5 + size * d[..., :2]
-    size = size * d[..., 2:].clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).exp()
+    size = size * d[..., 2:].clamp(-parts.MAX_LOG_SCALE, parts.MAX_LOG_SCALE).exp()
     return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=2)
 
 
@@ -143,9 +131,9 @@ def propose(w: Weights, features, strides, generator: dict, sizes, limits: Limit
     head = "rpn_head" if "rpn_head.rpn_conv.weight" in w else "bbox_head"
     per_level = []
     for feature, stride in zip(features, strides):
-        hidden = conv(w, f"{head}.rpn_conv", feature).relu()
-        scores = conv(w, f"{head}.rpn_cls", hidden).permute(0, 2, 3, 1).flatten(1).sigmoid()
-        deltas = conv(w, f"{head}.rpn_reg", hidden).permute(0, 2, 3, 1).reshape(len(hidden), -1, 4)
+        hidden = parts.conv(w, f"{head}.rpn_conv", feature).relu()
+        scores = parts.conv(w, f"{head}.rpn_cls", hidden).permute(0, 2, 3, 1).flatten(1).sigmoid()
+        deltas = parts.conv(w, f"{head}.rpn_reg", hidden).permute(0, 2, 3, 1).reshape(len(hidden), -1, 4)
         per_level.append((scores, deltas, anchors_of(feature, stride, generator)))
     found = []
     for n, size in enumerate(sizes):
@@ -157,7 +145,7 @@ def propose(w: Weights, features, strides, generator: dict, sizes, limits: Limit
             boxes.append(move(anchor[rows], delta[n, rows], (1.0, 1.0, 1.0, 1.0))[:, 0])
             scores.append(score[n, rows])
             levels.append(torch.full_like(rows, level))
-        boxes, scores, levels = clip(torch.cat(boxes), size), torch.cat(scores), torch.cat(levels)
+        boxes, scores, levels = parts.clip(torch.cat(boxes), size), torch.cat(scores), torch.cat(levels)
         filled = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         boxes, scores, levels = boxes[filled], scores[filled], levels[filled]
         keep = suppress(boxes, scores, levels, 0.7)[: limits.post_nms]
@@ -177,7 +165,7 @@ def extract(w: Weights, maps, strides, rois: Tensor, size: int) -> Tensor:
     if "roi_head.bbox_roi_extractor.pre_module.conv.weight" in w:
         return generic(w, "roi_head.bbox_roi_extractor", maps, strides, rois, size)
     if "roi_head.bbox_roi_extractor.roi_layers.0.offset_fc.0.weight" not in w:
-        return align(maps, strides, rois, levels, size)
+        return parts.align(maps, strides, rois, levels, size)
     out = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size)
     for level, (feature, stride) in enumerate(zip(maps, strides)):
         rows = (levels == level).nonzero()[:, 0]
@@ -201,7 +189,7 @@ def mlp(w: Weights, prefix: str, x: Tensor) -> Tensor:
     """Linear layers, which have the even numbers, with ReLU between."""
     last = max(i for i in (0, 2, 4) if f"{prefix}.{i}.weight" in w)
     for i in range(0, last + 1, 2):
-        x = linear(w, f"{prefix}.{i}", x)
+        x = parts.linear(w, f"{prefix}.{i}", x)
         x = x if i == last else x.relu()
     return x
 
@@ -241,19 +229,25 @@ def generic(w: Weights, prefix: str, maps, strides, rois: Tensor, size: int) -> 
     pooled = [
         roi_align(feature, rois, size, 1 / s, sampling_ratio=2, aligned=True) for feature, s in zip(maps, strides)
     ]
-    x = sum(conv(w, f"{prefix}.pre_module.conv", p).relu() for p in pooled)
+    x = sum(parts.conv(w, f"{prefix}.pre_module.conv", p).relu() for p in pooled)
     post, places = f"{prefix}.post_module", torch.arange(size).float()
     waves = 1000 ** (torch.arange(x.shape[1] // 4) * 4 / x.shape[1])
     angles = (places[:, None, None] - places[::2, None]) / waves
     waves = torch.cat([angles.sin(), angles.cos()], dim=2)
     across, down = (F.linear(waves, w[f"{post}.appr_geom_fc_{a}.weight"]).unflatten(2, (6, -1)) / 2**0.5 for a in "xy")
-    query = conv(w, f"{post}.query_conv", x).unflatten(1, (6, -1)).permute(0, 1, 3, 4, 2)  # [R, 6, row, column, d]
+    query = (
+        parts.conv(w, f"{post}.query_conv", x).unflatten(1, (6, -1)).permute(0, 1, 3, 4, 2)
+    )  # [R, 6, row, column, d]
     by_column = (query[:, :, :, :, None] * across.permute(2, 0, 1, 3)[:, None]).sum(-1)  # [R, 6, row, column, other]
     by_row = (query.transpose(2, 3)[:, :, :, :, None] * down.permute(2, 0, 1, 3)[:, :, None]).sum(-1)
     energy = by_row[..., :, None] + by_column[..., None, :]
-    value = conv(w, f"{post}.value_conv", F.avg_pool2d(x, 1, 2)).unflatten(1, (6, -1)).flatten(3)  # [R, 6, d, others]
+    value = (
+        parts.conv(w, f"{post}.value_conv", F.avg_pool2d(x, 1, 2)).unflatten(1, (6, -1)).flatten(3)
+    )  # [R, 6, d, others]
     mixed = energy.flatten(4).softmax(dim=4).flatten(2, 3) @ value.mT  # [R, 6, bins, d]
-    return w[f"{post}.gamma"] * conv(w, f"{post}.proj_conv", mixed.mT.flatten(1, 2).unflatten(2, (size, size))) + x
+    return (
+        w[f"{post}.gamma"] * parts.conv(w, f"{post}.proj_conv", mixed.mT.flatten(1, 2).unflatten(2, (size, size))) + x
+    )
 
 
 def box_head(w: Weights, prefix: str, pooled: Tensor, caffe: bool) -> tuple[Tensor, Tensor]:
@@ -263,15 +257,15 @@ def box_head(w: Weights, prefix: str, pooled: Tensor, caffe: bool) -> tuple[Tens
     else:
         x = pooled.flatten(1)
         for i in (0, 1):
-            x = linear(w, f"{prefix}shared_fcs.{i}", x).relu()
-    return linear(w, f"{prefix}fc_cls", x), linear(w, f"{prefix}fc_reg", x)
+            x = parts.linear(w, f"{prefix}shared_fcs.{i}", x).relu()
+    return parts.linear(w, f"{prefix}fc_cls", x), parts.linear(w, f"{prefix}fc_reg", x)
 
 
 def detect(w: Weights, maps, strides, proposals: list[Found], numerics: dict, sizes, limits: Limits) -> list[Found]:
     """One box head, or a cascade: each stage on the last one's boxes, clipped; the logits are averaged."""
     cascade = isinstance(numerics["bbox_head"], list)
     heads = numerics["bbox_head"] if cascade else [numerics["bbox_head"]]
-    rois, total = with_image([p.boxes for p in proposals]), 0
+    rois, total = parts.with_image([p.boxes for p in proposals]), 0
     image = rois[:, 0].long()
     limit = torch.tensor([[w, h, w, h] for h, w in sizes])[image][:, None]
     for stage, head in enumerate(heads):
@@ -298,10 +292,10 @@ def with_masks(w: Weights, maps, strides, found: Found, image: int) -> Found:
     prefixes = ["roi_head.mask_head."] + [f"roi_head.mask_head.{stage}." for stage in range(3)]
     masks = []
     for prefix in (p for p in prefixes if f"{p}conv_logits.weight" in w):
-        x = align(maps, strides, rois, levels_of(rois, maps), 14)
+        x = parts.align(maps, strides, rois, levels_of(rois, maps), 14)
         for i in range(4):
-            x = conv(w, f"{prefix}convs.{i}.conv", x).relu()
+            x = parts.conv(w, f"{prefix}convs.{i}.conv", x).relu()
         deconv = [w[f"{prefix}upsample.{part}"] for part in ("weight", "bias")]
-        logits = conv(w, f"{prefix}conv_logits", F.conv_transpose2d(x, *deconv, stride=2).relu())
+        logits = parts.conv(w, f"{prefix}conv_logits", F.conv_transpose2d(x, *deconv, stride=2).relu())
         masks.append(logits[torch.arange(len(rois)), found.labels].sigmoid())
     return found._replace(masks=torch.stack(masks).mean(dim=0)) if masks else found

@@ -5,6 +5,7 @@ Weights are a mapping of the checkpoint's own keys. Dimensions: N images, R RoIs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torchvision.ops import deform_conv2d, roi_align
 
 Weights = Mapping[str, Tensor]
+MAX_LOG_SCALE = math.log(1000 / 16)  # how much a box may grow
 
 
 class Found(NamedTuple):
