@@ -37,8 +37,8 @@ class Keys:
 
 @entry_point("compare", Keys, paths=("runs", "output"))
 def main(cfg):
-    """The work is done in detector/evaluation/study.py."""
-    from detector.evaluation.study import compare_runs
+    """The work is done in detector/commands/compare.py."""
+    from detector.commands.compare import compare_runs
 
     compare_runs(cfg)
 

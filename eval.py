@@ -40,8 +40,8 @@ class Keys:
 
 @entry_point("eval", Keys, paths=("checkpoint", "output", "data.root", "data.val.images", "data.val.annotations"))
 def main(cfg):
-    """The work is done in detector/evaluation/run.py."""
-    from detector.evaluation.run import evaluate_checkpoint
+    """The work is done in detector/commands/evaluate.py."""
+    from detector.commands.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(cfg)
 

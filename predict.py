@@ -36,8 +36,8 @@ class Keys:
 
 @entry_point("predict", Keys, paths=("checkpoint", "images", "output"))
 def main(cfg):
-    """The work is done in detector/predict.py."""
-    from detector.predict import predict_files
+    """The work is done in detector/inference/predict.py."""
+    from detector.commands.predict import predict_files
 
     predict_files(cfg)
 

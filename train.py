@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from detector.config import Data, entry_point
+from detector.config import entry_point
+from detector.config.program import Data
 
 
 @dataclass

@@ -26,7 +26,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from detector.evaluation import coco_metrics
-from detector.evaluation.masks import encode_window, paste_window
+from detector.ops.paste import encode_window, paste_window
 
 HEIGHT, WIDTH, DETECTIONS, CATEGORIES = 480, 640, 100, 80
 

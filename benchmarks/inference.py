@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from benchmarks.peers import mask_rcnn_pair, synthetic_batch
 from benchmarks.train_step import DTYPES
-from detector.engine.distributed import keep_freed_memory
 from detector.evaluation.results import detections_to_coco
-from detector.layers import to_liked_layout
+from detector.ops.layers import to_liked_layout
+from detector.runtime import keep_freed_memory
 
 CATEGORIES = list(range(1, 81))
 

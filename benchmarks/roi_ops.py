@@ -30,14 +30,7 @@ from torchvision import ops
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
-from detector.roi import (
-    DeformableRoIPool,
-    PositionSensitiveRoIAlign,
-    PreciseRoIPool,
-    RoIAlign,
-    RoIPool,
-    assign_levels,
-)
+from detector.roi import DeformableRoIPool, PositionSensitiveRoIAlign, PreciseRoIPool, RoIAlign, RoIPool, assign_levels
 
 CHANNELS, IMAGE = 256, (800, 1088)
 STRIDES = {"one": (4,), "pyramid": (4, 8, 16, 32)}

@@ -26,8 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from benchmarks.peers import mask_rcnn_pair, synthetic_batch
-from detector.engine.distributed import keep_freed_memory
-from detector.layers import to_liked_layout
+from detector.ops.layers import to_liked_layout
+from detector.runtime import keep_freed_memory
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

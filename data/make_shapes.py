@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from detector.data.masks import Outlines, fill, ring_area, trace_rings
+from detector.data.outlines import Outlines, fill, ring_area, trace_rings
 
 # COCO's own category ids have gaps, so these have too.
 CATEGORIES = {1: "ellipse", 2: "triangle", 4: "rectangle", 5: "star", 8: "ring"}

@@ -15,9 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from detector import losses
 from detector.heads.box import SampledRoIs
-from detector.heads.stage import SharedTrunk
+from detector.heads.trunk import SharedTrunk
+from detector.ops import losses
 from detector.structures import Batch, Detections, RoIFeatures, Targets
 from detector.weights.loading import load_foreign, load_into
 

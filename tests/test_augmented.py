@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from detector.augmented import Augmented, View, back, forth, look
 from detector.heads import ConvTrunk, KeypointHead
 from detector.heads.keypoint import KeypointPrediction
+from detector.inference.tta import Augmented, View, back, forth, look
 from detector.roi import RoIAlign
 from tests.tiny import random_batch, tiny_model
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from detector.boxes import BoxCoder, clip, group_by_image, nms_by_image, nms_like_mmcv, of_label, pairwise_iou, take
+from detector.ops.boxes import BoxCoder, clip, group_by_image, nms_by_image, nms_like_mmcv, of_label, pairwise_iou, take
 
 
 def random_boxes(*shape, size=100.0, seed=0):

@@ -19,7 +19,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from detector import config
-from detector.config import CONFIGS, ConfigError, build, check, check_model_config, explain, fits, near
+from detector.config import CONFIGS, ConfigError, build, check, explain
+from detector.config.program import share_roi
+from detector.config.schema import check_model_config, fits, near
 from train import Keys, main
 
 
@@ -200,12 +202,12 @@ def test_no_value_crashes_the_check(value):
     [
         "os.system",
         "builtins.eval",
-        "detector.config.subprocess.run",
+        "detector.config.program.subprocess.run",
         "torch.hub.load",
         "torch.nn.modules.module.warnings.warn",
         "torchvision.datasets.utils.download_url",
         "detector.model.losses.torch.load",
-        "detector.engine.checkpoint.save",
+        "detector.checkpoint.save",
     ],
 )
 def test_stored_config_builds_models_only(target):
@@ -272,7 +274,7 @@ def test_configs_are_where_the_programs_look():
 
 def shared_roi(*overrides: str):
     cfg = config.compose("train", overrides)
-    config.share_roi(cfg, cfg.hydra)
+    share_roi(cfg, cfg.hydra)
     return cfg
 
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import generalized_box_iou_loss
 
-from detector import losses
-from detector.boxes import BoxCoder
+from detector.ops import losses
+from detector.ops.boxes import BoxCoder
 from tests.test_boxes import random_boxes
 
 

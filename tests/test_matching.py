@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from detector.matching import IGNORED, NEGATIVE, POSITIVE, match
+from detector.ops.sampling import IGNORED, NEGATIVE, POSITIVE, match
 from detector.structures import Targets
 from tests.test_boxes import random_boxes
 

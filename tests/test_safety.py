@@ -17,10 +17,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from detector.config import CONFIGS, ConfigError, check_model_config, check_transforms_config
+from detector import checkpoint
+from detector.config import CONFIGS, ConfigError
+from detector.config.schema import check_model_config, check_transforms_config
 from detector.data import read_coco, read_image
-from detector.engine import checkpoint
-from detector.predict import load, validation_transforms
+from detector.inference.load import load, validation_transforms
 from detector.weights import load_foreign
 from tests.data.coco_files import minimal, write
 
@@ -63,7 +64,7 @@ def test_stored_transforms_build_transforms_only(tmp_path, place, make):
         "albumentations.core.utils.os.system",
         "albumentations.core.serialization.Path",
         "albumentations.load",
-        "detector.data.coco.os.system",
+        "detector.data.dataset.os.system",
         "detector.data.transforms.os.remove",
         "detector.data.CocoDataset",
         "detector.data.read_image",

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from detector.config import ConfigError, check, compose, explain, leaves
+from detector.config import ConfigError, check, compose, explain
+from detector.config.suggest import leaves
 from detector.data import CocoDataset, collate
 from tests.data.coco_files import minimal, write
 from tests.data.test_annotations import JUNK

@@ -4,8 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detector.matching import IGNORED, NEGATIVE, POSITIVE
-from detector.sampling import random_keys, sample
+from detector.ops.sampling import IGNORED, NEGATIVE, POSITIVE, random_keys, sample
 
 
 def verdicts(seed, n, a):

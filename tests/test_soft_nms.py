@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from detector.boxes import nms_by_image, soft_nms_by_image
+from detector.ops.boxes import nms_by_image, soft_nms_by_image
 
 
 def random_boxes(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

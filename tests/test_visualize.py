@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from detector.inference.draw import (
+    PALETTE,
+    _draw_labels,
+    _overlap,
+    _places,
+    beside_truth,
+    color,
+    draw,
+    panel,
+    paste_windows,
+)
 from detector.structures import Batch, Detections, Targets
-from detector.visualize import PALETTE, _draw_labels, _overlap, _places, beside_truth, color, draw, panel, paste_windows
 
 GREY = np.full((160, 120, 3), 128, np.uint8)
 BOX = np.array([[30.0, 40, 80, 100]])

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from detector import winograd
-from detector.layers import Conv3x3
+from detector.ops import winograd
+from detector.ops.layers import Conv3x3
 
 
 def operands(n: int, channels: int, out: int, height: int, width: int):

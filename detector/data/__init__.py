@@ -1,8 +1,9 @@
 """COCO-format data sets: annotations, augmentation, sampling and batches."""
 
-from detector.data.annotations import Annotations, read_coco
-from detector.data.coco import CocoDataset, Sample, collate, read_image
+from detector.data.annotations import Annotations
+from detector.data.dataset import CocoDataset, Sample, collate, read_image
 from detector.data.loader import EvaluationSampler, Loader, TrainingSampler, build_dataset, build_loader
+from detector.data.read_coco import read_coco
 from detector.data.store import open_coco
 from detector.data.transforms import Pipeline, ResizeShortestEdge, ScaleJitter
 

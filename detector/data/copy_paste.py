@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from detector.data.masks import Outlines, fill, join, trace_rings, visible_bounds
+from detector.data.outlines import Outlines, fill, join, trace_rings, visible_bounds
 from detector.data.transforms import Transformed
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 from hydra.utils import instantiate
 from torch.utils.data import DataLoader, Sampler
 
-from detector.data.coco import CocoDataset, collate
+from detector.config import RunError
+from detector.data.dataset import CocoDataset, collate
 from detector.structures import Batch, Targets
 
 
@@ -245,3 +246,12 @@ def _init_worker(worker: int) -> None:
     gc.freeze()  # the collector would touch, and so copy, the memory that is shared with the parent
     cv2.setNumThreads(0)  # the processes are the parallelism
     torch.set_num_threads(1)
+
+
+def readable(batches: Iterable) -> Iterator:
+    """The batches; an image that cannot be read becomes a RunError."""
+    try:
+        yield from batches
+    except (ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")  # a worker sends its traceback too
+        raise RunError(f"{reason}. Mend it, or go on without what cannot be read: data.on_error=skip") from error

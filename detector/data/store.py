@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from detector.data.annotations import Annotations, Problems, read_coco
+from detector.data.annotations import Annotations
+from detector.data.read_coco import Problems, read_coco
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from detector.data.masks import Outlines, visible_bounds
+from detector.data.outlines import Outlines, visible_bounds
 
 # albumentations moves keypoints as pixel centres (a flip is x -> width - 1 - x), but these transforms scale them as if
 # the centre of pixel 0 were its corner: half a pixel off at factor 2, more at larger factors.

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from detector.config import ConfigError
-from detector.engine.distributed import StopRequest, World, return_freed_memory
-from detector.engine.logging import Journal
-from detector.engine.settings import Evaluation, Runtime
+from detector.engine.journal import Journal
 from detector.engine.state import State
-from detector.evaluation.evaluator import eval_mode, evaluate, summary_table
+from detector.evaluation.evaluator import evaluate
+from detector.evaluation.tables import summary_table
+from detector.inference.draw import beside_truth
+from detector.runtime import StopRequest, World, eval_mode, return_freed_memory
+from detector.settings import Evaluation, Runtime
 from detector.structures import Batch, Targets, to_device
-from detector.visualize import beside_truth
 
 log = logging.getLogger(__name__)
 

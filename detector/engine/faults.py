@@ -6,7 +6,7 @@ import contextlib
 import errno
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from detector.checkpoint import atomically
 from detector.config import RunError
-from detector.engine.checkpoint import atomically
-from detector.engine.distributed import World
-from detector.engine.settings import Runtime
 from detector.engine.state import State
+from detector.runtime import World
+from detector.settings import Runtime
 from detector.structures import Batch, Targets
 
 log = logging.getLogger(__name__)
@@ -51,15 +51,6 @@ def in_plain_words(folder: Path, world: World) -> Iterator[None]:
                 f"log, tells why ({reason}). {AGAIN.capitalize()}; torchrun --max-restarts=3 does so by itself"
             ) from error
         raise
-
-
-def readable(batches: Iterable) -> Iterator:
-    """The batches; an image that cannot be read becomes a RunError."""
-    try:
-        yield from batches
-    except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")  # a worker sends its traceback too
-        raise RunError(f"{reason}. Mend it, or go on without what cannot be read: data.on_error=skip") from error
 
 
 def fetch(batches: Iterator, count: int, world: World, save: Callable[[], None]) -> list[tuple[Batch, Targets]]:

@@ -1,16 +1,28 @@
-"""Parameter groups, the optimiser over them, and the moving average of the weights."""
+"""Parameter groups, the optimiser over them, the moving average of the weights, and schedules of the learning rate.
+
+A schedule is the length of a run and a factor on the learning rate, a pure function of the iteration. Warm-up is linear
+from `warmup_factor` to 1 (Goyal et al. 2017, "Accurate, Large Minibatch SGD"), then
+    Step       f(t) = gamma ^ (number of milestones <= t)
+    Cosine     f(t) = e + (1 - e) (1 + cos(pi u)) / 2,  u = (t - warmup) / (T - warmup)   (Loshchilov & Hutter, SGDR)
+    OneCycle   rises and falls by half a cosine                                (Smith & Topin 2018, Super-Convergence)
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
 import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from detector.config import ConfigError
-from detector.engine.settings import Training
+from detector.ops.checks import require
+from detector.settings import Length, Training, to_iterations
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -92,3 +104,115 @@ class EMA:
 def tensors(model: nn.Module) -> list[Tensor]:
     """All parameters and buffers."""
     return [*(p.data for p in model.parameters()), *model.buffers()]
+
+
+# ---------------------------------------------------------------------------------------------------- learning rates
+
+
+@dataclass(frozen=True)
+class Schedule(ABC):
+    """Length and warm-up, common to all. Lengths: an int (iterations), "3 epochs", or a float, a share of the run."""
+
+    max_iterations: int | None = None
+    max_epochs: float | None = None
+    warmup: Length = 0
+    warmup_factor: float = 0.001
+
+    def __post_init__(self):
+        if (self.max_iterations is None) == (self.max_epochs is None):
+            raise ValueError(
+                f"max_iterations = {self.max_iterations}, max_epochs = {self.max_epochs}: give exactly one of them"
+            )
+        length = self.max_epochs if self.max_iterations is None else self.max_iterations
+        require(length > 0, "max_epochs" if self.max_iterations is None else "max_iterations", length, "above 0")
+        require(0 <= self.warmup_factor <= 1, "warmup_factor", self.warmup_factor, "in [0, 1]")
+        to_iterations(self.warmup, 1, 1, "warmup")
+
+    def total(self, per_epoch: int) -> int:
+        """The run's length in iterations."""
+        return self.max_iterations or max(1, round(self.max_epochs * per_epoch))
+
+    def factor(self, per_epoch: int) -> Callable[[int], float]:
+        """The factor on the learning rate as a function of the iteration, 0 for the first."""
+        total = self.total(per_epoch)
+        warmup = to_iterations(self.warmup, per_epoch, total, "warmup")
+        require(warmup < total, "warmup", self.warmup, f"shorter than the run of {total} iterations")
+        after = self.after_warmup(warmup, total, per_epoch)
+
+        def factor(iteration: int) -> float:
+            if iteration < warmup:
+                return self.warmup_factor + (1 - self.warmup_factor) * iteration / warmup
+            return after(iteration)
+
+        return factor
+
+    @abstractmethod
+    def after_warmup(self, warmup: int, total: int, per_epoch: int) -> Callable[[int], float]:
+        """The factor as a function of the iteration, for those from `warmup` to `total`; lengths in iterations."""
+
+
+@dataclass(frozen=True)
+class Step(Schedule):
+    """Constant, times `gamma` at each milestone."""
+
+    milestones: Sequence[Length] = ()
+    gamma: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.gamma > 0, "gamma", self.gamma, "above 0")
+        for index, milestone in enumerate(self.milestones):
+            to_iterations(milestone, 1, 1, f"milestones[{index}]")
+
+    def after_warmup(self, warmup, total, per_epoch):
+        milestones = [to_iterations(m, per_epoch, total, "milestones") for m in self.milestones]
+        return lambda iteration: self.gamma ** sum(m <= iteration for m in milestones)
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """Half a cosine from 1 down to `final_factor`."""
+
+    final_factor: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 <= self.final_factor <= 1, "final_factor", self.final_factor, "in [0, 1]")
+
+    def after_warmup(self, warmup, total, per_epoch):
+        return lambda iteration: half_cosine(1.0, self.final_factor, (iteration - warmup) / (total - warmup))
+
+
+@dataclass(frozen=True)
+class OneCycle(Schedule):
+    """Half a cosine up from `start_factor` to 1 at `peak`, and another down to `final_factor`.
+
+    A run too short for a rise, of which `peak` is less than half an iteration, starts at 1.
+    """
+
+    peak: Length = 0.15
+    start_factor: float = 0.04
+    final_factor: float = 1e-4
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.warmup == 0, "warmup", self.warmup, "0: a one-cycle schedule rises until `peak` instead")
+        for name in ("start_factor", "final_factor"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        to_iterations(self.peak, 1, 1, "peak")
+
+    def after_warmup(self, warmup, total, per_epoch):
+        peak = to_iterations(self.peak, per_epoch, total, "peak")
+        require(peak < total, "peak", self.peak, f"inside the run of {total} iterations")
+
+        def factor(iteration: int) -> float:
+            if iteration < peak:
+                return half_cosine(self.start_factor, 1.0, iteration / peak)
+            return half_cosine(1.0, self.final_factor, (iteration - peak) / (total - peak))
+
+        return factor
+
+
+def half_cosine(start: float, end: float, share: float) -> float:
+    """From `start` to `end` as `share` goes from 0 to 1; `end` beyond."""
+    return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2

@@ -12,12 +12,12 @@ from torch import nn
 
 from detector.config import ConfigError, build, config_errors, overridden
 from detector.data import Loader, build_dataset, build_loader, collate
-from detector.engine import checkpoint
-from detector.engine.distributed import World, set_random_state
+from detector.engine import run_folder
 from detector.engine.optimizer import build_optimizer
-from detector.engine.settings import Runtime, Training
 from detector.engine.state import State
-from detector.evaluation.evaluator import summary_table
+from detector.evaluation.tables import summary_table
+from detector.runtime import World, set_random_state
+from detector.settings import Runtime, Training
 from detector.structures import Batch, Targets
 
 log = logging.getLogger(__name__)
@@ -59,11 +59,11 @@ def find_checkpoint(cfg: DictConfig, folder: Path, world: World) -> dict[str, An
 
     Raises ConfigError if it is of a run with other settings, naming them.
     """
-    found = checkpoint.find(cfg.resume, folder)
+    found = run_folder.find(cfg.resume, folder)
     if found is None:
         log.info("training into %s", folder)
     else:
-        checkpoint.compare_configs(found["config"], OmegaConf.to_container(cfg, resolve=True), overridden())
+        run_folder.compare_configs(found["config"], OmegaConf.to_container(cfg, resolve=True), overridden())
         log.info("continuing in %s after iteration %d", folder, found["iteration"])
     if world.main:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from detector.config import build, config_errors
-from detector.engine.distributed import World
-from detector.engine.optimizer import EMA, build_optimizer
-from detector.engine.schedule import Schedule
-from detector.engine.settings import Runtime, Training
-from detector.layers import to_liked_layout
+from detector.engine.optimizer import EMA, Schedule, build_optimizer
+from detector.ops.layers import to_liked_layout
+from detector.runtime import World
+from detector.settings import Runtime, Training
 
 MODULES, PLAIN = (
     ("model", "optimizer", "scheduler", "scaler"),

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detector.config import build, config_errors, overridden
-from detector.engine import checkpoint, distributed, faults, setup
-from detector.engine import logging as record
-from detector.engine.distributed import World
+from detector.data.loader import readable
+from detector.engine import faults, run_folder, setup
 from detector.engine.evaluation import chosen, measure, show
-from detector.engine.schedule import Schedule
-from detector.engine.settings import Evaluation, Runtime, Training, to_iterations
+from detector.engine.journal import Journal, start_log
+from detector.engine.optimizer import Schedule
 from detector.engine.state import State
-from detector.evaluation.evaluator import autocast
+from detector.runtime import World, autocast, random_state, seed_everything, start_ranks, stop_on_signal
+from detector.settings import Evaluation, Runtime, Training, to_iterations
 from detector.structures import Batch, Targets, to_device
 from detector.weights import Start
 
@@ -46,14 +46,14 @@ def train(cfg: DictConfig) -> float | None:
     schedule: Schedule = build(cfg.schedule, "schedule")
     start: Start = build(cfg.weights, "weights")
     setup.rehearse(cfg, training)
-    world = distributed.start(runtime)
+    world = start_ranks(runtime)
     folder = Path(cfg.run_dir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(faults.in_plain_words(folder, world))
-        faults.on_main(world, lambda: stack.enter_context(checkpoint.locked(folder)))
-        stop = stack.enter_context(distributed.stop_on_signal())
-        record.start(folder, world)
-        distributed.seed_everything(cfg.seed)
+        faults.on_main(world, lambda: stack.enter_context(run_folder.locked(folder)))
+        stop = stack.enter_context(stop_on_signal())
+        start_log(folder, world)
+        seed_everything(cfg.seed)
 
         with config_errors("model.weights"):
             weights = start.read(cfg, overridden())
@@ -72,7 +72,7 @@ def train(cfg: DictConfig) -> float | None:
                 "%s is finished: %d iterations. Another run_dir, or a longer schedule, trains more.", folder, total
             )
             return chosen(state.metrics, evaluation.metric)
-        journal = record.Journal(folder, world, runtime, training.batch_size, total, state.iteration, state.evaluated)
+        journal = Journal(folder, world, runtime, training.batch_size, total, state.iteration, state.evaluated)
         stack.callback(journal.close)
         if found:
             journal.load_state_dict(found["meters"])
@@ -89,16 +89,16 @@ def train(cfg: DictConfig) -> float | None:
         )
         stack.callback(train_loader.close)
         stack.callback(val_loader.close)
-        batches = faults.readable(train_loader)
+        batches = readable(train_loader)
         save_every = to_iterations(runtime.checkpoint_every, per_epoch, total)
         evaluate_every = to_iterations(evaluation.every, per_epoch, total) if evaluation.every else total
 
         def save(best: bool = False) -> None:
             saved = {**setup.about(cfg, train_set), **state.state_dict(), "meters": journal.state_dict()}
             saved["sampler"] = {"position": state.iteration * training.batch_size}
-            saved["rng"] = world.gather(distributed.random_state())
+            saved["rng"] = world.gather(random_state())
             numbered = hits(state.iteration, save_every)
-            faults.on_main(world, lambda: checkpoint.publish(saved, folder, numbered, best, runtime.keep))
+            faults.on_main(world, lambda: run_folder.publish(saved, folder, numbered, best, runtime.keep))
 
         state.model.train()
         while True:
@@ -106,7 +106,7 @@ def train(cfg: DictConfig) -> float | None:
                 state.iteration == total or hits(state.iteration, evaluate_every)
             ):
                 with journal.paused():
-                    found = faults.readable(val_loader)
+                    found = readable(val_loader)
                     better = measure(state, found, val_set, evaluation, runtime, journal, stop, world)
                     save(best=better)
             if state.iteration == total:

@@ -16,7 +16,7 @@ import numpy as np
 from hotcoco import mask as rle_tools
 from pycocotools.cocoeval import COCOeval
 
-from detector.evaluation.masks import encode_window
+from detector.ops.paste import encode_window
 
 DILATION_RATIO = 0.02
 LEAST_IOU = 0.5  # the lowest threshold of COCO's AP

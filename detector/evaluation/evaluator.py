@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,16 +10,16 @@ import torch
 from torch import distributed, nn
 from tqdm import tqdm
 
+from detector.checkpoint import write_json
 from detector.evaluation.coco import as_rle, check_annotation, coco_metrics, read_json
 from detector.evaluation.lvis import is_federated, lvis_metrics
 from detector.evaluation.proposals import OBJECT, proposal_recall, without_classes
-from detector.evaluation.results import detections_to_coco, write_json
+from detector.evaluation.results import detections_to_coco
 from detector.evaluation.voc import voc_metrics
+from detector.runtime import autocast, eval_mode
 from detector.structures import to_device
 
 log = logging.getLogger(__name__)
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def evaluate(
@@ -111,25 +110,6 @@ def predict(
     return results, kinds
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to bf16 or fp16; nothing for fp32. Raises ValueError for another precision."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module):
-    """The model in evaluation mode; afterwards each of its modules is as it was, frozen ones included."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def ground_truth(dataset) -> dict:
     """COCO annotations of the images of a data set; with its on_error="skip" without entries that cannot be used."""
     truth = read_json(dataset.annotation_file, "annotation")
@@ -203,49 +183,3 @@ def _gather(value) -> list | None:
     values = [None] * _world() if _rank() == 0 else None
     distributed.gather_object(value, values)
     return values
-
-
-# -------------------------------------------------------------------------------------------------------------- tables
-
-COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
-TITLES = {"bbox": "box", "segm": "mask", "boundary": "boundary", "keypoints": "keypoint", "voc": "VOC box"}
-
-
-def summary_table(metrics: dict) -> str:
-    """One row per IoU type, in percent."""
-    rows = [
-        [TITLES[kind]] + [percent(values.get(c, values.get("AR"))) for c in COLUMNS]
-        for kind, values in metrics.items()
-        if kind in TITLES
-    ]
-    return table(["", *COLUMNS], rows)
-
-
-def class_table(metrics: dict, annotations: dict) -> str:
-    """One row per class: how many objects and images hold it, then AP, AP50, AP75 of each IoU type, in percent."""
-    kinds = list(metrics["per_class"])
-    header = ["class", "images", "objects"] + [f"{TITLES[k]} {c}" for k in kinds for c in COLUMNS[:3]]
-    images_of: dict[int, list[int]] = {category["id"]: [] for category in annotations["categories"]}
-    for entry in annotations["annotations"]:
-        if not entry.get("iscrowd"):
-            images_of[entry["category_id"]].append(entry["image_id"])
-    rows = []
-    for category in sorted(annotations["categories"], key=lambda c: c["id"]):
-        objects = images_of[category["id"]]
-        numbers = [percent(metrics["per_class"][k][category["name"]].get(c)) for k in kinds for c in COLUMNS[:3]]
-        rows.append([category["name"], str(len(set(objects))), str(len(objects)), *numbers])
-    return table(header, rows)
-
-
-def percent(fraction: float | None) -> str:
-    return "-" if fraction is None or fraction < 0 else f"{100 * fraction:.1f}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text with aligned columns: the first to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells):
-        return "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))).rstrip()
-
-    return "\n".join([line(header), "  ".join("─" * w for w in widths), *map(line, rows)])

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from detector.boxes import area, clip
-from detector.evaluation.masks import encode_window, paste_window
+from detector.ops.boxes import area, clip
+from detector.ops.paste import encode_window, paste_window
 from detector.structures import Batch, Detections
 
 
@@ -69,15 +66,3 @@ def detections_to_coco(
 def coco_keypoints(keypoints) -> list[float]:
     """[x, y, score] * P of keypoints [P, 3], as COCO counts: the centre of the first pixel is 0, ours 0.5."""
     return [round(v - 0.5 * (i % 3 < 2), 3) for i, v in enumerate(keypoints.flatten().tolist())]
-
-
-def write_json(path: str | Path, content, indent: int | None = None) -> None:
-    """Write `content` so that a reader, or a crash, never meets half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

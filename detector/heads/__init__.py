@@ -2,5 +2,4 @@ from detector.heads.box import BoxHead
 from detector.heads.cascade import CascadeBoxHead, CascadeMaskHead
 from detector.heads.keypoint import KeypointHead
 from detector.heads.mask import MaskHead
-from detector.heads.stage import ResNetTrunk
-from detector.heads.trunk import ConvTrunk, FCTrunk
+from detector.heads.trunk import ConvTrunk, FCTrunk, ResNetTrunk

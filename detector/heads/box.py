@@ -11,14 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from detector import losses
-from detector.boxes import BoxCoder, clip, nms_by_image, nms_like_mmcv, of_label, soft_nms_by_image, take
-from detector.checks import check_counts, check_fractions
 from detector.heads.trunk import FCTrunk
-from detector.matching import IGNORED, check_thresholds, match
+from detector.ops import losses
+from detector.ops.boxes import BoxCoder, clip, nms_by_image, nms_like_mmcv, of_label, soft_nms_by_image, take
+from detector.ops.checks import check_choice, check_counts, check_fractions
+from detector.ops.sampling import IGNORED, check_thresholds, match, sample
 from detector.roi import RoIExtractor, make_op
-from detector.roi.base import check_choice
-from detector.sampling import sample
 from detector.structures import (
     Batch,
     Detections,

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from detector.boxes import clip
 from detector.heads.box import BoxHead, BoxPrediction, SampledRoIs
 from detector.heads.mask import MaskHead, MaskPrediction
-from detector.matching import IGNORED, POSITIVE, match
-from detector.roi.base import check_choice
+from detector.ops.boxes import clip
+from detector.ops.checks import check_choice
+from detector.ops.sampling import IGNORED, POSITIVE, match
 from detector.structures import Batch, Detections, Proposals, RoIFeatures, Targets, rois_from_boxes
 
 

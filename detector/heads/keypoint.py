@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detector import losses
 from detector.heads.box import SampledRoIs
 from detector.heads.trunk import ConvTrunk
+from detector.ops import losses
+from detector.ops.checks import check_choice
 from detector.roi import RoIExtractor, make_op
-from detector.roi.base import check_choice
 from detector.structures import Detections, RoIFeatures, Targets, rois_from_boxes
 
 KEYPOINT_TRUNK = partial(ConvTrunk, conv_channels=(512,) * 8)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from detector import losses
 from detector.heads.box import SampledRoIs
 from detector.heads.trunk import ConvTrunk
-from detector.layers import init_kaiming
+from detector.ops import losses
+from detector.ops.layers import init_kaiming
 from detector.roi import RoIExtractor, make_op
 from detector.structures import Detections, RoIFeatures, Targets, rois_from_boxes
 

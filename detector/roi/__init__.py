@@ -5,8 +5,7 @@ from detector.roi.align import RoIAlign
 from detector.roi.bag import max_bag, weighted_bag
 from detector.roi.base import RoIOp, make_op
 from detector.roi.deformable import DeformableRoIPool
-from detector.roi.extractor import RoIExtractor
-from detector.roi.levels import LEVEL_RULES, assign_levels
+from detector.roi.extractor import LEVEL_RULES, RoIExtractor, assign_levels
 from detector.roi.pool import RoIPool
 from detector.roi.position_sensitive import (
     DeformablePositionSensitiveRoIPool,

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from detector.ops.checks import check_choice
 from detector.roi.align import RoIAlign
-from detector.roi.base import RoIOp, check_choice, check_inputs, make_op
+from detector.roi.base import RoIOp, check_inputs, make_op
 from detector.structures import RoIFeatures
 
 

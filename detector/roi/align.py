@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from detector.ops.checks import check_choice
 from detector.roi.bag import CHUNK, max_of_runs, pool_cells, runs
-from detector.roi.base import RoIOp, check_choice, check_inputs
-from detector.roi.dispatch import check_fixed, choose_path
+from detector.roi.base import RoIOp, check_fixed, check_inputs, choose_path
 from detector.roi.geometry import Axis, Regions, bilinear, cells_between, locate
 from detector.roi.plain import align_boxes
 from detector.structures import RoIFeatures

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from detector.roi.dispatch import choose_path
+from detector.roi.base import choose_path
 from detector.roi.geometry import Axis, Regions, per_level
 
 CHUNK = 1 << 23

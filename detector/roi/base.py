@@ -1,4 +1,10 @@
-"""The contract of a RoI method: features and RoIs in, one small map per RoI out.
+"""The contract of a RoI method, features and RoIs in, one small map per RoI out; and which code computes it.
+
+One function chooses the path; a context manager or an environment variable overrides it:
+- "triton": kernels on the GPU, all levels in one launch (triton_align.py, triton_bag.py).
+- "bag": the weighted bag of cells in pure PyTorch (bag.py): every device, every dtype, every gradient.
+- "torchvision": torchvision's compiled op, one call per level; only for what it implements.
+- "plain": operators that torch.export and ONNX know, with shapes that do not depend on the data (plain.py).
 
 Dimensions: N images, L levels, R RoIs, C channels, h x w output bins.
 """
@@ -6,15 +12,24 @@ Dimensions: N images, L levels, R RoIs, C channels, h x w output bins.
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from importlib.util import find_spec
+from subprocess import CalledProcessError
 
 import torch
 from torch import Tensor, nn
 
 from detector.structures import RoIFeatures
+
+log = logging.getLogger(__name__)
+PATHS = ("triton", "bag", "torchvision", "plain")
+_forced: str | None = None
 
 
 class RoIOp(nn.Module, ABC):
@@ -57,12 +72,6 @@ def pair(size: int | Sequence[int], name: str = "output_size") -> tuple[int, int
     if len(values) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
         raise ValueError(f"{name} must be a positive int or two of them (h, w), got {size!r}")
     return values
-
-
-def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_inputs(features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]) -> None:
@@ -136,3 +145,74 @@ def make_op(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(zlib.crc32(state.numpy().tobytes()))
         return factory(**{name: value for name, value in given.items() if name in wanted and name not in fixed})
+
+
+# --------------------------------------------------------------------------------------------------- the choice of path
+
+
+@torch.compiler.assume_constant_result
+@cache
+def triton_available() -> bool:
+    """Whether this machine has Triton, a GPU that it compiles for, and what Triton builds its launcher with."""
+    if find_spec("triton") is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (7, 0):
+        return False
+    from triton.runtime import driver
+
+    try:
+        _ = driver.active.utils  # built at its first use
+    except (RuntimeError, OSError, CalledProcessError) as error:
+        log.warning(
+            "Triton's kernels cannot be used, RoI methods take slower paths: %s. Triton needs a C compiler and "
+            "Python's header files (Debian and Ubuntu: apt-get install gcc python3-dev)",
+            error,
+        )
+        return False
+    return True
+
+
+def choose_path(features: Tensor, paths: Sequence[str] = PATHS) -> str:
+    """The path that computes a RoI method over `features` (of any level), out of the `paths` that the method has.
+
+    On the GPU "triton" where it can run, else "torchvision", else "bag". On the CPU "bag", the fastest there. float64,
+    which is for gradient checks, is the bag's everywhere. While a program is exported, "plain". `use_path` or the
+    environment variable ROI_PATH force a path on the methods that have it.
+
+    Raises ValueError if the forced path is unknown.
+    """
+    forced = "plain" if exporting() else _forced or os.environ.get("ROI_PATH")
+    if forced and forced not in PATHS:
+        raise ValueError(f"the environment variable ROI_PATH must be one of {PATHS}, got {forced!r}")
+    if forced in paths:
+        return forced
+    if features.is_cuda and features.dtype != torch.float64:
+        order = ("triton", "torchvision", "bag") if triton_available() else ("torchvision", "bag")
+    else:
+        order = ("bag", "torchvision")
+    return next(path for path in order if path in paths)
+
+
+def exporting() -> bool:
+    """Whether shapes must not depend on the data: torch.export runs, or the path "plain" is forced."""
+    return torch.compiler.is_exporting() or (_forced or os.environ.get("ROI_PATH")) == "plain"
+
+
+def check_fixed(what: str) -> None:
+    """ValueError while exporting: `what` depends on the data."""
+    if exporting():
+        raise ValueError(f"{what}, and the shapes of an exported program do not: it needs another form in plain.py")
+
+
+@contextmanager
+def use_path(path: str) -> Iterator[None]:
+    """Force `path` on every method that has it: `with use_path("bag"): ...`.
+
+    Raises ValueError if `path` is unknown.
+    """
+    global _forced
+    if path not in PATHS:
+        raise ValueError(f"path must be one of {PATHS}, got {path!r}")
+    before, _forced = _forced, path
+    try:
+        yield
+    finally:
+        _forced = before

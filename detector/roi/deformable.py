@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detector.ops.checks import check_choice
 from detector.roi.align import RoIAlign
 from detector.roi.bag import pool_cells
-from detector.roi.base import RoIOp, check_choice, check_inputs, make_op
-from detector.roi.dispatch import choose_path, exporting
+from detector.roi.base import RoIOp, check_inputs, choose_path, exporting, make_op
 from detector.roi.geometry import Axis, Regions, bilinear, locate
 from detector.roi.plain import align_boxes, as_maps, bins
 from detector.structures import RoIFeatures

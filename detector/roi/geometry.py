@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detector.roi.dispatch import check_fixed
+from detector.roi.base import check_fixed
 
 NOWHERE = -9.0  # a point outside every map, even after rounding up to a cell
 FAR = 1e18  # pixels; products of two such still fit float32

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from detector.ops.checks import check_choice
 from detector.roi.bag import pool_max
-from detector.roi.base import RoIOp, check_choice, check_inputs
-from detector.roi.dispatch import choose_path
+from detector.roi.base import RoIOp, check_inputs, choose_path
 from detector.roi.geometry import Axis, cells_between, locate
 from detector.roi.plain import max_between
 from detector.structures import RoIFeatures

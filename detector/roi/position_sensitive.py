@@ -17,10 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from detector.ops.checks import check_choice
 from detector.roi.align import RoIAlign
 from detector.roi.bag import pool_cells
-from detector.roi.base import RoIOp, check_choice, check_inputs
-from detector.roi.dispatch import choose_path
+from detector.roi.base import RoIOp, check_inputs, choose_path
 from detector.roi.geometry import Axis, Regions, cells_between, locate
 from detector.roi.plain import mean_between
 from detector.roi.pool import round_half_away

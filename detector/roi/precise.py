@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detector.roi.bag import pool_cells
-from detector.roi.base import RoIOp, check_inputs
-from detector.roi.dispatch import choose_path
+from detector.roi.base import RoIOp, check_inputs, choose_path
 from detector.roi.geometry import Axis, cells_between, locate
 from detector.structures import RoIFeatures
 

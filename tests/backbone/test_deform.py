@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import resnet50
 
 from detector.backbone import ResNet
-from detector.backbone.deform import DeformConv2d
+from detector.backbone.resnet import DeformConv2d
 
 
 @pytest.mark.parametrize("stride, dilation, groups", [(1, 1, 1), (2, 1, 4), (1, 2, 1)])

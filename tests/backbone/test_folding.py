@@ -7,7 +7,7 @@ from torchvision.models import resnet50
 from torchvision.ops import FrozenBatchNorm2d
 
 from detector.backbone.resnet import ResNet
-from detector.layers import conv_norm, norm_layer
+from detector.ops.layers import conv_norm, norm_layer
 
 
 @pytest.mark.parametrize("norm", ["frozen_batch_norm", "batch_norm"])

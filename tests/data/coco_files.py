@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from detector.data.masks import Outlines
+from detector.data.outlines import Outlines
 
 MINIMAL = {
     "images": [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from detector.data import CocoDataset, ScaleJitter
 from detector.data.copy_paste import paste
-from detector.data.masks import fill, visible_bounds
+from detector.data.outlines import fill, visible_bounds
 from detector.data.transforms import Transformed
 from tests.data.coco_files import minimal, outlines_of, write
 from tests.data.test_transforms import polygon

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco_mask
 
-from detector.data.masks import fill, mask_windows, ring_area, rle_counts, rle_rings, trace_rings, visible_bounds
+from detector.data.outlines import fill, mask_windows, ring_area, rle_counts, rle_rings, trace_rings, visible_bounds
 from tests.data.coco_files import outlines_of
 
 MASKS = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=24), elements=st.integers(0, 1))

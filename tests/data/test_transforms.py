@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from detector.data import Pipeline, ResizeShortestEdge, ScaleJitter
-from detector.data.masks import fill, visible_bounds
+from detector.data.outlines import fill, visible_bounds
 from tests.data.coco_files import outlines_of
 
 HEIGHT, WIDTH = 120, 160

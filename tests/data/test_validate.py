@@ -12,9 +12,9 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from detector import validate
+from detector.commands import validate
 from detector.config import compose
-from detector.rpn.anchors import AnchorGenerator
+from detector.rpn import AnchorGenerator
 from tests.data.coco_files import minimal, write
 
 

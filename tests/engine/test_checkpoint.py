@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from detector import checkpoint
+from detector.checkpoint import CheckpointError
 from detector.config import ConfigError, RunError
-from detector.engine import checkpoint
-from detector.engine.checkpoint import CheckpointError
+from detector.engine import run_folder
 
 
 def state(iteration: int = 1, size: int = 10) -> dict:
@@ -37,7 +38,7 @@ def test_round_trip(tmp_path):
 
 def test_keeps_the_newest_and_the_best(tmp_path):
     for i in range(1, 6):
-        checkpoint.publish(state(i), tmp_path, numbered=True, best=i == 2, keep=2)
+        run_folder.publish(state(i), tmp_path, numbered=True, best=i == 2, keep=2)
     assert names(tmp_path) == ["best.pt", "iteration_0000004.pt", "iteration_0000005.pt", "last.pt"]
     assert [checkpoint.load(tmp_path / name)["iteration"] for name in names(tmp_path)] == [2, 4, 5, 5]
 
@@ -47,7 +48,7 @@ def test_names_survive_where_links_are_impossible(tmp_path, monkeypatch):
         raise OSError(errno.EPERM, "no links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    checkpoint.publish(state(4), tmp_path, numbered=True, best=True, keep=1)
+    run_folder.publish(state(4), tmp_path, numbered=True, best=True, keep=1)
     assert [checkpoint.load(tmp_path / name)["iteration"] for name in names(tmp_path)] == [4, 4, 4]
 
 
@@ -79,12 +80,12 @@ def write_for_ever(folder: Path) -> None:
     i = 1
     while True:
         i += 1
-        checkpoint.publish(state(i, size=300_000), folder, numbered=True, best=True, keep=2)
+        run_folder.publish(state(i, size=300_000), folder, numbered=True, best=True, keep=2)
 
 
 @pytest.mark.parametrize("delay", [0.02, 0.05, 0.11])
 def test_killed_while_writing(tmp_path, delay):
-    checkpoint.publish(state(1, size=300_000), tmp_path, numbered=True, best=True, keep=2)
+    run_folder.publish(state(1, size=300_000), tmp_path, numbered=True, best=True, keep=2)
     process = multiprocessing.get_context("fork").Process(target=write_for_ever, args=(tmp_path,))
     process.start()
     time.sleep(delay)
@@ -92,7 +93,7 @@ def test_killed_while_writing(tmp_path, delay):
     process.join()
     for path in tmp_path.glob("[!.]*.pt"):
         assert checkpoint.load(path)["model"]["weight"].numel() == 300_000
-    with checkpoint.locked(tmp_path):
+    with run_folder.locked(tmp_path):
         assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -104,28 +105,28 @@ def test_truncated(tmp_path, share):
     with pytest.raises(CheckpointError, match=r"last\.pt: not readable as a checkpoint"):
         checkpoint.load(tmp_path / "last.pt")
     with pytest.raises(CheckpointError, match="none of its 1 checkpoints can be read; resume=none"):
-        checkpoint.find("auto", tmp_path)
+        run_folder.find("auto", tmp_path)
 
 
 def test_newest_intact_one_is_found(tmp_path, caplog):
     for i in (1, 2, 3):
-        checkpoint.publish(state(i), tmp_path, numbered=True, best=i == 1, keep=2)
+        run_folder.publish(state(i), tmp_path, numbered=True, best=i == 1, keep=2)
     (tmp_path / "last.pt").unlink()
-    assert checkpoint.find("auto", tmp_path)["iteration"] == 3
+    assert run_folder.find("auto", tmp_path)["iteration"] == 3
     for name in ("last.pt", "iteration_0000003.pt"):
         (tmp_path / name).unlink(missing_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert checkpoint.find("auto", tmp_path)["iteration"] == 2
+    assert run_folder.find("auto", tmp_path)["iteration"] == 2
     assert "last.pt: not readable" in caplog.text
     assert "iteration_0000002.pt, iteration 2, instead" in caplog.text
-    assert checkpoint.find("none", tmp_path) is None
-    assert checkpoint.find(str(tmp_path / "best.pt"), tmp_path)["iteration"] == 1
+    assert run_folder.find("none", tmp_path) is None
+    assert run_folder.find(str(tmp_path / "best.pt"), tmp_path)["iteration"] == 1
 
 
 def test_missing_path_lists_what_is_there(tmp_path):
     checkpoint.save(state(), tmp_path / "best.pt")
     with pytest.raises(CheckpointError, match=r"bset\.pt: there is no such checkpoint \(in its folder: best\.pt\)"):
-        checkpoint.find(str(tmp_path / "bset.pt"), tmp_path)
+        run_folder.find(str(tmp_path / "bset.pt"), tmp_path)
 
 
 def test_foreign_files_are_named(tmp_path):
@@ -148,7 +149,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
 
 
 def hold(folder: Path, ready, leave) -> None:
-    with checkpoint.locked(folder):
+    with run_folder.locked(folder):
         ready.set()
         leave.wait()
 
@@ -159,16 +160,16 @@ def test_a_folder_in_use_is_refused_by_name_and_freed_by_death(tmp_path):
     process = context.Process(target=hold, args=(tmp_path, ready, leave))
     process.start()
     assert ready.wait(60)
-    with pytest.raises(RunError, match=f"is in use by process {process.pid} on "), checkpoint.locked(tmp_path):
+    with pytest.raises(RunError, match=f"is in use by process {process.pid} on "), run_folder.locked(tmp_path):
         pass
     process.kill()
     process.join()
-    with checkpoint.locked(tmp_path):
+    with run_folder.locked(tmp_path):
         pass
 
 
 def lock_and_fork(folder: Path, ready) -> None:
-    with checkpoint.locked(folder):
+    with run_folder.locked(folder):
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
         child.start()
         ready.put(child.pid)
@@ -183,7 +184,7 @@ def test_workers_do_not_keep_the_lock_of_a_killed_process(tmp_path):
     worker = ready.get()
     process.kill()
     process.join()
-    with checkpoint.locked(tmp_path):  # the worker is still there
+    with run_folder.locked(tmp_path):  # the worker is still there
         os.kill(worker, signal.SIGKILL)
 
 
@@ -202,10 +203,10 @@ def test_another_programs_error_is_not_taken_for_a_full_disk(tmp_path):
 def test_keys_that_are_newer_than_the_checkpoint(caplog):
     old = {"data": {"root": "a", "train": {"images": "x"}}, "model": {"neck": {"channels": [1]}}, "optimizer": {}}
     new = {**old, "data": {**old["data"], "brightness": 2, "cache": "here"}}
-    checkpoint.compare_configs(old, new)
+    run_folder.compare_configs(old, new)
     assert "data.brightness: absent -> 2" in caplog.text
     with pytest.raises(ConfigError, match=r"data\.brightness: absent -> 2"):
-        checkpoint.compare_configs(old, new, chosen={"data.brightness"})
+        run_folder.compare_configs(old, new, chosen={"data.brightness"})
     for other in (
         {**old, "optimizer": {"fused": True}},
         {**old, "model": {"neck": {"channels": [1, 2]}}},
@@ -213,17 +214,17 @@ def test_keys_that_are_newer_than_the_checkpoint(caplog):
         {**new, "data": {**new["data"], "root": "b", "train": {"images": "y"}}},
     ):
         with pytest.raises(ConfigError, match="another configuration"):
-            checkpoint.compare_configs(old, other)
+            run_folder.compare_configs(old, other)
 
 
 def test_compare_configs(caplog):
     old = {"seed": 0, "optimizer": {"lr": 0.1}, "schedule": {"max_iterations": 5, "m": [1]}, "runtime": {"workers": 2}}
-    checkpoint.compare_configs(old, {**old, "runtime": {"workers": 0}, "name": "x"})
+    run_folder.compare_configs(old, {**old, "runtime": {"workers": 0}, "name": "x"})
     assert not caplog.text
-    checkpoint.compare_configs(old, {**old, "schedule": {"max_iterations": 9, "m": [1, 2]}})
+    run_folder.compare_configs(old, {**old, "schedule": {"max_iterations": 9, "m": [1, 2]}})
     assert "schedule.max_iterations: 5 -> 9" in caplog.text
     assert "schedule.m.1: absent -> 2" in caplog.text
-    checkpoint.compare_configs({**old, "data": {"root": "a"}}, {**old, "data": {"root": "b"}})
+    run_folder.compare_configs({**old, "data": {"root": "a"}}, {**old, "data": {"root": "b"}})
     assert "data.root: a -> b" in caplog.text
     with pytest.raises(ConfigError, match=r"optimizer\.lr: 0\.1 -> 0\.2; seed: 0 -> 1"):
-        checkpoint.compare_configs(old, {**old, "seed": 1, "optimizer": {"lr": 0.2}})
+        run_folder.compare_configs(old, {**old, "seed": 1, "optimizer": {"lr": 0.2}})

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from detector import checkpoint, runtime
 from detector.config import ConfigError, build
-from detector.engine import checkpoint, distributed, setup
-from detector.engine.distributed import World
-from detector.engine.settings import Runtime
+from detector.engine import setup
+from detector.runtime import World
+from detector.settings import Runtime
 from tests.engine.conftest import curve
 from tests.engine.test_resume import assert_same_run
 
@@ -90,18 +91,18 @@ def test_deterministic_algorithms_suffice_and_agree(run, tmp_path):
 
 
 def test_random_state_round_trip():
-    distributed.seed_everything(3)
-    state = distributed.random_state()
+    runtime.seed_everything(3)
+    state = runtime.random_state()
     first = random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
-    distributed.set_random_state(state)
+    runtime.set_random_state(state)
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == first  # noqa: NPY002
-    distributed.seed_everything(3)
+    runtime.seed_everything(3)
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == first  # noqa: NPY002
 
 
 def test_signals_become_requests_and_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
-    with distributed.stop_on_signal() as stop:
+    with runtime.stop_on_signal() as stop:
         assert not stop
         signal.raise_signal(signal.SIGTERM)
         assert stop
@@ -110,7 +111,7 @@ def test_signals_become_requests_and_handlers_come_back():
             list(stop.watch([1]))
         assert end.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before
-    with distributed.stop_on_signal():
+    with runtime.stop_on_signal():
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -120,4 +121,4 @@ def test_missing_gpu_is_said():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match=r"runtime\.device = 'cuda': no CUDA device"):
-        distributed.start(Runtime(device="cuda"))
+        runtime.start_ranks(Runtime(device="cuda"))

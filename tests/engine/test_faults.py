@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
+from detector import checkpoint
 from detector.config import ConfigError, RunError
-from detector.engine import checkpoint, train
-from detector.engine.checkpoint import locked
+from detector.engine import train
+from detector.engine.run_folder import locked
 from tests.engine.conftest import curve
 
 

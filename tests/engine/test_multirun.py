@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 
+from detector import runtime
 from detector.config import build
-from detector.engine import distributed
-from detector.engine.logging import forget_peak, memory_mb
-from detector.multirun import Job, Multirun
+from detector.config.multirun import Job, Multirun
+from detector.engine.journal import forget_peak, memory_mb
 from tests.engine.conftest import TINY, Program, curve
 
 METHODS = ("pool", "align", "align_max", "deformable", "modulated_deformable")
@@ -93,7 +93,7 @@ def test_methods_start_with_the_same_weights(config):
     """Whatever two models have in common is equal, the random offset predictors of one notwithstanding."""
     states = {}
     for roi in METHODS:
-        distributed.seed_everything(3)
+        runtime.seed_everything(3)
         states[roi] = build(config(f"roi={roi}").model, "model", num_classes=5).state_dict()
     common = set(states["pool"])
     assert common == set(states["align"]) and any("mask_head.predictor" in key for key in common)

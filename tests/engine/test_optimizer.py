@@ -10,8 +10,8 @@ from torch import nn
 
 from detector.config import ConfigError
 from detector.engine.optimizer import EMA, build_optimizer, parameter_groups
-from detector.engine.settings import Training
 from detector.roi import DeformableRoIPool
+from detector.settings import Training
 from tests.tiny import tiny_model
 
 

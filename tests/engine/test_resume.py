@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detector.engine import checkpoint
+from detector import checkpoint
 from detector.engine.train import train
 from tests.engine.conftest import curve
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detector.engine.schedule import Cosine, OneCycle, Step
-from detector.engine.settings import to_iterations
+from detector.engine.optimizer import Cosine, OneCycle, Step
+from detector.settings import to_iterations
 
 
 @pytest.mark.parametrize(

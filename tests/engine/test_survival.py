@@ -19,9 +19,9 @@ import psutil
 import pytest
 from tensorboard.compat.tensorflow_stub.io import gfile
 
+from detector import checkpoint
 from detector.config import RunError
-from detector.engine import checkpoint, evaluation, faults, train
-from detector.engine import logging as record
+from detector.engine import evaluation, faults, journal, train
 from tests.engine.conftest import curve
 from tests.engine.test_resume import FULL, assert_same_run
 
@@ -95,7 +95,7 @@ def die_at(moment: str, cfg) -> None:
         case "before best.pt":
             before(checkpoint, "duplicate", lambda _, target: target.name == "best.pt")
         case "with half a log line":
-            original = record.Journal.write
+            original = journal.Journal.write
 
             def write(self, line):
                 nonlocal count
@@ -106,7 +106,7 @@ def die_at(moment: str, cfg) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 original(self, line)
 
-            record.Journal.write = write
+            journal.Journal.write = write
     train.train(cfg)
 
 
@@ -251,7 +251,7 @@ def test_a_clock_that_jumps(run, tmp_path, monkeypatch):
 
 
 def record_lines(folder: Path) -> list[dict]:
-    return [record.parsed(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [journal.parsed(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_other_errors_keep_their_tracebacks(tmp_path):

@@ -11,8 +11,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from detector import checkpoint
 from detector.config import CONFIGS, ConfigError, check
-from detector.engine import checkpoint
 from detector.engine.train import train
 from detector.evaluation import coco_metrics
 from tests.engine.conftest import TINY, Program, curve

@@ -6,8 +6,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from detector import checkpoint as checkpoints
 from detector.config import build, compose
-from detector.engine import checkpoint as checkpoints
 from tests.tiny import OVERRIDES
 
 SMALL = [

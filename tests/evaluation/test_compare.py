@@ -18,17 +18,17 @@ import yaml
 from omegaconf import OmegaConf
 
 import detector
+from detector import checkpoint as checkpoints
+from detector.commands.compare import compare_runs, f1_by_image
+from detector.comparison.alignment import area_error, box_shift, feature_shift, measure_alignment, measure_offsets
+from detector.comparison.charts import bar_chart, interval_chart, line_chart, ticks
+from detector.comparison.cost import measure_cost
+from detector.comparison.report import steps, training_chart
+from detector.comparison.runs import Unusable, find_folders, group, read_run, roi_name, same_validation_set
+from detector.comparison.summary import sentence
 from detector.config import CONFIGS, ConfigError, build, compose
 from detector.data import build_dataset, collate
-from detector.engine import checkpoint as checkpoints
 from detector.evaluation import coco_metrics
-from detector.evaluation.alignment import area_error, box_shift, feature_shift, measure_alignment, measure_offsets
-from detector.evaluation.charts import bar_chart, interval_chart, line_chart, ticks
-from detector.evaluation.comparison import sentence
-from detector.evaluation.cost import measure_cost
-from detector.evaluation.report import steps, training_chart
-from detector.evaluation.runs import Unusable, find_folders, group, read_run, roi_name, same_validation_set
-from detector.evaluation.study import compare_runs, f1_by_image
 from detector.roi import RoIPool
 from tests.evaluation.conftest import SMALL
 

@@ -17,11 +17,11 @@ from PIL import Image
 from torch import nn
 
 import detector
+from detector.comparison.alignment import area_error
 from detector.config import CONFIGS, ConfigError, build, compose
 from detector.data import read_image
-from detector.evaluation.alignment import area_error
-from detector.evaluation.explorer import explore, write_page
-from detector.evaluation.explorer.page import collect, decode, encode, find_extractor, render
+from detector.explorer import explore, write_page
+from detector.explorer.page import collect, decode, encode, find_extractor, render
 from detector.roi import PreciseRoIPool, RoIAlign, RoIExtractor, RoIPool, RoIWarp, assign_levels
 from tests.evaluation.conftest import SMALL
 
@@ -257,7 +257,7 @@ class TestNumbers:
         assert "within" in page.locator("#small-print").text_content()
         found = page_pools(page, boxes, method="deformable", level="auto")
         with torch.inference_mode():
-            image = detector.predict.as_batch(model, [read_image(photo)], content["picture"]["width"] / 128)
+            image = detector.inference.predict.as_batch(model, [read_image(photo)], content["picture"]["width"] / 128)
             features = model.features(image)[:4]
             assert features[0].shape[2:] == (content["maps"][0]["shape"][1:][0], content["maps"][0]["shape"][2])
             expected = extractor(features, torch.cat([torch.zeros(len(boxes), 1), torch.from_numpy(boxes).float()], 1))
@@ -549,7 +549,7 @@ def test_head_of_a_cascade():
 
 
 def test_command(checkpoint, photo, tmp_path):
-    script = [sys.executable, "-m", "detector.evaluation.explorer", f"checkpoint={checkpoint}", "device=cpu"]
+    script = [sys.executable, "-m", "detector.explorer", f"checkpoint={checkpoint}", "device=cpu"]
     image, out = tmp_path / f"<img src=x onerror=alert(1)>{photo.suffix}", tmp_path / "pages" / "page=1.html"
     shutil.copy(photo, image)
     done = subprocess.run(

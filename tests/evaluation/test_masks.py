@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as rle_tools
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from detector.evaluation.masks import encode_window, paste_masks, paste_window
+from detector.ops.paste import encode_window, paste_masks, paste_window
 
 
 def random_boxes(rng, count, height, width):

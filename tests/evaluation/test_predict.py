@@ -13,10 +13,12 @@ from hotcoco import mask as rle_tools
 from PIL import Image
 
 import detector
+from detector import checkpoint as checkpoints
+from detector.commands.predict import find_images, predict_files
 from detector.config import ConfigError, RunError, compose
 from detector.data import read_image
-from detector.engine import checkpoint as checkpoints
-from detector.predict import find_images, merge, predict_batch, predict_files, validation_transforms
+from detector.inference.load import merge, validation_transforms
+from detector.inference.predict import predict_batch
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import sys
 import pytest
 
 import detector
-from detector.config import CONFIGS, ConfigError, compose, quoted
-from detector.engine.checkpoint import save
+from detector.checkpoint import save
+from detector.commands.evaluate import evaluate_checkpoint
+from detector.config import CONFIGS, ConfigError, compose
+from detector.config.program import quoted
 from detector.evaluation import coco_metrics
-from detector.evaluation.run import evaluate_checkpoint
 from eval import main
 from tests.evaluation.conftest import configured, untrained
 

@@ -6,7 +6,7 @@ import json
 
 import yaml
 
-from detector.evaluation.study import compare_runs
+from detector.commands.compare import compare_runs
 from tests.evaluation.test_compare import Balanced, make_run, roi, settings
 
 __all__ = ["make_run"]  # a fixture

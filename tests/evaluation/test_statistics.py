@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from detector.comparison.statistics import METRICS, Matches, difference, draws, match, metrics, resample
 from detector.evaluation import coco_metrics
-from detector.evaluation.statistics import METRICS, Matches, difference, draws, match, metrics, resample
 from tests.evaluation.test_coco import random_case
 
 

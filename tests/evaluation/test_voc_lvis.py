@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as rle_tools
 
-from detector.evaluation.evaluator import class_table, measure, summary_table
+from detector.evaluation.evaluator import measure
 from detector.evaluation.lvis import lvis_metrics
+from detector.evaluation.tables import class_table, summary_table
 from detector.evaluation.voc import voc_metrics
 
 

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from detector.roi import DeformableRoIPool, RoIAlign, assign_levels
-from detector.roi.dispatch import choose_path, use_path
+from detector.roi.base import choose_path, use_path
 from detector.roi.triton_align import roi_align_fused
 from tests.roi.triton_cases import *  # noqa: F403
 

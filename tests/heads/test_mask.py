@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from detector.boxes import of_label
 from detector.heads.mask import MaskPredictor
+from detector.ops.boxes import of_label
 
 
 @pytest.mark.parametrize("num_masks", [1, 5])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detector.roi.levels import assign_levels
+from detector.roi.extractor import assign_levels
 
 STRIDES = (4, 8, 16, 32)
 

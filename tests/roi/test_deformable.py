@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from detector.losses import offset_l2
+from detector.ops.losses import offset_l2
 from detector.roi import (
     DeformablePositionSensitiveRoIPool,
     DeformableRoIPool,

@@ -15,7 +15,7 @@ from detector.roi import (
     max_bag,
     weighted_bag,
 )
-from detector.roi.dispatch import use_path
+from detector.roi.base import use_path
 from tests.roi.common import make_features, make_rois
 from tests.roi.test_contract import CHANNELS, build, run
 from tests.roi.test_contract import OPS as USUAL

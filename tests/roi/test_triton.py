@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from detector.roi.dispatch import choose_path, triton_available, use_path
+from detector.roi.base import choose_path, triton_available, use_path
 
 CASES = Path(__file__).with_name("triton_cases.py")
 

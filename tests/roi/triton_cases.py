@@ -15,7 +15,7 @@ import torchvision
 from omegaconf import OmegaConf
 
 from detector.roi import make_op
-from detector.roi.dispatch import use_path
+from detector.roi.base import use_path
 from detector.roi.triton_align import roi_align_fused
 from detector.roi.triton_bag import max_bag_cuda, weighted_bag_cuda
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from detector.boxes import take
-from detector.rpn.rpn import RPNHead
+from detector.ops.boxes import take
+from detector.rpn import RPNHead
 
 SHAPES = [(7, 9), (4, 5), (2, 3), (1, 1)]
 

@@ -11,11 +11,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 import detector
+from detector import checkpoint as checkpoints
 from detector.backbone import FPN, PAFPN, ResNet, SingleLevel
-from detector.backbone.deform import DeformConv2d
+from detector.backbone.resnet import DeformConv2d
+from detector.commands.weights import main
 from detector.config import ConfigError, build, compose
-from detector.engine import checkpoint as checkpoints
-from detector.evaluation.evaluator import autocast
+from detector.export.export import Exportable, export, export_program, output_names, save_onnx
 from detector.heads import (
     BoxHead,
     CascadeBoxHead,
@@ -37,8 +38,7 @@ from detector.roi import (
     RoIPool,
 )
 from detector.rpn import RPN
-from detector.weights.__main__ import main
-from detector.weights.export import Exportable, export, export_program, output_names, save_onnx
+from detector.runtime import autocast
 from tests.evaluation.conftest import SMALL
 from tests.tiny import random_batch, tiny_model
 

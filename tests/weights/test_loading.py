@@ -14,12 +14,12 @@ from torchvision.models import resnet18, resnet50
 
 import detector
 from detector.backbone import ResNet, SingleLevel
+from detector.commands.weights import main
 from detector.heads import BoxHead, ResNetTrunk
 from detector.model import TwoStageDetector
 from detector.roi import RoIAlign
 from detector.rpn import RPN
 from detector.weights import load_foreign, load_into
-from detector.weights.__main__ import main
 from tests.tiny import tiny_model
 
 

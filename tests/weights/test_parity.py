@@ -16,7 +16,7 @@ import pytest
 import torch
 from pycocotools import mask as rle_tools
 
-from detector.evaluation.masks import paste_masks
+from detector.ops.paste import paste_masks
 from detector.structures import Batch
 from tests.weights import reference_detectron2, reference_mmdetection
 from tests.weights.reference_parts import Found, Outputs, paste

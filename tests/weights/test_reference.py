@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from detector.evaluation.masks import paste_masks
+from detector.ops.paste import paste_masks
 from detector.structures import Batch
 from detector.weights import build_model, load_foreign
 from tests.weights import reference_detectron2, reference_mmdetection

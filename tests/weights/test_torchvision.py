@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.models import detection
 
-from detector.evaluation.masks import paste_masks
+from detector.ops.paste import paste_masks
 from detector.structures import Batch
 from detector.weights import load_foreign, load_into, model_config
 

@@ -1,0 +1,167 @@
+"""What compare.py does: run folders in, a report out. One run that cannot be used does not spoil the rest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hotcoco import COCO
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from detector.commands.evaluate import evaluate_checkpoint
+from detector.comparison.alignment import measure_alignment, measure_offsets
+from detector.comparison.cost import measure_cost
+from detector.comparison.report import verdicts, write_report
+from detector.comparison.runs import Method, Run, Unusable, find_folders, fitting, group, read_run, same_validation_set
+from detector.comparison.statistics import match
+from detector.comparison.summary import compare, without_nan
+from detector.config import CONFIGS, ConfigError, config_errors, make_folder
+from detector.data import build_dataset, collate, read_image
+from detector.data.read_coco import leads_out
+from detector.inference.draw import draw, panel
+from detector.inference.load import load
+from detector.runtime import start_ranks
+from detector.settings import Runtime
+
+log = logging.getLogger(__name__)
+
+
+def compare_runs(cfg: DictConfig) -> dict:
+    """Compare the runs that `cfg` (configs/compare.yaml) names; returns what is in report.json.
+
+    Runs that cannot be used are named in the report with the reason. Raises ConfigError if none is left.
+    """
+    with config_errors("device"):
+        device = start_ranks(Runtime(device=cfg.device)).device
+    left_out: dict[Path, str] = {}
+    runs: list[Run] = []
+
+    def evaluate(weights: Path) -> None:
+        settings = OmegaConf.load(CONFIGS / "eval.yaml")  # Hydra runs this program and cannot compose another
+        del settings["defaults"], settings["hydra"]
+        changes = {key: cfg[key] for key in ("device", "batch_size", "workers")}
+        evaluate_checkpoint(OmegaConf.merge(settings, changes, {"checkpoint": str(weights)}))
+
+    for folder in find_folders(cfg.runs if isinstance(cfg.runs, str) else list(cfg.runs)):
+        try:
+            runs.append(read_run(folder, cfg.checkpoint, evaluate if cfg.evaluate else None))
+        except Unusable as error:
+            left_out[folder] = str(error)
+            log.warning("%s is left out: %s", folder, error)
+    if not runs:
+        raise ConfigError("runs: none can be used: " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))
+    runs, others = same_validation_set(runs)
+    runs, wrong = fitting(runs)
+    if not runs:
+        raise ConfigError("runs: none can be used: " + "; ".join(f"{k}: {v}" for k, v in (left_out | wrong).items()))
+    methods, repeated = group(runs)
+    if cfg.baseline is not None:
+        if cfg.baseline not in (labels := [method.label for method in methods]):
+            raise ConfigError(f"baseline = {cfg.baseline!r}: the methods are {', '.join(labels)}")
+        methods.sort(key=lambda method: method.label != cfg.baseline)
+    output = make_folder(cfg.output, "output")
+    with tqdm(total=sum(len(m.runs) for m in methods), desc="compare", unit="run", leave=False, disable=None) as bar:
+        report = compare(methods, cfg.samples, cfg.seed, cfg.boundary, bar.update)
+    report["left_out"] = {str(k): v for k, v in (left_out | others | wrong | repeated).items()}
+    probed = {m.label: probe(m.runs[0], device, cfg.probe_images) for m in methods} if cfg.probe_images else {}
+    for name in ("cost", "alignment", "offsets"):
+        report[name] = {label: found[name] for label, found in probed.items() if found.get(name)}
+    pictures = disagreements(methods, report, cfg.pictures) if len(methods) > 1 else []
+    report = without_nan(report)
+    write_report(report, output, pictures)
+    for text, _ in verdicts(report):
+        print(text)
+    for text in report["warnings"]:
+        print(f"note: {text}")
+    for folder, reason in report["left_out"].items():
+        print(f"left out: {folder}: {reason}")
+    print(f"{output / 'report.html'} (report.md and report.json beside it)")
+    return report
+
+
+def probe(run: Run, device, images: int) -> dict[str, dict]:
+    """Cost, alignment and offsets of a run's model on some validation images; {} if its checkpoint cannot be used."""
+    try:
+        model = load(run.checkpoint, device)
+        dataset = build_dataset(run.config["data"], "val", run.config["augment"], categories=model.categories)
+        samples = [dataset[i] for i in range(min(images, len(dataset)))]
+    except (ValueError, OSError, KeyError) as error:
+        log.warning("%s: cost and alignment are not measured: %s", run.folder, error)
+        return {}
+    batches = [collate([sample])[0] for sample in samples]
+    found = {"cost": measure_cost(model, batches), "offsets": measure_offsets(model, batches)}
+    if model.box_head is not None and any(len(sample.boxes) for sample in samples):
+        found["alignment"] = measure_alignment(model, samples)
+    return found
+
+
+def disagreements(methods: Sequence[Method], report: Mapping, count: int) -> list[tuple[str, np.ndarray]]:
+    """Pictures of the images on which the best and the worst method differ most in F1 at IoU 0.5.
+
+    Of each method the detections are those above the score that makes its F1 over all images largest.
+    """
+    kind = "segm" if "segm" in report["kinds"] else "bbox"
+    means = {name: numbers["AP"]["mean"] or 0 for name, numbers in report["metrics"][kind].items()}
+    best, worst = (choose(methods, key=lambda m: means[m.label]) for choose in (max, min))
+    if best is worst:
+        best, worst = methods[:2]
+    runs = [worst.runs[0], best.runs[0]]
+    truth = COCO(str(runs[0].truth))
+    limits, scores = zip(*(f1_by_image(run, kind) for run in runs))
+    gap = scores[1] - scores[0]
+    pictures = []
+    for index in np.argsort(-np.abs(gap), kind="stable")[:count]:
+        image_id = sorted(truth.imgs)[index]
+        if gap[index] == 0:
+            break
+        try:
+            name = truth.imgs[image_id]["file_name"]
+            if leads_out(name):
+                raise ValueError(f"image {image_id}: {name!r} leads out of the image folder")
+            image = read_image(runs[0].images / name)
+        except (ValueError, OSError) as error:
+            log.warning("no picture: %s", error)
+            continue
+        real = [a for a in truth.dataset["annotations"] if a["image_id"] == image_id]
+        views = [picture_of(image, truth, real, False)]
+        for run, limit in zip(runs, limits):
+            found = [p for p in run.predictions if p["image_id"] == image_id and p["score"] >= limit]
+            views.append(picture_of(image, truth, found, True))
+        names = [f"{m.label}: F1 {s[index]:.2f}" for m, s in zip((worst, best), scores)]
+        shown = " and ".join(f"{limit:.2f}" for limit in limits)
+        caption = f"{truth.imgs[image_id]['file_name']}: {', '.join(names)} (IoU 0.5; scores of at least {shown})"
+        pictures.append((caption, panel(views, ["ground truth", *names])))
+    return pictures
+
+
+def f1_by_image(run: Run, kind: str) -> tuple[float, np.ndarray]:
+    """The least score that gives the largest F1 at IoU 0.5 over all images, and the F1 [I] of each image with it; 1
+    where there is nothing and nothing is found."""
+    matches = match(run.truth, run.predictions, kind)
+    true, false = matches.true[:, 0, 0], matches.false[:, 0, 0]
+    objects = matches.objects[:, :, 0].sum(1)
+    order = np.argsort(-matches.score, kind="stable")
+    found, wrong = np.cumsum(true[order]), np.cumsum(false[order])
+    limit = matches.score[order][np.argmax(2 * found / (objects.sum() + found + wrong))] if len(order) else 1.0
+    shown = matches.score >= limit
+    found, wrong = (np.bincount(matches.image[shown & hits], minlength=len(objects)) for hits in (true, false))
+    count = objects + found + wrong
+    return float(limit), np.where(count > 0, 2 * found / np.maximum(count, 1), 1.0)
+
+
+def picture_of(image: np.ndarray, truth: Any, entries: Sequence[dict], with_scores: bool) -> np.ndarray:
+    """An image with COCO annotations or results."""
+    entries = [entry for entry in entries if not entry.get("iscrowd")]
+    ids = sorted(truth.cats)
+    boxes = np.array([entry["bbox"] for entry in entries], float).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    masks = None
+    if entries and all(entry.get("segmentation") for entry in entries):
+        masks = np.array([truth.ann_to_mask(entry) for entry in entries], bool)
+    scores = np.array([entry["score"] for entry in entries]) if with_scores else None
+    labels = [ids.index(entry["category_id"]) + 1 for entry in entries]
+    return draw(image, boxes, labels, [truth.cats[i]["name"] for i in ids], scores, masks)

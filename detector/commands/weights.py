@@ -1,0 +1,61 @@
+"""Weights in and out.
+
+python -m detector.weights convert SOURCE OUT      a foreign detector's weights as a checkpoint of ours
+python -m detector.weights export CHECKPOINT OUT   a checkpoint of ours as .safetensors, .pt2 (torch.export) or .onnx
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from detector.commands.import_weights import convert
+from detector.weights.loading import SOURCES
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0: written; 2: it cannot be, and why."""
+    parser = argparse.ArgumentParser(
+        prog="python -m detector.weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, dest="command", metavar="convert|export")
+    command = commands.add_parser("export", help="write CHECKPOINT for other programs")
+    command.add_argument("checkpoint", help="of a run, like runs/quickstart/best.pt")
+    command.add_argument("out", help="a name that ends in .safetensors, .pt2 or .onnx")
+    command.add_argument(
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="fix the canvas of .pt2 and .onnx; else any"
+    )
+    command.add_argument("--precision", default="fp32", help="of the layers in .pt2 and .onnx: fp32, bf16 or fp16")
+    command = commands.add_parser("convert", help="write SOURCE's weights, with a complete config, to OUT")
+    command.add_argument("source", help="a .pth, .pt, .pkl or .safetensors file")
+    command.add_argument("out", help="the checkpoint to write; detector.load, eval.py and predict.py take it")
+    command.add_argument(
+        "--framework", choices=SOURCES[:-1], help="where the weights are from; else recognised by the keys"
+    )
+    command.add_argument("--style", choices=("caffe", "pytorch"), help="of strides and pixel statistics; else guessed")
+    command.add_argument("--categories", type=Path, help="a text file with one class name per line")
+    args = parser.parse_args(arguments)
+    level = logging.WARNING if args.command == "export" else logging.INFO  # ONNX's packages tell every step
+    logging.basicConfig(level=level, format="%(message)s")
+    try:
+        if args.command == "export":
+            from detector.export.export import export
+
+            export(args.checkpoint, args.out, args.size and tuple(args.size), args.precision)
+            print(args.out)
+            return 0
+        names = args.categories.read_text().split("\n") if args.categories else None
+        names = names and [name.strip() for name in names if name.strip()]
+        config = convert(args.source, args.out, args.framework, args.style, names)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    backbone = config["model"]["backbone"]
+    print(f"{args.out}: ResNet-{backbone['depth']}, {config['model']['num_classes']} classes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

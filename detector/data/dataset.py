@@ -1,0 +1,306 @@
+"""A COCO data set as samples for the detector, and batches of samples."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+from detector.data.annotations import Objects
+from detector.data.copy_paste import paste
+from detector.data.outlines import fill, mask_windows
+from detector.data.read_coco import Problems
+from detector.data.store import open_coco
+from detector.data.transforms import Pipeline, Transformed
+from detector.structures import Batch, Targets
+
+logger = logging.getLogger(__name__)
+
+# How the files end that OpenCV decodes without a word when their end is missing.
+_FILE_ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")  # JPEG, PNG
+
+
+class Sample(NamedTuple):
+    """One image after augmentation and its G objects. Shapes and units are those of `Batch` and `Targets`."""
+
+    image: np.ndarray  # [H, W, 3] uint8 RGB
+    original_size: tuple[int, int]  # (height, width) of the file
+    image_id: int
+    key: int
+    boxes: np.ndarray  # [G, 4] float32
+    labels: np.ndarray  # [G] int64
+    crowd: np.ndarray  # [G] bool
+    masks: np.ndarray | None  # [G, S, S] uint8
+    mask_windows: np.ndarray | None  # [G, 4] float32
+    has_mask: np.ndarray | None  # [G] bool
+    keypoints: np.ndarray | None = None  # [G, N, 3] float32
+
+
+def read_image(path: str | os.PathLike, max_pixels: int = 100_000_000) -> np.ndarray:
+    """An image file as [H, W, 3] uint8 RGB, turned upright as its EXIF orientation says.
+
+    Greyscale, palette, CMYK and 16-bit images are converted, transparency is ignored.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an image, cut short, or of more than `max_pixels` pixels.
+    """
+    data = Path(path).read_bytes()
+    try:
+        with Image.open(io.BytesIO(data)) as picture:  # reads the header only
+            if picture.width * picture.height > max_pixels:
+                raise ValueError(f"{picture.width} x {picture.height} pixels are more than max_pixels={max_pixels}")
+            whole = data.rstrip(b"\0").endswith(_FILE_ENDS)
+            if whole and picture.mode != "CMYK":
+                pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+                if pixels is not None:
+                    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except UnidentifiedImageError:
+        raise ValueError(f"image {path} cannot be read: it is in no format of a picture") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {path} cannot be read: {error}") from error
+
+
+class CocoDataset(Dataset):
+    """Images and objects of a COCO annotation file, augmented.
+
+    A sample is a pure function of (seed, epoch, index): `dataset[epoch, index]`; `dataset[index]` is epoch 0.
+
+    Args:
+        images: the folder that the file names start from.
+        annotations: COCO instances JSON.
+        transforms: albumentations transforms or a `Pipeline`.
+        categories: names of labels 1, 2, ... (those of the training set or the model); by default the file's own.
+        masks: give masks [S, S] for objects that have an outline.
+        mask_size: S.
+        keep_empty: keep images without objects.
+        seed: of the augmentation and of `Batch.sample_keys`.
+        on_error: "raise" stops at a wrong record or unreadable image; "skip" leaves it out with a warning. An image
+            that turns out unreadable later is replaced by the next one in training, by a black one in evaluation.
+        training: what replaces an unreadable image.
+        max_pixels: larger images are refused.
+        keypoints: give keypoints. Names that differ in "left" and "right" change places when a picture is mirrored.
+        cache: folder that keeps parsed annotations for the next start; see `open_coco`.
+        copy_paste: share of the images that get some objects of another, drawn by chance (see copy_paste.py).
+
+    Attributes:
+        categories: name of label 1, 2, ...
+        category_ids: COCO id of label 1, 2, ... in this file; -1 where the file does not have the category.
+        image_ids: [I] int64, image_sizes: [I, 2] int32 (height, width).
+        annotation_file: path of the JSON.
+    """
+
+    def __init__(
+        self,
+        images: str | os.PathLike,
+        annotations: str | os.PathLike,
+        transforms: Pipeline | Sequence = (),
+        *,
+        categories: Sequence[str] | None = None,
+        masks: bool = True,
+        mask_size: int = 112,
+        keep_empty: bool = True,
+        seed: int = 0,
+        on_error: str = "raise",
+        training: bool = False,
+        max_pixels: int = 100_000_000,
+        keypoints: bool = False,
+        cache: str | os.PathLike | None = None,
+        copy_paste: float = 0.0,
+    ):
+        if mask_size < 1:
+            raise ValueError(f"mask_size={mask_size}: must be positive")
+        if not 0 <= copy_paste <= 1:
+            raise ValueError(f"augment.copy_paste={copy_paste}: must be a share between 0 and 1")
+        if copy_paste and (keypoints or not masks):
+            raise ValueError(
+                f"augment.copy_paste={copy_paste} needs outlines, and would cover keypoints: it cannot be used with "
+                f"data.masks={masks}, data.keypoints={keypoints}"
+            )
+        self.copy_paste = copy_paste
+        self.folder = Path(images)
+        self.annotation_file = Path(annotations)
+        self.pipeline = transforms if isinstance(transforms, Pipeline) else Pipeline(transforms)
+        self.masks, self.mask_size, self.seed = masks, mask_size, seed
+        self.on_error, self.training, self.max_pixels = on_error, training, max_pixels
+        self.annotations = open_coco(annotations, categories, masks, on_error, max_pixels, keypoints, cache)
+        if masks and not len(self.annotations.points):
+            logger.warning("%s: masks are wanted, but no object has a segmentation", self.annotation_file)
+        usable = self._files_exist()
+        if not keep_empty:
+            usable &= np.diff(self.annotations.object_starts) > 0
+        self.rows = np.flatnonzero(usable)  # position in the data set -> position in the file
+        if not len(self.rows):
+            raise ValueError(f"{self.annotation_file}: no images are left (keep_empty={keep_empty})")
+        self.mirrored = mirrored_keypoints(self.annotations.keypoint_names)
+        self.categories, self.category_ids = self.annotations.categories, self.annotations.category_ids
+        self.image_ids = self.annotations.image_ids[self.rows]
+        self.image_sizes = self.annotations.image_sizes[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _files_exist(self) -> np.ndarray:
+        """[I] bool. Lists each folder once: a look at every file takes minutes on network storage."""
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"image folder {self.folder} does not exist: check data.root and the image options")
+        problems = Problems(self.annotation_file, self.on_error)
+        names = self.annotations.all_file_names()
+        present = set()
+        for folder in set(map(os.path.dirname, names)):
+            if (self.folder / folder).is_dir():
+                present.update(os.path.join(folder, name) for name in os.listdir(self.folder / folder))
+        exists = np.array([name in present for name in names])
+        for row in np.flatnonzero(~exists):
+            where = f"image {self.annotations.image_ids[row]} file_name={self.folder / names[row]}"
+            problems.error("missing image file", where)
+        problems.report()
+        return exists
+
+    def image_path(self, index: int) -> Path:
+        return self.folder / self.annotations.file_name(self.rows[index])
+
+    def read(self, index: int) -> np.ndarray:
+        """The image [H, W, 3] uint8 RGB as it is on disk. Raises ValueError where it is not of the declared size."""
+        image = read_image(self.image_path(index), self.max_pixels)
+        height, width = self.image_sizes[index]
+        if image.shape[:2] != (height, width):
+            raise ValueError(
+                f"image {self.image_path(index)} is {image.shape[1]} x {image.shape[0]} (as its EXIF data turn it), "
+                f"but {self.annotation_file} says width={width} height={height} for image id {self.image_ids[index]}"
+            )
+        return image
+
+    def __getitem__(self, position: int | tuple[int, int]) -> Sample:
+        epoch, index = position if isinstance(position, tuple) else (0, position)
+        key = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0] >> 1)
+        image, index = self._readable(index)
+        objects, out = self._augmented(image, index, key)
+        labels, crowd = objects.labels, objects.crowd
+        chance = np.random.default_rng((key, 1))
+        if self.copy_paste and chance.random() < self.copy_paste:
+            image, other = self._readable(int(chance.integers(len(self))))
+            others, above = self._augmented(image, other, int(chance.integers(1 << 63)))
+            free = np.flatnonzero(above.outlines.has_rings() & ~others.crowd[above.kept])
+            some = chance.permutation(free)[: chance.integers(len(free) + 1)]
+            chosen = np.isin(np.arange(len(above.kept)), some)
+            out = paste(out, above, chosen, len(labels), self.pipeline.min_size)
+            labels, crowd = np.concatenate([labels, others.labels]), np.concatenate([crowd, others.crowd])
+        masks = windows = has_mask = None
+        if self.masks:
+            windows = mask_windows(out.boxes, self.mask_size)
+            masks = self._draw(out, windows)
+            has_mask = masks.any(axis=(1, 2))
+        return Sample(
+            image=out.image,
+            original_size=tuple(self.image_sizes[index].tolist()),
+            image_id=int(self.image_ids[index]),
+            key=key,
+            boxes=out.boxes,
+            labels=labels[out.kept],
+            crowd=crowd[out.kept],
+            masks=masks,
+            mask_windows=windows,
+            has_mask=has_mask,
+            keypoints=out.keypoints,
+        )
+
+    def _readable(self, index: int) -> tuple[np.ndarray, int]:
+        """The image and its index, or what replaces it where it cannot be read."""
+        try:
+            return self.read(index), index
+        except (ValueError, OSError) as error:
+            if self.on_error == "raise":
+                raise
+            logger.warning("%s; %s", error, "the next image replaces it" if self.training else "taken as black")
+            return self._replacement(index)
+
+    def _augmented(self, image: np.ndarray, index: int, seed: int) -> tuple[Objects, Transformed]:
+        """The objects of image `index` as they are in the file, and what the pipeline makes of both."""
+        objects = self.annotations.objects(self.rows[index])
+        keypoints = objects.keypoints if self.annotations.keypoint_names else None
+        return objects, self.pipeline(image, objects.boxes, objects.outlines, seed, keypoints, self.mirrored)
+
+    def _replacement(self, index: int) -> tuple[np.ndarray, int]:
+        if not self.training:
+            return np.zeros((*self.image_sizes[index], 3), np.uint8), index
+        for step in range(1, len(self)):
+            other = (index + step) % len(self)
+            try:
+                return self.read(other), other
+            except (ValueError, OSError):
+                continue
+        raise ValueError(f"none of the {len(self)} images in {self.folder} can be read")
+
+    def _draw(self, out, windows: np.ndarray) -> np.ndarray:
+        masks = fill(out.outlines, windows, self.mask_size)
+        # what lies beyond the box lies beyond the image
+        cells = (np.arange(self.mask_size) + 0.5) / self.mask_size
+        centres = windows[:, :2, None] + (windows[:, 2:] - windows[:, :2])[:, :, None] * cells  # [G, 2, S]
+        inside = (centres >= out.boxes[:, :2, None]) & (centres <= out.boxes[:, 2:, None])
+        return masks & inside[:, 1, :, None] & inside[:, 0, None, :]
+
+
+def mirrored_keypoints(names: Sequence[str]) -> list[int]:
+    """[N] which keypoint each one becomes in a mirror: left_hand and right_hand change places."""
+    swap = {"left": "right", "right": "left"}
+    partners = [re.sub("left|right", lambda match: swap[match[0]], name) for name in names]
+    return [names.index(partner) if partner in names else i for i, partner in enumerate(partners)]
+
+
+def collate(
+    samples: Sequence[Sample], multiple: int = 32, size: tuple[int, int] | None = None
+) -> tuple[Batch, Targets]:
+    """Join samples; images are padded with zeros at the right and the bottom.
+
+    Args:
+        multiple: height and width of the batch are multiples of this.
+        size: (height, width) of every batch instead, for compiled models.
+
+    Raises:
+        ValueError: an image is larger than `size`.
+    """
+    height, width = np.max([sample.image.shape[:2] for sample in samples], axis=0)
+    if size is None:
+        height, width = -(-height // multiple) * multiple, -(-width // multiple) * multiple
+    elif height > size[0] or width > size[1]:
+        raise ValueError(f"an image of {width} x {height} does not fit data.pad_to={list(size)} (height, width)")
+    else:
+        height, width = size
+    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
+    for canvas, sample in zip(images.numpy(), samples):
+        for plane, channel in zip(canvas, cv2.split(sample.image)):
+            plane[: channel.shape[0], : channel.shape[1]] = channel
+    batch = Batch(
+        images=images,
+        image_sizes=torch.tensor([sample.image.shape[:2] for sample in samples]),
+        original_sizes=torch.tensor([sample.original_size for sample in samples]),
+        image_ids=torch.tensor([sample.image_id for sample in samples]),
+        sample_keys=torch.tensor([sample.key for sample in samples]),
+    )
+    most = max(1, *(len(sample.boxes) for sample in samples))
+
+    def padded(name: str) -> torch.Tensor | None:
+        values = [getattr(sample, name) for sample in samples]
+        if values[0] is None:
+            return None
+        joined = np.zeros((len(values), most, *values[0].shape[1:]), values[0].dtype)
+        for row, value in zip(joined, values):
+            row[: len(value)] = value
+        return torch.from_numpy(joined)
+
+    counts = torch.tensor([len(sample.boxes) for sample in samples])
+    names = ("boxes", "labels", "crowd", "masks", "mask_windows", "has_mask", "keypoints")
+    targets = Targets(valid=torch.arange(most) < counts[:, None], **{name: padded(name) for name in names})
+    return batch, targets

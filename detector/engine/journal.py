@@ -1,0 +1,214 @@
+"""What a run tells: a progress bar or plain lines, log.jsonl, TensorBoard, train.log. Only rank 0 writes.
+
+Losses are summed on the device; the host waits for them only when a line is due.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import _TqdmLoggingHandler
+
+from detector.runtime import World
+from detector.settings import Runtime
+
+log = logging.getLogger("detector")
+
+
+def start_log(folder: Path, world: World) -> None:
+    """Messages go to the screen and to train.log on rank 0; the other ranks only warn."""
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.propagate = False
+    log.setLevel(logging.INFO if world.main else logging.WARNING)
+    screen = _TqdmLoggingHandler()
+    screen.setFormatter(logging.Formatter("%(message)s" if world.main else f"rank {world.rank}: %(message)s"))
+    log.addHandler(screen)
+    if world.main:
+        file = logging.FileHandler(folder / "train.log", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(file)
+
+
+class Journal:
+    """The record of a run that stands at iteration `start` of `total`, last evaluated at `evaluated`.
+
+    Later lines of a log.jsonl left by a killed process are cut off, so that the file is one curve.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        runtime: Runtime,
+        batch_size: int,
+        total: int,
+        start: int = 0,
+        evaluated: int = 0,
+    ):
+        self.world, self.runtime, self.total, self.batch_size = world, runtime, total, batch_size
+        self.path = folder / "log.jsonl"
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.waited = 0.0
+        self.clock = self.began = time.perf_counter()
+        self.first = self.clocked = start
+        self.board = self.bar = None
+        forget_peak(world.device)
+        if not world.main:
+            return
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        ends = {True: evaluated, False: start}
+        kept = [line for line in lines if (entry := parsed(line)) and entry["iteration"] <= ends["metrics" in entry]]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self.bar = tqdm(total=total, initial=start, disable=not sys.stderr.isatty(), dynamic_ncols=True, unit="it")
+        if runtime.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    @property
+    def interactive(self) -> bool:
+        return self.bar is not None and not self.bar.disable
+
+    def add(self, losses: Mapping[str, Tensor], gradient_norm: Tensor, waited: float) -> None:
+        """Take in one step: its losses, the norm of its gradient, the seconds it waited for data."""
+        values = {**losses, "loss": sum(losses.values()), "grad_norm": gradient_norm}
+        for key, value in values.items():
+            value = value.detach().float()
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+        self.count += 1
+        self.waited += waited
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums since the last line, so that a resumed run's next line is that of the undisturbed one."""
+        return {"sums": {key: self.world.mean(value).cpu() for key, value in self.sums.items()}, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sums = {key: value.to(self.world.device) for key, value in state["sums"].items()}
+        self.count = state["count"]
+
+    def step(self, iteration: int, epoch: float, lr: float, stats: Mapping[str, Tensor]) -> None:
+        """One step is done; write a line if it is time. All ranks must call it: they average their losses here."""
+        if self.bar is not None:
+            self.bar.update()
+        if not self.count or (iteration % self.runtime.log_every and iteration != self.total):
+            return
+        keys = sorted(self.sums)
+        means = self.world.mean(torch.stack([self.sums[key] for key in keys])) / self.count
+        now = time.perf_counter()
+        took, steps = now - self.clock, iteration - self.clocked
+        line: dict[str, Any] = {"iteration": iteration, "epoch": round(epoch, 4)}
+        # JSON has no infinity, which is what fp16 gradients are until the scaler's scale fits
+        line |= {key: value if math.isfinite(value) else None for key, value in zip(keys, means.tolist(), strict=True)}
+        line |= {
+            "lr": lr,
+            "images_per_second": round(steps * self.batch_size / took, 3),
+            "data_time": round(self.waited / took, 4),  # share of the time that the step waited for data
+            "memory_mb": round(memory_mb(self.world.device)),
+        }
+        for key, value in stats.items():
+            if key.endswith("offsets") and value.numel():
+                line[f"{key}_mean_abs"], line[f"{key}_max_abs"] = value.abs().mean().item(), value.abs().max().item()
+                line[f"{key}_mean_norm"] = value.norm(dim=1).mean().item()  # of the vectors (dx, dy)
+            elif value.numel() == 1:
+                line[key] = value.item()
+        self.sums, self.count, self.waited, self.clock, self.clocked = {}, 0, 0.0, now, iteration
+        if self.world.main:
+            self.write(line)
+            self.say(line, now)
+        every = self.runtime.histograms_every
+        if self.board and iteration // every > (iteration - steps) // every:
+            for key, value in stats.items():
+                if key.endswith("offsets") and value.numel():
+                    self.board.add_histogram(key, value.detach().float().cpu(), iteration)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """One line into log.jsonl, its numbers to TensorBoard."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board:
+            for key, value in line.items():
+                if isinstance(value, (int, float)) and key != "iteration":
+                    part = "loss" if key.startswith("loss") else "offsets" if "offsets" in key else "run"
+                    self.board.add_scalar(f"{part}/{key}", value, line["iteration"])
+            self.board.flush()
+
+    def say(self, line: Mapping[str, Any], now: float) -> None:
+        """The line in short: on the bar, or as text where there is no terminal."""
+        losses = {key.removeprefix("loss_"): value for key, value in line.items() if key.startswith("loss")}
+        text = " ".join(f"{key} {value:.3f}" for key, value in losses.items())
+        if not self.bar.disable:
+            self.bar.set_postfix_str(f"{text} lr {line['lr']:.2g}", refresh=False)
+            return
+        iteration = line["iteration"]
+        left = (now - self.began) / max(1, iteration - self.first) * (self.total - iteration)
+        log.info(
+            "%d/%d  %s  lr %.3g  %.1f images/s  data %d%%  %d:%02d left",
+            *(iteration, self.total, text, line["lr"], line["images_per_second"]),
+            *(100 * line["data_time"], left // 60, left % 60),
+        )
+
+    def evaluation(self, iteration: int, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        """Record an evaluation."""
+        if not self.world.main:
+            return
+        self.write({"iteration": iteration, "metrics": metrics})
+        for kind, numbers in metrics.items():
+            for key, value in numbers.items() if self.board else ():
+                self.board.add_scalar(f"{kind}/{key}", value, iteration)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count as training, in throughput and ETA."""
+        begin = time.perf_counter()
+        yield
+        lost = time.perf_counter() - begin
+        self.clock += lost
+        self.began += lost
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.board:
+            self.board.close()
+
+
+def parsed(line: str) -> dict[str, Any]:
+    """A line of log.jsonl; {} for one that was cut off."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `memory_mb` begin anew: of several runs in one process, each has its own peak. On the CPU on Linux alone."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory_mb(device: torch.device) -> float:
+    """The peak of the memory in use: on the GPU torch's, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError, AttributeError):
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,49 @@
+"""Metrics as text: a row for each IoU type, or for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+
+TITLES = {"bbox": "box", "segm": "mask", "boundary": "boundary", "keypoints": "keypoint", "voc": "VOC box"}
+
+
+def summary_table(metrics: dict) -> str:
+    """One row per IoU type, in percent."""
+    rows = [
+        [TITLES[kind]] + [percent(values.get(c, values.get("AR"))) for c in COLUMNS]
+        for kind, values in metrics.items()
+        if kind in TITLES
+    ]
+    return table(["", *COLUMNS], rows)
+
+
+def class_table(metrics: dict, annotations: dict) -> str:
+    """One row per class: how many objects and images hold it, then AP, AP50, AP75 of each IoU type, in percent."""
+    kinds = list(metrics["per_class"])
+    header = ["class", "images", "objects"] + [f"{TITLES[k]} {c}" for k in kinds for c in COLUMNS[:3]]
+    images_of: dict[int, list[int]] = {category["id"]: [] for category in annotations["categories"]}
+    for entry in annotations["annotations"]:
+        if not entry.get("iscrowd"):
+            images_of[entry["category_id"]].append(entry["image_id"])
+    rows = []
+    for category in sorted(annotations["categories"], key=lambda c: c["id"]):
+        objects = images_of[category["id"]]
+        numbers = [percent(metrics["per_class"][k][category["name"]].get(c)) for k in kinds for c in COLUMNS[:3]]
+        rows.append([category["name"], str(len(set(objects))), str(len(objects)), *numbers])
+    return table(header, rows)
+
+
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None or fraction < 0 else f"{100 * fraction:.1f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text with aligned columns: the first to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells):
+        return "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))).rstrip()
+
+    return "\n".join([line(header), "  ".join("─" * w for w in widths), *map(line, rows)])

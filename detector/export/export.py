@@ -1,0 +1,280 @@
+"""A trained detector for other programs: safetensors, torch.export's program, ONNX.
+
+The exported network is the inference path for one image:
+
+    images uint8 [1, 3, H, W] RGB, content at the top left; image_size int64 [2] = (height, width) of the content
+    -> boxes [D, 4] in pixels of the canvas, scores [D], labels [D] (0 in rows that only pad)
+    -> masks [D, M, M] of a model with a mask head: probabilities in the box's frame, for evaluation.masks.paste_masks
+    -> keypoints [D, P, 3] = (x, y, score) of a model with a keypoint head
+
+    python -m detector.weights export runs/quickstart/best.pt detector.onnx
+
+D is the model's detections_per_image, best first. One program serves canvases of every size, or of one given size.
+
+Dimensions: P proposals, R RoIs, D detections, K classes, L levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.overrides import TorchFunctionMode
+from torchvision.ops import nms
+
+from detector import checkpoint as checkpoints
+from detector.checkpoint import save_safetensors
+from detector.heads import BoxHead
+from detector.heads.keypoint import from_heatmaps
+from detector.inference.load import load
+from detector.model import TwoStageDetector
+from detector.ops.boxes import clip
+from detector.roi import RoIExtractor
+from detector.roi.base import use_path
+from detector.runtime import PRECISIONS
+from detector.structures import Batch
+
+SMALLEST = 65  # pixels: dimensions of 1, as the coarsest level would have, are fixed in programs of torch.export
+
+
+class Exportable(nn.Module):
+    """The inference path of `model` in operations that torch.export and ONNX know.
+
+    The same numbers as the model's own path, which compacts rows and takes faster ways that cannot be exported; boxes
+    whose IoU lies within rounding of an NMS threshold may differ.
+
+    Args:
+        model: in evaluation mode. precision: of its heavy layers, fp32, bf16 or fp16; boxes and scores are float32.
+
+    Raises: ValueError for a model with parts that have no exportable form: it names them.
+    """
+
+    def __init__(self, model: TwoStageDetector, precision: str = "fp32"):
+        super().__init__()
+        check_exportable(model)
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+        self.model, self.layers = model, HeavyLayers(PRECISIONS[precision])
+
+    def forward(self, images: Tensor, image_size: Tensor) -> tuple[Tensor, ...]:
+        """Detections of the one image, as in the module's docstring."""
+        with self.layers:
+            return self.detect(images, image_size[None])
+
+    def detect(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        """The same, for sizes [1, 2] = (height, width)."""
+        model, none = self.model, torch.zeros(1, dtype=torch.int64)
+        features = model.features(Batch(images, sizes, sizes, none, none))
+        # a strided view among them would tie the program to how its sides divide
+        features = [level.clone(memory_format=torch.contiguous_format) for level in features]
+        boxes, scores = self.propose(features, sizes)
+        if model.box_head is None:
+            return boxes, scores, (scores > 0).long()
+        features = features[: model.neck.roi_levels]
+        boxes, scores, labels = self.select(*model.box_head.candidates(features, rois_of(boxes), sizes), boxes, sizes)
+        found = [boxes, scores, labels]
+        if model.mask_head is not None:
+            heads = getattr(model.mask_head, "stages", [model.mask_head])
+            logits = [head.predictor(head(features, rois_of(boxes)).hidden, labels) for head in heads]
+            found.append(torch.stack([values.float().sigmoid() for values in logits]).mean(0))
+        if model.keypoint_head is not None:
+            logits = model.keypoint_head(features, rois_of(boxes)).keypoint_logits.float()
+            keypoints = from_heatmaps(logits, boxes, model.keypoint_head.score)
+            found.append(keypoints * (labels > 0)[:, None, None])
+        return tuple(found)
+
+    def propose(self, features: Sequence[Tensor], sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes [P, 4] and scores [P] of the RPN, zeros after the last one."""
+        rpn = self.model.rpn
+        boxes, scores, levels = [], [], []
+        for level, (logits, deltas, anchors) in enumerate(zip(*rpn.head(features), rpn.anchors(features))):
+            values = logits[0].float() if rpn.rank_by == "logit" else logits[0].float().sigmoid()
+            score, index = values.topk(torch.sym_min(rpn.pre_nms_top_n[1], values.shape[0]))
+            boxes.append(rpn.coder.decode(deltas[0, index], anchors[index]))
+            scores.append(score)
+            levels.append(torch.full_like(index, level))
+        boxes, scores, levels = clip(torch.cat(boxes)[None], sizes)[0], torch.cat(scores), torch.cat(levels)
+        large = (boxes[:, 2:] - boxes[:, :2] > rpn.min_size).all(1)
+        kept = torch.nonzero(large & scores.isfinite())[:, 0]
+        boxes, scores, levels = boxes[kept], scores[kept], levels[kept]
+        boxes, scores, levels = two_more(boxes), two_more(scores, torch.finfo(scores.dtype).min), two_more(levels)
+        keep = self.nms(boxes, scores, levels, rpn.nms_threshold)
+        scores = scores[keep].sigmoid() if rpn.rank_by == "logit" else scores[keep]
+        return first(boxes[keep], rpn.post_nms_top_n[1]), first(scores, rpn.post_nms_top_n[1])
+
+    def select(self, boxes: Tensor, scores: Tensor, proposals: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes [D, 4], scores [D] and labels [D]: the best of boxes [R, K or 1, 4] with scores [R, K]."""
+        head = getattr(self.model.box_head, "stages", [self.model.box_head])[-1]
+        limit = head.detections_per_image
+        real = (proposals[:, 2:] > proposals[:, :2]).all(1)
+        boxes = clip(boxes[None], sizes)[0].expand(-1, scores.shape[1], -1)
+        large = (boxes[..., 2:] - boxes[..., :2] > head.min_size).all(-1)
+        wanted = (scores > head.score_threshold) & (large | head.min_size_last) & real[:, None]
+        row, column = torch.nonzero(wanted, as_tuple=True)
+        boxes, scores, labels = boxes[row, column], scores[row, column], (column + 1) * large[row, column]
+        boxes, scores, labels, group = two_more(boxes), two_more(scores), two_more(labels), two_more(column)
+        group = torch.zeros_like(group) if head.nms_agnostic else group
+        keep = self.nms(boxes, scores, group, head.nms_threshold)
+        there = labels[keep] > 0
+        boxes, scores = boxes[keep] * there[:, None], scores[keep] * there
+        return first(boxes, limit), first(scores, limit), first(labels[keep], limit)
+
+    @staticmethod
+    def nms(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) -> Tensor:
+        """Rows that survive, best first. Groups are moved apart so that they cannot overlap."""
+        away = boxes.flatten().amax(0) + 1
+        return nms(boxes + (group * away)[:, None], scores, threshold)
+
+
+class HeavyLayers(TorchFunctionMode):
+    """Run convolutions and matrix products in `dtype`, norms in float32; None changes nothing.
+
+    torch.autocast does so too, but the ONNX exporter then folds float32 norms into half-precision convolutions.
+    """
+
+    NORMS = (F.batch_norm, F.group_norm, F.layer_norm)
+    LAYERS = (F.conv2d, F.linear, F.conv_transpose2d, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+    def __init__(self, dtype: torch.dtype | None):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.dtype is None:
+            return function(*args, **kwargs)
+        if function in self.NORMS:
+            return function(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
+        if function in self.LAYERS:
+            args, kwargs = [self.cast(a) for a in args], {name: self.cast(a) for name, a in kwargs.items()}
+        return function(*args, **kwargs)
+
+    def cast(self, value):
+        return value.to(self.dtype) if isinstance(value, Tensor) else value
+
+
+def output_names(model: TwoStageDetector) -> list[str]:
+    """Names of what `Exportable(model)` returns."""
+    optional = [name for name in ("mask", "keypoint") if getattr(model, f"{name}_head") is not None]
+    return ["boxes", "scores", "labels", *(f"{name}s" for name in optional)]
+
+
+def rois_of(boxes: Tensor) -> Tensor:
+    """Boxes [R, 4] of the one image as RoIs [R, 5]."""
+    return torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)
+
+
+def two_more(values: Tensor, fill: float = 0) -> Tensor:
+    """`values` with two more rows, which end up as padding: programs of torch.export want at least two of a kind."""
+    return torch.cat([values, values.new_full((2, *values.shape[1:]), fill)])
+
+
+def first(values: Tensor, count: int) -> Tensor:
+    """The first `count` rows, zeros where there are fewer: as many rows for every image."""
+    return torch.cat([values, values.new_zeros(count, *values.shape[1:])])[:count]
+
+
+def check_exportable(model: nn.Module) -> None:
+    """Raise ValueError naming each part of the model that `Exportable` has no form for."""
+    if not isinstance(model, TwoStageDetector):
+        raise TypeError(f"model is a {type(model).__name__}, not a TwoStageDetector: give what detector.load returns")
+    wrong = []
+    for name, part in model.named_modules():
+        if isinstance(part, BoxHead) and part.nms not in ("hard", "mmcv"):
+            wrong.append(f"{name}.nms is {part.nms!r}, not 'hard'")
+        if isinstance(part, RoIExtractor):
+            parameter = next(model.neck.parameters(), torch.zeros(()))
+            maps = [parameter.new_zeros(1, model.neck.out_channels, 4, 4) for _ in part.strides]
+            try:
+                with use_path("plain"), torch.no_grad():
+                    part(maps, parameter.new_ones(2, 5) - 1)
+            except ValueError as error:
+                wrong.append(f"{name.removesuffix('.extractor')}.roi is {part.op}: {error}")
+    if wrong:
+        raise ValueError(f"this model cannot be exported: {'; '.join(wrong)}. Its weights travel as .safetensors")
+
+
+def export_program(
+    model: nn.Module, size: tuple[int, int] | None = None, precision: str = "fp32"
+) -> torch.export.ExportedProgram:
+    """`Exportable(model, precision)` as a program of torch.export, on the model's device.
+
+    Args:
+        size: (height, width) of the canvas; None makes a program for every size. Multiples of the model's
+            size_divisibility, or of 32.
+
+    Raises ValueError for a model without an exportable form, for a size that is no such multiple, and without one where
+    torch needs it.
+    """
+    exportable = Exportable(model, precision).eval().requires_grad_(False)
+    step = model.size_divisibility or 32
+    height, width = size or (160, 192)
+    if min(height, width) < 32 or height % step or width % step:
+        raise ValueError(f"size={height, width}: height and width of the canvas must be multiples of {step} from 32 on")
+    rows, columns = (Dim(name, min=ceil(SMALLEST / step)) for name in ("rows", "columns"))
+    sides = {2: step * rows, 3: step * columns} if step > 1 else {2: rows, 3: columns}
+    device = next(model.parameters()).device
+    images = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, device=device)
+    arguments = images, torch.tensor([height, width], device=device)
+    try:
+        return torch.export.export(exportable, arguments, dynamic_shapes=None if size else (sides, {}))
+    except torch._dynamo.exc.UserError as error:
+        if size:
+            raise
+        raise ValueError(f"torch {torch.__version__} makes no program of this model for every size: fix one") from error
+
+
+def export(
+    checkpoint: str | Path, out: str | Path, size: tuple[int, int] | None = None, precision: str = "fp32"
+) -> None:
+    """Write a checkpoint in the format that the suffix of `out` names: .safetensors, which detector.load reads, .pt2
+    (torch.export) or .onnx; the latter two for canvases of every size, or of `size` (height, width) alone.
+
+    Raises ValueError for another suffix, and what the functions of this module raise.
+    """
+    suffix = Path(out).suffix
+    if suffix not in (".safetensors", ".pt2", ".onnx"):
+        raise ValueError(f"{out}: the name must end in .safetensors, .pt2 or .onnx")
+    if suffix == ".safetensors":
+        return save_safetensors(checkpoints.load(checkpoint), out)
+    model = load(checkpoint)
+    program = export_program(model, size, precision)
+    return torch.export.save(program, out) if suffix == ".pt2" else save_onnx(program, output_names(model), out)
+
+
+def save_onnx(program: torch.export.ExportedProgram, outputs: Sequence[str], path: str | Path) -> None:
+    """Write a program of `export_program` with the names of its outputs as ONNX, opset 18.
+
+    Raises ModuleNotFoundError without the packages of the extra `export`, ValueError for what opset 18 cannot express:
+    deformable convolutions, and bf16.
+    """
+    try:
+        from onnxscript.optimizer import fold_constants, remove_unused_nodes
+
+        from detector.export.onnx_ops import translations
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"ONNX needs {error.name}: pip install 'two-stage-detector[export]'") from None
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    unknown = {str(node.target) for node in nodes if getattr(node.target, "namespace", "") == "torchvision"}
+    if unknown := unknown - {str(known) for known in translations()}:
+        raise ValueError(f"{path}: ONNX has no form of {', '.join(sorted(unknown))}; torch.export has: name it .pt2")
+    if any(getattr(node.meta.get("val"), "dtype", None) == torch.bfloat16 for node in nodes):
+        raise ValueError(f"{path}: ONNX's convolutions take no bf16: export with precision fp16, or name it .pt2")
+    exported = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=18,
+        input_names=["images", "image_size"],
+        output_names=list(outputs),
+        custom_translation_table=translations(),
+        verbose=False,
+    )
+    # the exporter leaves what is made of large weights, such as their half-precision form, to be made in every run
+    fold_constants(exported.model, input_size_limit=1 << 40, output_size_limit=1 << 40)
+    remove_unused_nodes(exported.model)
+    exported.save(path)

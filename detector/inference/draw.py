@@ -1,0 +1,191 @@
+"""Pictures of boxes, masks, names and scores that can be read on images of 100 and of 5,000 pixels.
+
+Line widths and letters scale with the image, small images are enlarged first. Colours can be told apart by the
+colour-blind: one per class, or one per object where there is a single class. Labels keep off the edge and each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from math import ceil
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from detector.ops.paste import paste_masks
+from detector.structures import Batch, Detections, Targets
+
+# Okabe and Ito, "Color Universal Design" (2008), without black; further rounds are lighter and darker
+PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+VIEW = 800  # px: images whose longer side is less are enlarged to at least this
+CROWDED = 25  # with more objects, labels without a free place are left out, and so is the name of the only class
+INK, PAPER = (20, 20, 20), (250, 250, 250)
+
+
+def color(index: int) -> tuple[int, int, int]:
+    """The RGB colour of class or object 0, 1, ..."""
+    rgb, turn = np.array(PALETTE[index % len(PALETTE)], float), index // len(PALETTE) % 3
+    mixed = rgb if turn == 0 else 0.5 * (rgb + 255) if turn == 1 else 0.75 * rgb
+    return tuple(int(v) for v in mixed.round())
+
+
+def draw(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    categories: Sequence[str],
+    scores: np.ndarray | None = None,
+    masks: np.ndarray | None = None,
+) -> np.ndarray:
+    """The picture [h, w, 3] uint8 of an image [H, W, 3] uint8 RGB with its objects, enlarged by an integer if small.
+
+    boxes: [D, 4] (x1, y1, x2, y2) in the image's pixels; labels: [D], 1..K; categories: the K names;
+    scores: [D]; masks: [D, H, W] bool.
+    """
+    zoom = ceil(VIEW / max(image.shape[:2]))
+    picture = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC) if zoom > 1 else image.copy()
+    boxes, labels = np.asarray(boxes, float).reshape(-1, 4) * zoom, np.asarray(labels, int)
+    scale = max(picture.shape[:2]) / VIEW
+    line = max(2, round(2 * scale))
+    colors = [color(int(k) - 1 if len(categories) > 1 else d) for d, k in enumerate(labels)]
+    order = np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")  # small ones on top
+    if masks is not None:
+        for d in order:
+            _draw_mask(picture, masks[d], zoom, colors[d], line)
+    for d in order:
+        corners = [tuple(int(v) for v in corner) for corner in np.round(boxes[d] - 0.5).reshape(2, 2)]
+        if masks is None:  # a dark rim keeps the line visible on any ground
+            cv2.rectangle(picture, *corners, INK, 2 * line, cv2.LINE_AA)
+        cv2.rectangle(picture, *corners, colors[d], line, cv2.LINE_AA)
+    short = len(categories) == 1 and len(labels) > CROWDED and scores is not None
+    texts = [_name(categories, k) for k in labels] if not short else [""] * len(labels)
+    if scores is not None:
+        texts = [f"{text} {score:.2f}".strip() for text, score in zip(texts, scores)]
+    return _draw_labels(picture, boxes, texts, colors, scale)
+
+
+def _name(categories: Sequence[str], label: int) -> str:
+    return categories[label - 1] if 1 <= label <= len(categories) else f"label {label}"
+
+
+def _draw_mask(picture: np.ndarray, mask: np.ndarray, zoom: int, rgb: tuple[int, int, int], line: int) -> None:
+    """Tint the mask's pixels and draw its outline; works in the mask's own window."""
+    x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
+    if w == 0:
+        return
+    window = np.repeat(np.repeat(mask[y : y + h, x : x + w].astype(np.uint8), zoom, 0), zoom, 1)
+    part = picture[y * zoom : (y + h) * zoom, x * zoom : (x + w) * zoom]
+    tinted = cv2.addWeighted(part, 0.55, np.full_like(part, rgb), 0.45, 0)
+    np.copyto(part, tinted, where=window[..., None] > 0)
+    outlines, _ = cv2.findContours(window, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(picture, outlines, -1, rgb, line, cv2.LINE_AA, offset=(x * zoom, y * zoom))
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def _draw_labels(picture: np.ndarray, boxes: np.ndarray, texts: list[str], colors: list, scale: float) -> np.ndarray:
+    """Labels in the order of the objects, each where it hides least: other labels first, then other objects."""
+    canvas = Image.fromarray(picture)
+    pen, font = ImageDraw.Draw(canvas), _font(max(10, round(15 * scale)))
+    pad = max(1, round(2 * scale))
+    ascent, descent = font.getmetrics()
+    height, placed = ascent + descent + pad, np.zeros((0, 4))
+    for d, (text, rgb) in enumerate(zip(texts, colors)):
+        width = font.getlength(text) + 2 * pad
+        places = _places(boxes[d], width, height, canvas.size)
+        hidden_labels = _overlap(places, placed).sum(1)
+        others = np.delete(boxes, d, axis=0)
+        cost = 20 * hidden_labels + _overlap(places, others).sum(1) + np.arange(len(places)) * 0.01
+        best = int(cost.argmin())
+        if hidden_labels[best] > 0 and len(texts) > CROWDED:
+            continue
+        place = places[best]
+        placed = np.vstack([placed, place])
+        pen.rounded_rectangle(tuple(place), radius=2 * pad, fill=rgb)
+        dark = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2] < 125
+        pen.text((place[0] + pad, place[1]), text, font=font, fill=PAPER if dark else INK)
+    return np.asarray(canvas)
+
+
+def _places(box: np.ndarray, width: float, height: float, size: tuple[int, int]) -> np.ndarray:
+    """Label rectangles [P, 4] for a box, the favourite first, all inside the picture as far as they fit."""
+    x1, y1, x2, y2 = box
+    corners = [(x1, y1 - height), (x1, y2), (x2 - width, y1 - height), (x2 - width, y2)]  # outside
+    corners += [(x1, y1), (x1, y2 - height), (x2 - width, y1), (x2 - width, y2 - height)]  # inside
+    corners += [(x2, y1), (x1 - width, y1), ((x1 + x2 - width) / 2, (y1 + y2 - height) / 2)]
+    left = np.clip([c[0] for c in corners], 0, max(size[0] - width, 0))
+    top = np.clip([c[1] for c in corners], 0, max(size[1] - height, 0))
+    return np.stack([left, top, left + width, top + height], axis=1)
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection areas [A, B] as a share of a's areas."""
+    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
+    return (high - low).clip(0).prod(-1) / ((a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1]))[:, None]
+
+
+def panel(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> np.ndarray:
+    """Pictures of one size side by side under their titles, [h, w, 3] uint8."""
+    height, width = pictures[0].shape[:2]
+    size = max(12, round(len(pictures) * width / 80))
+    gap, head = size // 2, 2 * size
+    canvas = Image.new("RGB", (len(pictures) * (width + gap) - gap, head + height), PAPER)
+    pen = ImageDraw.Draw(canvas)
+    for i, (picture, title) in enumerate(zip(pictures, titles)):
+        canvas.paste(Image.fromarray(picture), (i * (width + gap), head))
+        pen.text((i * (width + gap) + gap, size // 3), title, font=_font(size), fill=INK)
+    return np.asarray(canvas)
+
+
+def beside_truth(
+    batch: Batch,
+    targets: Targets,
+    detections: Detections,
+    categories: Sequence[str],
+    index: int = 0,
+    threshold: float = 0.5,
+) -> np.ndarray:
+    """Image `index` of a batch as the network saw it: detections of at least `threshold` beside the ground truth."""
+    height, width = batch.image_sizes[index].tolist()
+    image = batch.images[index, :, :height, :width].permute(1, 2, 0).contiguous().cpu().numpy()
+    keep = detections.valid[index] & (detections.scores[index] >= threshold)
+    boxes, scores, labels = (_array(t[index][keep]) for t in (detections.boxes, detections.scores, detections.labels))
+    masks = None
+    if detections.masks is not None:
+        masks = paste_masks(_array(detections.masks[index][keep]), boxes, height, width)
+    real = targets.valid[index] & ~targets.crowd[index]
+    truth_masks = None
+    if targets.masks is not None:
+        truth_masks = paste_windows(
+            _array(targets.masks[index][real]), _array(targets.mask_windows[index][real]), height, width
+        )
+    truth = draw(
+        image, _array(targets.boxes[index][real]), _array(targets.labels[index][real]), categories, masks=truth_masks
+    )
+    found = draw(image, boxes, labels, categories, scores, masks)
+    return panel(
+        [found, truth], [f"predicted ({len(boxes)}, score ≥ {threshold:g})", f"ground truth ({int(real.sum())})"]
+    )
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().float().cpu().numpy()
+
+
+def paste_windows(masks: np.ndarray, windows: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Full-size masks [G, height, width] bool of ground-truth cells [G, S, S] that cover `windows` [G, 4]."""
+    image = np.zeros((len(masks), height, width), dtype=bool)
+    for out, mask, (x1, y1, x2, y2) in zip(image, masks, windows):
+        columns = (np.arange(width) + 0.5 - x1) / max(x2 - x1, 1e-6) * mask.shape[1]
+        rows = (np.arange(height) + 0.5 - y1) / max(y2 - y1, 1e-6) * mask.shape[0]
+        inside_x, inside_y = ((v >= 0) & (v < s) for v, s in ((columns, mask.shape[1]), (rows, mask.shape[0])))
+        out[np.ix_(inside_y, inside_x)] = mask[np.ix_(rows[inside_y].astype(int), columns[inside_x].astype(int))] > 0
+    return image

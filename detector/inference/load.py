@@ -1,0 +1,87 @@
+"""A trained detector from its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from torch import nn
+
+from detector.checkpoint import load as load_checkpoint
+from detector.checkpoint import load_safetensors
+from detector.config import ConfigError, build, config_errors
+from detector.config.schema import check_model_config, check_transforms_config
+from detector.data import Pipeline
+from detector.evaluation.proposals import OBJECT
+from detector.inference.predict import predict
+
+
+def load(
+    checkpoint: str | Path | Mapping, device: str | torch.device = "cpu", changes: Mapping | None = None
+) -> nn.Module:
+    """The model of a checkpoint (path, or what checkpoint.load returned) in evaluation mode.
+
+    The averaged weights are taken if the run kept any. changes: nested dict of settings of the model that differ from
+    the checkpoint's, such as {"box_head": {"score_threshold": 0.01}}.
+
+    It has, beyond the model that was trained: `categories` (names of label 1, 2, ...), `category_ids` (their COCO ids
+    in the training set; of a model without a box head only "object"), `preprocess` (the validation transforms),
+    `config` (the run's), and `predict`, which is the function below for this model.
+
+    Raises ConfigError (a ValueError) naming the file if it is missing, damaged, or its weights do not fit its config.
+    """
+    name = checkpoint if isinstance(checkpoint, (str, Path)) else "checkpoint"
+    state = checkpoint if isinstance(checkpoint, Mapping) else read(checkpoint)
+    config, categories = state["config"], list(state["categories"])
+    node = merge(config["model"], {"backbone": {"weights": None}} if "weights" in config["model"]["backbone"] else {})
+    node = merge(node, changes or {})
+    check_model_config(node)
+    model = build(node, "model", num_classes=len(categories))
+    try:
+        model.load_state_dict(state["ema"] or state["model"])
+    except RuntimeError as error:
+        raise ConfigError(f"{name}: the weights do not fit the model of the same file: {error}") from None
+    model.to(device).eval()
+    if model.box_head is None:  # proposals, of whatever class
+        model.categories, model.category_ids = ["object"], [OBJECT]
+    else:
+        model.categories, model.category_ids = categories, list(state["category_ids"])
+    model.config = config
+    model.preprocess = validation_transforms(config)
+    model.predict = partial(predict, model)
+    return model
+
+
+def read(path: str | Path) -> dict:
+    """A checkpoint, or a safetensors file that `python -m detector.weights export` wrote."""
+    return load_safetensors(path) if Path(path).suffix == ".safetensors" else load_checkpoint(path)
+
+
+def validation_transforms(config: Mapping) -> Pipeline:
+    """The pipeline that a run's config prescribes for evaluation, checked to do no more than resize."""
+    steps = (config.get("augment") or {}).get("val") or []
+    check_transforms_config(steps)
+    with config_errors("augment.val"):
+        pipeline = Pipeline([instantiate(step, _convert_="all") for step in steps])
+    probe = np.array([[0, 0, 96, 64], [12, 8, 72, 40]], np.float32)
+    result = pipeline(np.zeros((64, 96, 3), np.uint8), probe)
+    height, width = result.image.shape[:2]
+    expected = probe * np.tile(np.array([width / 96, height / 64], np.float32), 2)
+    if result.boxes.shape != probe.shape or np.abs(result.boxes - expected).max() > 1e-2 * max(height, width) / 64:
+        raise ConfigError("augment.val: must only resize the image: detections could not be put back into the original")
+    return pipeline
+
+
+def merge(base: Mapping, changes: Mapping) -> dict:
+    """Nested dicts: `base` with the values of `changes` that are not None."""
+    merged = dict(base)
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), Mapping):
+            merged[key] = merge(base[key], value)
+        elif value is not None and not (isinstance(value, Mapping) and not any(v is not None for v in value.values())):
+            merged[key] = value
+    return merged

@@ -1,0 +1,139 @@
+"""Building blocks that more than one part of the model uses."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torchvision.ops import FrozenBatchNorm2d
+
+from detector.ops import winograd
+
+
+class PlainFrozenBatchNorm2d(FrozenBatchNorm2d):
+    """A frozen batch norm as a layer of its own, with the arithmetic of nn.BatchNorm2d to the bit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        statistics = self.running_mean, self.running_var, self.weight, self.bias
+        return F.batch_norm(x, *statistics, training=False, eps=self.eps)
+
+
+NORMS = {
+    "frozen_batch_norm": FrozenBatchNorm2d,
+    "plain_frozen_batch_norm": PlainFrozenBatchNorm2d,
+    "batch_norm": nn.BatchNorm2d,
+    "sync_batch_norm": nn.SyncBatchNorm,
+    "group_norm": partial(nn.GroupNorm, 32),
+}
+
+
+def norm_layer(name: str):
+    """The factory `norm(channels)` of that name; ValueError for a name that is not in NORMS."""
+    if name not in NORMS:
+        raise ValueError(f"norm={name!r}: expected one of {', '.join(NORMS)}")
+    return NORMS[name]
+
+
+def likes_channels_last(device: torch.device) -> bool:
+    """Whether 3 x 3 convolutions of large maps are fastest in channels_last there: on all but CPUs without AVX-512, for
+    which oneDNN's backward pass takes twice as long in it. 1 x 1 convolutions and RoI methods always like it."""
+    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def to_liked_layout(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, with the weights of its convolutions laid out in memory as the maps will be."""
+    if likes_channels_last(device):
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):  # those have but one layout
+                module.to(memory_format=torch.channels_last)
+    return model
+
+
+def conv_layout(x: Tensor) -> Tensor:
+    """Maps [N, C, H, W] in the layout in which 3 x 3 convolutions of them are fastest: as they come, or contiguous."""
+    return x if likes_channels_last(x.device) else x.contiguous()
+
+
+def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
+    """norm(conv(x)) of x [N, C, H, W]; a frozen batch norm costs nothing, folded into the convolution.
+
+    With s = weight / sqrt(var + eps):  s (W * x - mean) + bias  =  (s W) * x + (bias - s mean),  exact in value and in
+    the gradients of x and W, without a pass over the maps.
+    """
+    if type(conv) is not nn.Conv2d or type(norm) is not FrozenBatchNorm2d:
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return _ScaledConv.apply(x, conv.weight, scale, norm.bias - norm.running_mean * scale, conv)
+
+
+class _ScaledConv(torch.autograd.Function):
+    """(scale W) * x + bias, which keeps W for its gradient and not the product: a copy of all weights less."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, conv: nn.Conv2d) -> Tensor:
+        ctx.save_for_backward(x, weight, scale)
+        ctx.conv = conv
+        return F.conv2d(
+            x, weight * scale.view(-1, 1, 1, 1), bias, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (x, weight, scale), conv = ctx.saved_tensors, ctx.conv
+        scale = scale.view(-1, 1, 1, 1)
+        inputs = grad, x.to(grad.dtype), (weight * scale).to(grad.dtype)  # autocast made the result in grad's type
+        shape = conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups
+        wanted = [*ctx.needs_input_grad[:2], False]
+        to_x, to_weight, _ = torch.ops.aten.convolution_backward(*inputs, None, *shape, wanted)
+        return (
+            to_x if to_x is None else to_x.to(x.dtype),
+            to_weight if to_weight is None else to_weight * scale,
+            *[None] * 3,
+        )
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3 x 3 convolution in the form that is fastest for its input."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, bias: bool = True):
+        super().__init__(in_channels, out_channels, 3, stride, padding=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride == (1, 1) and winograd.pays(x, self.weight):
+            return winograd.conv3x3(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+def conv_block(
+    in_channels: int, out_channels: int, kernel: int, norm: str | None = None, relu: bool = True, stride: int = 1
+) -> nn.Sequential:
+    """Convolution that keeps the size (at stride 1), a norm by name, which then replaces the bias, and ReLU."""
+    conv = Conv3x3 if kernel == 3 else partial(nn.Conv2d, kernel_size=kernel, padding=kernel // 2)
+    layers: list[nn.Module] = [conv(in_channels, out_channels, stride=stride, bias=norm is None)]
+    if norm is not None:
+        layers.append(norm_layer(norm)(out_channels))
+    if relu:
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
+
+
+def init_normal(module: nn.Module, std: float) -> None:
+    """Normal weights with that standard deviation and zero biases in every convolution and linear layer."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def init_kaiming(module: nn.Module) -> None:
+    """He et al. 2015, fan-out for ReLU, and zero biases in every convolution."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

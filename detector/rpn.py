@@ -1,0 +1,251 @@
+"""Region proposal network (Faster R-CNN, Ren et al. 2015; on pyramids: FPN, Lin et al. 2017).
+
+Dimensions: N images, L levels, C channels, A anchors per cell, T candidates kept before NMS, P proposals per image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detector.ops import losses
+from detector.ops.boxes import BoxCoder, clip, nms_by_image, nms_like_mmcv, take
+from detector.ops.checks import check_counts, check_fractions
+from detector.ops.layers import conv_block, init_normal
+from detector.ops.sampling import check_thresholds, match, sample
+from detector.structures import Batch, Proposals, Targets
+
+
+class AnchorGenerator(nn.Module):
+    """Anchors of all levels.
+
+    Args:
+        strides: stride in image pixels of each level.
+        sizes: for each level the anchor sizes, sqrt(area) in image pixels; one list serves all levels.
+        aspect_ratios: height / width.
+        rounding: round the corners of the cell's anchors to whole pixels, as torchvision does.
+
+    At each cell the order is ratio by ratio, and size by size within a ratio.
+    """
+
+    def __init__(
+        self,
+        strides: Sequence[int],
+        sizes: Sequence[Sequence[float]],
+        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        rounding: bool = False,
+    ):
+        super().__init__()
+        sizes = list(sizes) * len(strides) if len(sizes) == 1 else list(sizes)
+        if len(sizes) != len(strides):
+            raise ValueError(f"anchor sizes for {len(sizes)} levels, but the neck gives {len(strides)} (sizes={sizes})")
+        if len({len(level) for level in sizes}) != 1 or min(min(level) for level in sizes) <= 0:
+            raise ValueError(f"anchor sizes={sizes}: expected the same number of positive sizes on each level")
+        if min(aspect_ratios) <= 0:
+            raise ValueError(f"aspect_ratios={list(aspect_ratios)}: must be positive")
+        self.strides = list(strides)
+        self.num_anchors = len(sizes[0]) * len(aspect_ratios)
+        cells = torch.stack([self._cell(level, aspect_ratios, rounding) for level in sizes])
+        self.register_buffer("cells", cells, persistent=False)  # [L, A, 4], around the origin
+
+    @staticmethod
+    def _cell(sizes, ratios, rounding: bool) -> Tensor:
+        shapes = [(size / math.sqrt(ratio), size * math.sqrt(ratio)) for ratio in ratios for size in sizes]
+        cell = torch.tensor([(-w / 2, -h / 2, w / 2, h / 2) for w, h in shapes])
+        return cell.round() if rounding else cell
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Anchors [Hl * Wl * A, 4] of each level of features [N, C, Hl, Wl], row by row."""
+        anchors = []
+        for level, stride, cell in zip(features, self.strides, self.cells):
+            height, width = level.shape[-2:]
+            y = torch.arange(height, device=level.device, dtype=torch.float32) * stride
+            x = torch.arange(width, device=level.device, dtype=torch.float32) * stride
+            y, x = torch.meshgrid(y, x, indexing="ij")
+            corner = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
+            anchors.append((corner + cell).reshape(-1, 4))
+        return anchors
+
+
+class RPNHead(nn.Module):
+    """One 3 x 3 (or several) and two 1 x 1 convolutions, shared by the levels."""
+
+    def __init__(self, in_channels: int, num_anchors: int, conv_channels: Sequence[int]):
+        super().__init__()
+        channels = [in_channels, *conv_channels]
+        self.conv = nn.Sequential(*(conv_block(a, b, 3) for a, b in zip(channels, channels[1:])))
+        self.objectness_logits = nn.Conv2d(channels[-1], num_anchors, 1)
+        self.deltas = nn.Conv2d(channels[-1], 4 * num_anchors, 1)
+        init_normal(self, std=0.01)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Per level: objectness logits [N, Hl * Wl * A] and deltas [N, Hl * Wl * A, 4], in the anchors' order."""
+        hidden = [self.conv(level) for level in features]
+        logits = [self.objectness_logits(h).permute(0, 2, 3, 1).flatten(1) for h in hidden]
+        deltas = [self.deltas(h).permute(0, 2, 3, 1).reshape(len(h), -1, 4) for h in hidden]
+        return logits, deltas
+
+    def at(self, features: Sequence[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """What forward gives for the anchors [N, S], numbered over all levels: logits [N, S] and deltas [N, S, 4].
+
+        Only their cells are computed, from the windows of the maps that they see. So the backward pass of a loss on a
+        sample costs next to nothing, where that of the convolution over whole maps is a tenth of a training step.
+        """
+        num_anchors = len(self.objectness_logits.bias)
+        cells = torch.div(anchors.flatten(), num_anchors, rounding_mode="floor")
+        image = torch.arange(len(anchors), device=anchors.device).repeat_interleave(anchors.shape[1])
+        hidden, inside = windows(features, image, cells, radius=len(self.conv))
+        for conv, relu in self.conv:
+            hidden = F.conv2d(hidden * inside[:, None], conv.weight, conv.bias)  # beyond the map is zero, not bias
+            hidden, inside = relu(hidden), inside[:, 1:-1, 1:-1]
+        which = (anchors.flatten() % num_anchors)[:, None]
+        logits = self.objectness_logits(hidden).flatten(1).gather(1, which)
+        deltas = take(self.deltas(hidden).view(len(hidden), num_anchors, 4), which)
+        return logits.view(anchors.shape), deltas.view(*anchors.shape, 4)
+
+
+def windows(features: Sequence[Tensor], image: Tensor, cells: Tensor, radius: int) -> tuple[Tensor, Tensor]:
+    """Windows [S, C, k, k], k = 2 radius + 1, of features (levels [N, C, Hl, Wl]) around cells [S], numbered row by row
+    and level by level, of image [S]; and whether they are inside the map, [S, k, k] bool. What is not has any value."""
+    start, height, width = (torch.zeros_like(cells) for _ in range(3))
+    total = 0
+    for level in features:
+        reached = cells >= total
+        for of_cell, of_level in zip((start, height, width), (total, *level.shape[-2:])):
+            of_cell.masked_fill_(reached, of_level)
+        total += level.shape[-2] * level.shape[-1]
+    reach = torch.arange(-radius, radius + 1, device=cells.device)
+    y = (torch.div(cells - start, width, rounding_mode="floor")[:, None] + reach)[:, :, None]
+    x = ((cells - start) % width)[:, None] + reach
+    x = x[:, None, :]
+    height, width, start = (t[:, None, None] for t in (height, width, start + image * total))
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    table = torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in features], 1).flatten(0, 1)
+    found = F.embedding(torch.where(inside, start + y * width + x, 0), table)
+    return found.permute(0, 3, 1, 2), inside
+
+
+class RPN(nn.Module):
+    """Proposals from features, and the losses of making them.
+
+    Args:
+        in_channels, strides: of the levels that come in.
+        anchor_sizes, aspect_ratios, anchor_rounding: see AnchorGenerator.
+        conv_channels: widths of the 3 x 3 convolutions; empty widths default to one of in_channels.
+        pre_nms_top_n: best candidates of each level that enter NMS, (training, inference).
+        post_nms_top_n: best survivors of an image that leave it, (training, inference).
+        nms_threshold: IoU above which the weaker box of the same level goes.
+        min_size: candidates with a shorter side, in pixels, are dropped.
+        rank_by: 'logit', or 'probability': mmdetection's, where logits above 17 or so tie in float32, with mmcv's NMS.
+        clamp_shrinking: see BoxCoder.
+        batch_size_per_image, positive_fraction: anchors that enter the loss.
+        positive_iou, negative_iou: matching thresholds, with low-quality matches.
+        box_loss, beta: see losses.BoxLoss.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        strides: Sequence[int],
+        anchor_sizes: Sequence[Sequence[float]] = ((32,), (64,), (128,), (256,), (512,)),
+        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        anchor_rounding: bool = False,
+        conv_channels: Sequence[int] | None = None,
+        pre_nms_top_n: tuple[int, int] = (2000, 1000),
+        post_nms_top_n: tuple[int, int] = (2000, 1000),
+        nms_threshold: float = 0.7,
+        min_size: float = 0.0,
+        rank_by: str = "logit",
+        clamp_shrinking: bool = False,
+        batch_size_per_image: int = 256,
+        positive_fraction: float = 0.5,
+        positive_iou: float = 0.7,
+        negative_iou: float = 0.3,
+        box_loss: str = "smooth_l1",
+        beta: float = 1.0 / 9,
+    ):
+        super().__init__()
+        check_thresholds(negative_iou, positive_iou)
+        check_fractions(nms_threshold=nms_threshold, positive_fraction=positive_fraction)
+        check_counts(
+            batch_size_per_image=batch_size_per_image,
+            pre_nms_top_n=min(pre_nms_top_n),
+            post_nms_top_n=min(post_nms_top_n),
+        )
+        if rank_by not in ("logit", "probability"):
+            raise ValueError(f"rank_by={rank_by!r}: expected 'logit' or 'probability'")
+        self.anchors = AnchorGenerator(strides, anchor_sizes, aspect_ratios, anchor_rounding)
+        self.head = RPNHead(in_channels, self.anchors.num_anchors, conv_channels or [in_channels])
+        self.coder = BoxCoder(clamp_shrinking=clamp_shrinking)
+        self.box_loss = losses.BoxLoss(box_loss, beta)
+        self.pre_nms_top_n, self.post_nms_top_n = tuple(pre_nms_top_n), tuple(post_nms_top_n)
+        self.nms_threshold, self.min_size, self.rank_by = nms_threshold, min_size, rank_by
+        self.batch_size_per_image, self.positive_fraction = batch_size_per_image, positive_fraction
+        self.positive_iou, self.negative_iou = positive_iou, negative_iou
+
+    def forward(
+        self, features: Sequence[Tensor], batch: Batch, targets: Targets | None = None
+    ) -> tuple[Proposals, dict[str, Tensor]]:
+        """Proposals of features [N, C, Hl, Wl] over L levels; with targets also loss_objectness, loss_rpn_box_reg."""
+        anchors = self.anchors(features)
+        with torch.no_grad():  # proposals are constants to the heads, and the losses look at a sample only
+            proposals = self.propose(*self.head(features), anchors, batch.image_sizes)
+        if targets is None:
+            return proposals, {}
+        return proposals, self.losses(features, torch.cat(anchors), batch, targets)
+
+    @torch.no_grad()
+    def propose(
+        self, logits: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], image_sizes: Tensor
+    ) -> Proposals:
+        """Decode, clip and suppress; logits, deltas and anchors per level as RPNHead and AnchorGenerator give them."""
+        pre, post = self.pre_nms_top_n[not self.training], self.post_nms_top_n[not self.training]
+        boxes, scores, levels = [], [], []
+        for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors)):
+            score, index = self.best(logit.float(), min(pre, logit.shape[1]))
+            boxes.append(self.coder.decode(take(delta, index), anchor[index]))
+            scores.append(score)
+            levels.append(torch.full_like(index, level))
+        boxes = clip(torch.cat(boxes, 1), image_sizes)
+        scores, levels = torch.cat(scores, 1), torch.cat(levels, 1)
+
+        sides = boxes[..., 2:] - boxes[..., :2]
+        image, column = torch.nonzero((sides > self.min_size).all(-1) & scores.isfinite(), as_tuple=True)
+        boxes, scores = boxes[image, column], scores[image, column]
+        args = (image, levels[image, column], self.nms_threshold, len(image_sizes), post)
+        nms = nms_by_image if self.rank_by == "logit" else nms_like_mmcv
+        rows, valid = nms(boxes, scores, *args)
+        if len(boxes) == 0:  # nothing survived on any image: padding has no row to point at
+            return Proposals(boxes.new_zeros(*rows.shape, 4), scores.new_zeros(rows.shape), valid)
+        scores = scores[rows].sigmoid() if self.rank_by == "logit" else scores[rows]
+        return Proposals(boxes[rows] * valid[..., None], scores * valid, valid)
+
+    def best(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` highest of logits [N, A], or all of them, and where they are, both [N, count]."""
+        if self.rank_by == "logit":
+            return logits.topk(count, dim=1)
+        scores = logits.sigmoid()
+        if count == scores.shape[1]:  # theirs sorts only to leave some out, unstably: the order of ties counts
+            return scores, torch.arange(count, device=scores.device).expand_as(scores)
+        scores, index = scores.sort(dim=1, descending=True)
+        return scores[:, :count], index[:, :count]
+
+    def losses(self, features: Sequence[Tensor], anchors: Tensor, batch: Batch, targets: Targets) -> dict[str, Tensor]:
+        """Losses of the head's predictions on a random sample of the anchors [A, 4] of all levels."""
+        with torch.no_grad():
+            matches = match(anchors, targets, self.negative_iou, self.positive_iou, low_quality=True)
+            samples = sample(
+                matches.verdict, batch.sample_keys, self.batch_size_per_image, self.positive_fraction, stage=0
+            )
+            gt_boxes = take(targets.boxes, take(matches.matched_idxs, samples.index))
+            count = losses.global_mean_count(samples.valid.sum())
+        logits, deltas = self.head.at(features, samples.index)
+        positive = samples.positive.float()
+        return {
+            "loss_objectness": losses.objectness(logits, positive, samples.valid.float(), count),
+            "loss_rpn_box_reg": self.box_loss(deltas, gt_boxes, anchors[samples.index], self.coder, positive, count),
+        }

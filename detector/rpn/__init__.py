@@ -1,1 +1,0 @@
-from detector.rpn.rpn import RPN

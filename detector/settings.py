@@ -1,0 +1,109 @@
+"""The settings of a run that are not a model, a data set, an optimiser or a schedule: configs/runtime and train.yaml.
+
+A length of training is written as an int (iterations), a string "3 epochs", or a float in (0, 1), a share of the whole.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from detector.ops.checks import require
+
+Length = int | float | str
+
+
+def to_iterations(length: Length, per_epoch: int, total: int | None = None, name: str = "length") -> int:
+    """A length in iterations.
+
+    Args:
+        per_epoch: iterations in an epoch.
+        total: what a share refers to; None where shares make no sense.
+
+    Raises ValueError, naming `name`, for what is not a length.
+    """
+    if isinstance(length, int) and not isinstance(length, bool):
+        require(length >= 0, name, length, "at least 0")
+        return length
+    if isinstance(length, float) and total is not None:
+        require(0 <= length <= 1, name, length, "an int (iterations), a share between 0.0 and 1.0, or like '3 epochs'")
+        return round(length * total)
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(?:epochs?|ep)\s*", str(length))
+    require(match is not None, name, length, "an int (iterations) or like '3 epochs'")
+    return round(float(match[1]) * per_epoch)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how the run is executed. Nothing here changes what is learned, beyond rounding."""
+
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    workers: int = 2  # data-loading processes of each rank
+    threads: int | None = None  # CPU threads of each rank; null: torch's choice
+    compile: bool = False  # backbone, neck and the RPN's layers, whose shapes stay
+    deterministic: bool = False  # refuse GPU kernels that are not reproducible
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_nonfinite: int = 10  # steps that may be skipped before the run stops after all
+    log_every: int = 20
+    histograms_every: int = 200
+    pictures_every: int | None = 500
+    checkpoint_every: Length = "1 epoch"
+    keep: int = 2  # numbered checkpoints to keep beside last.pt and best.pt
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
+        require(known is not None, "device", self.device, "auto, cpu, mps, cuda or cuda:N")
+        for name in ("workers", "max_nonfinite", "keep"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("threads", "log_every", "histograms_every", "pictures_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
+        to_iterations(self.checkpoint_every, 1, 1, "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one step does."""
+
+    batch_size: int = 16  # images in one optimiser step, over all ranks and accumulation steps
+    accumulate: int = 1  # micro-batches in a step
+    reference_batch: int | None = 16  # optimizer.lr is meant for this batch and scaled linearly; null: taken as it is
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    ema_decay: float | None = None  # evaluate an exponential moving average of the weights
+    decay_norms: bool = False  # weight decay on normalisation layers
+    decay_biases: bool = False
+    lr_multipliers: dict[str, float] = field(default_factory=dict)  # by part of a parameter's name: {backbone: 0.1}
+
+    def __post_init__(self):
+        for name in ("batch_size", "accumulate", "reference_batch"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
+        fits = self.batch_size % self.accumulate == 0
+        require(fits, "accumulate", self.accumulate, f"a divisor of batch_size = {self.batch_size}")
+        for name in ("clip_norm", "clip_value"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "above 0, or null")
+        require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1), or null")
+        for name, value in self.lr_multipliers.items():
+            require(value >= 0, f"lr_multipliers.{name}", value, "at least 0")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """When the model is evaluated during training, and what the best checkpoint is best at."""
+
+    every: Length | None = None  # null: only at the end
+    metric: str = "auto"  # like bbox.AP or segm.AP50; auto: segm.AP if the model predicts masks, else bbox.AP
+    evaluator: Literal["hotcoco", "pycocotools"] = "hotcoco"
+    batch_size: int = 8  # over all ranks
+
+    def __post_init__(self):
+        if self.every is not None:
+            to_iterations(self.every, 1, 1, "every")
+        known = re.fullmatch(r"auto|(bbox|segm|keypoints)\.A[PR](\d+|s|m|l)?", self.metric)
+        require(known is not None, "metric", self.metric, "auto, or like bbox.AP, segm.AP50, bbox.APs")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
