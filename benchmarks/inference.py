@@ -25,7 +25,7 @@ from benchmarks import harness
 from benchmarks.peers import mask_rcnn_pair, synthetic_batch
 from benchmarks.train_step import DTYPES
 from detector.evaluation.results import detections_to_coco
-from detector.ops.layers import to_liked_layout
+from detector.ops.layers import to_preferred_layout
 from detector.runtime import keep_freed_memory
 
 CATEGORIES = list(range(1, 81))
@@ -75,7 +75,7 @@ def build(name: str, batch: int, args: argparse.Namespace) -> Callable[[], list]
     if name == "ours":  # as eval.py has it
         if device.type == "cpu":
             keep_freed_memory()
-        model = to_liked_layout(ours, device).eval()
+        model = to_preferred_layout(ours, device).eval()
     else:
         model = theirs.eval()
     del ours, theirs

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from benchmarks.peers import mask_rcnn_pair, synthetic_batch
-from detector.ops.layers import to_liked_layout
+from detector.ops.layers import to_preferred_layout
 from detector.runtime import keep_freed_memory
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,7 +46,7 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float]]
     else:  # as the training loop has it
         if device.type == "cpu":
             keep_freed_memory()
-        model, inputs = to_liked_layout(ours, device), (data.batch, data.targets)
+        model, inputs = to_preferred_layout(ours, device), (data.batch, data.targets)
         if name != "ours":
             for part in (model.backbone, model.neck, model.rpn.head):
                 part.compile(mode="reduce-overhead" if name == "graphs" else None)

@@ -1,7 +1,7 @@
 """Weights in and out.
 
-python -m detector.weights convert SOURCE OUT      a foreign detector's weights as a checkpoint of ours
-python -m detector.weights export CHECKPOINT OUT   a checkpoint of ours as .safetensors, .pt2 (torch.export) or .onnx
+python -m detector.commands.weights convert SOURCE OUT      a foreign detector's weights as a checkpoint of ours
+python -m detector.commands.weights export CHECKPOINT OUT   a checkpoint of ours as .safetensors, .pt2 (torch.export) or .onnx
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from detector.weights.loading import SOURCES
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0: written; 2: it cannot be, and why."""
     parser = argparse.ArgumentParser(
-        prog="python -m detector.weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m detector.commands.weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(required=True, dest="command", metavar="convert|export")
     command = commands.add_parser("export", help="write CHECKPOINT for other programs")

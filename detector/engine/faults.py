@@ -27,7 +27,7 @@ AGAIN = "the last checkpoint is intact, and the same command goes on from there"
 
 
 @contextlib.contextmanager
-def in_plain_words(folder: Path, world: World) -> Iterator[None]:
+def explain_errors(folder: Path, world: World) -> Iterator[None]:
     """A full disk, a killed worker and a lost rank become a RunError that says what to do."""
     try:
         yield

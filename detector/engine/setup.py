@@ -23,7 +23,7 @@ from detector.structures import Batch, Targets
 log = logging.getLogger(__name__)
 
 
-def rehearse(cfg: DictConfig, training: Training) -> None:
+def preflight(cfg: DictConfig, training: Training) -> None:
     """Build model and optimiser without memory, and look whether there is data: what cannot work is refused at once."""
     hint = f"make it with: {cfg.data.prepare}" if cfg.data.prepare else "set data.root to where your data set is"
     if not Path(cfg.data.root).exists():

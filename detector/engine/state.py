@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from detector.config import build, config_errors
 from detector.engine.optimizer import EMA, Schedule, build_optimizer
-from detector.ops.layers import to_liked_layout
+from detector.ops.layers import to_preferred_layout
 from detector.runtime import World
 from detector.settings import Runtime, Training
 
@@ -55,7 +55,7 @@ class State:
         if start is not None:
             with config_errors("model.weights"):
                 start(model)
-        model = to_liked_layout(model.to(world.device), world.device)
+        model = to_preferred_layout(model.to(world.device), world.device)
         scaler = torch.amp.GradScaler(world.device.type, enabled=runtime.precision == "fp16")
         factory = build(cfg.optimizer, "optimizer")
         optimizer = build_optimizer(factory, model, training, fused=not scaler.is_enabled())

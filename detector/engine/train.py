@@ -45,11 +45,11 @@ def train(cfg: DictConfig) -> float | None:
     evaluation: Evaluation = build(cfg.evaluation, "evaluation")
     schedule: Schedule = build(cfg.schedule, "schedule")
     start: Start = build(cfg.weights, "weights")
-    setup.rehearse(cfg, training)
+    setup.preflight(cfg, training)
     world = start_ranks(runtime)
     folder = Path(cfg.run_dir)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(faults.in_plain_words(folder, world))
+        stack.enter_context(faults.explain_errors(folder, world))
         faults.on_main(world, lambda: stack.enter_context(run_folder.locked(folder)))
         stop = stack.enter_context(stop_on_signal())
         start_log(folder, world)
@@ -97,13 +97,13 @@ def train(cfg: DictConfig) -> float | None:
             saved = {**setup.about(cfg, train_set), **state.state_dict(), "meters": journal.state_dict()}
             saved["sampler"] = {"position": state.iteration * training.batch_size}
             saved["rng"] = world.gather(random_state())
-            numbered = hits(state.iteration, save_every)
+            numbered = is_due(state.iteration, save_every)
             faults.on_main(world, lambda: run_folder.publish(saved, folder, numbered, best, runtime.keep))
 
         state.model.train()
         while True:
             if state.evaluated < state.iteration and (
-                state.iteration == total or hits(state.iteration, evaluate_every)
+                state.iteration == total or is_due(state.iteration, evaluate_every)
             ):
                 with journal.paused():
                     found = readable(val_loader)
@@ -116,7 +116,7 @@ def train(cfg: DictConfig) -> float | None:
             micro_batches = faults.fetch(batches, training.accumulate, world, save)
             waited = time.perf_counter() - waiting
             micro_batches = [(to_device(b, world.device), to_device(t, world.device)) for b, t in micro_batches]
-            wanted = hits(state.iteration + 1, runtime.log_every)
+            wanted = is_due(state.iteration + 1, runtime.log_every)
             losses, stats = forward_backward(model, micro_batches, state.scaler, runtime, world, stats=wanted)
             state.scaler.unscale_(state.optimizer)
             norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
@@ -134,11 +134,11 @@ def train(cfg: DictConfig) -> float | None:
             state.iteration += 1
 
             journal.step(state.iteration, state.iteration / per_epoch, lr, stats)
-            if hits(state.iteration, runtime.pictures_every):
+            if is_due(state.iteration, runtime.pictures_every):
                 with journal.paused():
                     show(state, examples, train_set.categories, journal, world)
             ends = state.iteration == total
-            if stopping or ends or hits(state.iteration, save_every) or hits(state.iteration, evaluate_every):
+            if stopping or ends or is_due(state.iteration, save_every) or is_due(state.iteration, evaluate_every):
                 save()  # before an evaluation too, which may take long
             if stopping:
                 log.warning("%s: saved after iteration %d; start again to go on", stop.name, state.iteration)
@@ -188,5 +188,5 @@ def update(state: State, norm: Tensor, training: Training) -> None:
         state.ema.update(state.model, state.iteration)
 
 
-def hits(iteration: int, every: int | None) -> bool:
+def is_due(iteration: int, every: int | None) -> bool:
     return bool(every) and iteration % every == 0

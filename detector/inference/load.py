@@ -57,7 +57,7 @@ def load(
 
 
 def read(path: str | Path) -> dict:
-    """A checkpoint, or a safetensors file that `python -m detector.weights export` wrote."""
+    """A checkpoint, or a safetensors file that `python -m detector.commands.weights export` wrote."""
     return load_safetensors(path) if Path(path).suffix == ".safetensors" else load_checkpoint(path)
 
 

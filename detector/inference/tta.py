@@ -65,16 +65,16 @@ class Augmented(nn.Module):
         looks = []  # (batch, features) of each view
         found = []
         for view in self.views:
-            seen = look(batch, view)
+            seen = view_of(batch, view)
             features = self.model.features(seen)
             proposals, _ = self.model.rpn(features, seen)
             features = features[: self.model.neck.roi_levels]
             detections = self.model.box_head.detect(features, proposals, seen)
-            found.append(detections._replace(boxes=back(detections.boxes, view, batch, seen)))
+            found.append(detections._replace(boxes=from_view(detections.boxes, view, batch, seen)))
             looks.append((seen, features))
         merged, masks, heatmaps = self.merge(found, batch), [], []
         for view, (seen, features) in zip(self.views, looks):
-            there = merged._replace(boxes=forth(merged.boxes, view, batch, seen))
+            there = merged._replace(boxes=to_view(merged.boxes, view, batch, seen))
             if self.model.mask_head is not None:
                 mask = self.model.mask_head.detect(features, there).masks
                 masks.append(mask.flip(-1) if view.flip else mask)
@@ -109,7 +109,7 @@ class Augmented(nn.Module):
         return Detections(boxes[rows] * valid[..., None], scores[rows] * valid, labels[rows] * valid, valid)
 
 
-def look(batch: Batch, view: View, multiple: int = 32) -> Batch:
+def view_of(batch: Batch, view: View, multiple: int = 32) -> Batch:
     """The batch as a view sees it: every image's content resized, mirrored, and padded again."""
     images, sizes = batch.images, (batch.image_sizes * view.scale).round().long().clamp(min=1)
     if view == View(1.0, False):
@@ -124,13 +124,13 @@ def look(batch: Batch, view: View, multiple: int = 32) -> Batch:
     return batch._replace(images=canvas, image_sizes=sizes)
 
 
-def forth(boxes: Tensor, view: View, batch: Batch, seen: Batch) -> Tensor:
+def to_view(boxes: Tensor, view: View, batch: Batch, seen: Batch) -> Tensor:
     """Boxes [N, D, 4] of the batch in the pixels of a view."""
     scale = (seen.image_sizes / batch.image_sizes).flip(1).repeat(1, 2).to(boxes)
     return mirror(boxes * scale[:, None], seen) if view.flip else boxes * scale[:, None]
 
 
-def back(boxes: Tensor, view: View, batch: Batch, seen: Batch) -> Tensor:
+def from_view(boxes: Tensor, view: View, batch: Batch, seen: Batch) -> Tensor:
     """Boxes [N, D, 4] of a view in the pixels of the batch."""
     scale = (batch.image_sizes / seen.image_sizes).flip(1).repeat(1, 2).to(boxes)
     return (mirror(boxes, seen) if view.flip else boxes) * scale[:, None]

@@ -37,15 +37,15 @@ def norm_layer(name: str):
     return NORMS[name]
 
 
-def likes_channels_last(device: torch.device) -> bool:
+def prefers_channels_last(device: torch.device) -> bool:
     """Whether 3 x 3 convolutions of large maps are fastest in channels_last there: on all but CPUs without AVX-512, for
     which oneDNN's backward pass takes twice as long in it. 1 x 1 convolutions and RoI methods always like it."""
     return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def to_liked_layout(model: nn.Module, device: torch.device) -> nn.Module:
+def to_preferred_layout(model: nn.Module, device: torch.device) -> nn.Module:
     """The model, with the weights of its convolutions laid out in memory as the maps will be."""
-    if likes_channels_last(device):
+    if prefers_channels_last(device):
         for module in model.modules():
             if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):  # those have but one layout
                 module.to(memory_format=torch.channels_last)
@@ -54,7 +54,7 @@ def to_liked_layout(model: nn.Module, device: torch.device) -> nn.Module:
 
 def conv_layout(x: Tensor) -> Tensor:
     """Maps [N, C, H, W] in the layout in which 3 x 3 convolutions of them are fastest: as they come, or contiguous."""
-    return x if likes_channels_last(x.device) else x.contiguous()
+    return x if prefers_channels_last(x.device) else x.contiguous()
 
 
 def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
@@ -103,7 +103,7 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, stride, padding=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.stride == (1, 1) and winograd.pays(x, self.weight):
+        if self.stride == (1, 1) and winograd.is_faster(x, self.weight):
             return winograd.conv3x3(x, self.weight, self.bias)
         return super().forward(x)
 

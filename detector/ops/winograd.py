@@ -52,7 +52,7 @@ B = both_axes(
 A = both_axes([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
 
 
-def pays(x: Tensor, weight: Tensor) -> bool:
+def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether `conv3x3` may replace the plain convolution of x [N, C, H, W] with weight [O, C, 3, 3] and is faster: on
     the CPU in float32 and channels_last, for the many channels and large maps of an FPN's fine levels."""
     usable = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.stride(1) == 1

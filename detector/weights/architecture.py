@@ -53,13 +53,13 @@ def model_config(state: dict[str, Tensor], presets: dict[str, Any]) -> dict[str,
 
 def build_model(weights: ForeignWeights) -> nn.Module:
     """The detector that the weights are of, filled with them, in evaluation mode."""
-    with Undrawn():
+    with SkipInit():
         model = hydra.utils.instantiate(model_config(*weights), _convert_="all")
     load_into(model, weights.state_dict)
     return model.eval()
 
 
-class Undrawn(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """Inside, no random numbers are drawn for weights that are loaded at once: seconds, for the largest heads."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

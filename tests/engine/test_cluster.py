@@ -11,7 +11,7 @@ import hydra
 import pytest
 
 from detector.config import CONFIGS
-from tests.engine.conftest import ROOT, TINY
+from tests.runs import ROOT, TINY
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 

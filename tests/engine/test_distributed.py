@@ -15,8 +15,8 @@ from detector.config import ConfigError, build
 from detector.engine import setup
 from detector.runtime import World
 from detector.settings import Runtime
-from tests.engine.conftest import curve
 from tests.engine.test_resume import assert_same_run
+from tests.runs import curve
 
 # BatchNorm normalises over a rank's own images: the one thing that does depend on the number of ranks
 SAME = ["model.backbone.norm=frozen_batch_norm", "schedule.max_iterations=5", "optimizer.lr=0.01"]

@@ -11,7 +11,7 @@ from detector import checkpoint
 from detector.config import ConfigError, RunError
 from detector.engine import train
 from detector.engine.run_folder import locked
-from tests.engine.conftest import curve
+from tests.runs import curve
 
 
 def poison(monkeypatch, at: set[int], what: str) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from detector import checkpoint
 from detector.engine.train import train
-from tests.engine.conftest import curve
+from tests.runs import curve
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -22,8 +22,8 @@ from tensorboard.compat.tensorflow_stub.io import gfile
 from detector import checkpoint
 from detector.config import RunError
 from detector.engine import evaluation, faults, journal, train
-from tests.engine.conftest import curve
 from tests.engine.test_resume import FULL, assert_same_run
+from tests.runs import curve
 
 SLOWER = ["schedule.max_iterations=60", "runtime.checkpoint_every=2", "runtime.workers=1"]
 
@@ -258,6 +258,6 @@ def test_other_errors_keep_their_tracebacks(tmp_path):
     """Only what the user can act on is put in plain words."""
     world = train.World(0, 1, None)
     for error in (FileNotFoundError(errno.ENOENT, "x"), RuntimeError("shape mismatch"), RunError("words")):
-        with pytest.raises(type(error)) as caught, faults.in_plain_words(tmp_path, world):
+        with pytest.raises(type(error)) as caught, faults.explain_errors(tmp_path, world):
             raise error
         assert caught.value is error

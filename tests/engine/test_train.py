@@ -15,7 +15,7 @@ from detector import checkpoint
 from detector.config import CONFIGS, ConfigError, check
 from detector.engine.train import train
 from detector.evaluation import coco_metrics
-from tests.engine.conftest import TINY, Program, curve
+from tests.runs import TINY, Program, curve
 from train import Keys
 
 DEFORMABLE = ["roi=deformable", "model.box_head.roi.predictor_width=8", "model.mask_head.roi.predictor_width=8"]

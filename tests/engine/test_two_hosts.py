@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.conftest import ROOT, TINY
+from tests.runs import ROOT, TINY
 
 PORT = 29511
 

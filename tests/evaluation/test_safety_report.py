@@ -7,7 +7,7 @@ import json
 import yaml
 
 from detector.commands.compare import compare_runs
-from tests.evaluation.test_compare import Balanced, make_run, roi, settings
+from tests.comparison.test_compare import Balanced, make_run, roi, settings
 
 __all__ = ["make_run"]  # a fixture
 EVIL = "<script>alert('x')</script><img src=x onerror=\"alert(1)\">&lt;"

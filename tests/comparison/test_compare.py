@@ -30,7 +30,7 @@ from detector.config import CONFIGS, ConfigError, build, compose
 from detector.data import build_dataset, collate
 from detector.evaluation import coco_metrics
 from detector.roi import RoIPool
-from tests.evaluation.conftest import SMALL
+from tests.untrained import SMALL
 
 
 def roi(name, **changes):

@@ -15,7 +15,7 @@ from detector.config import CONFIGS, ConfigError, compose
 from detector.config.program import quoted
 from detector.evaluation import coco_metrics
 from eval import main
-from tests.evaluation.conftest import configured, untrained
+from tests.untrained import configured, untrained
 
 
 def options(checkpoint, **more):

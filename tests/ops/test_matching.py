@@ -7,7 +7,7 @@ from torchvision.ops import box_iou
 
 from detector.ops.sampling import IGNORED, NEGATIVE, POSITIVE, match
 from detector.structures import Targets
-from tests.test_boxes import random_boxes
+from tests.ops.test_boxes import random_boxes
 
 
 def targets(boxes, labels=None, valid=None, crowd=None):

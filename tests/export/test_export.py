@@ -39,8 +39,8 @@ from detector.roi import (
 )
 from detector.rpn import RPN
 from detector.runtime import autocast
-from tests.evaluation.conftest import SMALL
 from tests.tiny import random_batch, tiny_model
+from tests.untrained import SMALL
 
 SIZE = (96, 128)
 CASES = [(SIZE, (90, 120)), ((128, 96), (128, 96)), ((96, 160), (40, 50))]  # (canvas, its content)

@@ -9,7 +9,7 @@ import torch
 
 from detector.heads import ConvTrunk, KeypointHead
 from detector.heads.keypoint import KeypointPrediction
-from detector.inference.tta import Augmented, View, back, forth, look
+from detector.inference.tta import Augmented, View, from_view, to_view, view_of
 from detector.roi import RoIAlign
 from tests.tiny import random_batch, tiny_model
 
@@ -39,9 +39,9 @@ def test_one_plain_view_is_the_model_itself(make):
 def test_a_mirrored_image_has_mirrored_detections():
     batch, _ = random_batch()
     augmented = Augmented(model(), scales=[1.0, 1.5])
-    mirrored = look(batch, View(1.0, True))
+    mirrored = view_of(batch, View(1.0, True))
     found, reflected = augmented(batch), augmented(mirrored)
-    boxes = back(reflected.boxes, View(1.0, True), batch, mirrored)
+    boxes = from_view(reflected.boxes, View(1.0, True), batch, mirrored)
     torch.testing.assert_close(found.scores, reflected.scores, atol=1e-4, rtol=0)
     torch.testing.assert_close(found.boxes, boxes, atol=1e-2, rtol=0)
     torch.testing.assert_close(found.masks, reflected.masks.flip(-1), atol=1e-2, rtol=0)  # pixels are whole numbers
@@ -51,7 +51,7 @@ def test_a_mirrored_image_has_mirrored_detections():
 def test_a_mirrored_image_has_mirrored_keypoints():
     batch, _ = random_batch()
     augmented = Augmented(keypoint_model(), scales=[1.0, 1.5], mirrored=SWAP)
-    mirrored = look(batch, View(1.0, True))
+    mirrored = view_of(batch, View(1.0, True))
     found, reflected = augmented(batch), augmented(mirrored)
     width, ours = batch.images.shape[3], reflected.keypoints[:, :, SWAP]
     torch.testing.assert_close(found.keypoints[..., 0], width - ours[..., 0], atol=0.05, rtol=0)
@@ -78,11 +78,11 @@ def test_boxes_go_forth_and_back():
     batch, targets = random_batch()
     batch.image_sizes[1] = torch.tensor([80, 100])
     for view in (View(0.5, False), View(1.0, True), View(1.3, True)):
-        seen = look(batch, view)
+        seen = view_of(batch, view)
         assert seen.images.shape[2] % 32 == seen.images.shape[3] % 32 == 0
-        there = forth(targets.boxes, view, batch, seen)
-        torch.testing.assert_close(back(there, view, batch, seen), targets.boxes)
-    seen = look(batch, View(1.0, True))
+        there = to_view(targets.boxes, view, batch, seen)
+        torch.testing.assert_close(from_view(there, view, batch, seen), targets.boxes)
+    seen = view_of(batch, View(1.0, True))
     assert torch.equal(seen.images[1, :, :80, :100], batch.images[1, :, :80, :100].flip(2))
     assert not seen.images[1, :, 80:].any() and not seen.images[1, :, :, 100:].any()
 

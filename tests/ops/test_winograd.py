@@ -64,7 +64,7 @@ class Count:
         monkeypatch.setattr(winograd, "conv3x3", counted)
 
 
-def test_used_where_it_pays(monkeypatch):
+def test_used_where_it_is_faster(monkeypatch):
     count, layer = Count(monkeypatch), Conv3x3(256, 256)
     large = torch.randn(1, 256, 48, 64).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():

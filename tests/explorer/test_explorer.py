@@ -23,7 +23,7 @@ from detector.data import read_image
 from detector.explorer import explore, write_page
 from detector.explorer.page import collect, decode, encode, find_extractor, render
 from detector.roi import PreciseRoIPool, RoIAlign, RoIExtractor, RoIPool, RoIWarp, assign_levels
-from tests.evaluation.conftest import SMALL
+from tests.untrained import SMALL
 
 MODIFIED = ["model.box_head.roi.predictor_width=32", "model.mask_head.roi.predictor_width=8"]
 STRIDES = (4, 8, 16, 32)

@@ -13,7 +13,7 @@ from detector import runtime
 from detector.config import build
 from detector.config.multirun import Job, Multirun
 from detector.engine.journal import forget_peak, memory_mb
-from tests.engine.conftest import TINY, Program, curve
+from tests.runs import TINY, Program, curve
 
 METHODS = ("pool", "align", "align_max", "deformable", "modulated_deformable")
 

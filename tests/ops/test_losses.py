@@ -7,7 +7,7 @@ from torchvision.ops import generalized_box_iou_loss
 
 from detector.ops import losses
 from detector.ops.boxes import BoxCoder
-from tests.test_boxes import random_boxes
+from tests.ops.test_boxes import random_boxes
 
 
 def test_classification_ignores_padding():
