@@ -1,7 +1,7 @@
 """Weights in and out.
 
 python -m detector.commands.weights convert SOURCE OUT      a foreign detector's weights as a checkpoint of ours
-python -m detector.commands.weights export CHECKPOINT OUT   a checkpoint of ours as .safetensors, .pt2 (torch.export) or .onnx
+python -m detector.commands.weights export CHECKPOINT OUT   a checkpoint as .safetensors, .pt2 (torch.export) or .onnx
 """
 
 from __future__ import annotations

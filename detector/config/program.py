@@ -78,6 +78,7 @@ def entry_point(config_name: str, keys: type, paths: Collection[str] = ()) -> Ca
             started = True
             mine = HydraConfig.get()
             rename_targets(cfg)
+            check_heads(mine)
             share_roi(cfg, mine)
             if mine.mode == RunMode.MULTIRUN:  # Hydra goes on with the next job if one fails
                 if multirun.records is None:  # asked for in a way that MULTIRUN does not know, such as --multi
@@ -127,6 +128,24 @@ def rename_targets(cfg: DictConfig) -> None:
             OmegaConf.update(cfg, key, new_name(name))
 
 
+def check_heads(hydras: DictConfig) -> None:
+    """Refuse an option of `heads` for a model that it has no file for: Hydra would leave the model's own heads."""
+    choices = hydras.runtime.choices
+    heads, model = choices.get("heads"), choices.get("model")
+    fitted = {file.stem.removeprefix(f"{heads}_") for file in files(hydras, f"heads/fit/{heads}_*")}
+    if fitted and model not in fitted:
+        raise ConfigError(
+            f"heads={heads} model={model}: there are no such heads for this model; the models that have some are "
+            f"{', '.join(sorted(fitted))}. Take one of them, or heads=full with the sizes set key by key"
+        )
+
+
+def files(hydras: DictConfig, pattern: str) -> list[Path]:
+    """The YAML files below the folders that configs come from; those of a project that uses this one among them."""
+    folders = [source.path for source in hydras.runtime.config_sources if source.schema == "file"]
+    return [file for folder in folders for file in sorted(Path(folder).glob(f"{pattern}.yaml"))]
+
+
 def share_roi(cfg: DictConfig, hydras: DictConfig) -> None:
     """Give what is set of `roi`, such as roi.gamma=0.2, to every head that has the same RoI method.
 
@@ -136,9 +155,7 @@ def share_roi(cfg: DictConfig, hydras: DictConfig) -> None:
     choices = hydras.runtime.choices
     if "roi" not in cfg or "model" not in cfg:
         return
-    folders = [source.path for source in hydras.runtime.config_sources if source.schema == "file"]
-    files = [file for folder in folders if (file := Path(folder, "roi", f"{choices.roi}.yaml")).exists()]
-    usual = OmegaConf.load(files[0])
+    usual = OmegaConf.load(files(hydras, f"roi/{choices.roi}")[0])
     for name in [name for name in cfg.model if choices.get(f"roi@model.{name}.roi") == choices.roi]:
         head, shared = cfg.model[name], copy.deepcopy(cfg.roi)
         for key in leaves(head.roi):

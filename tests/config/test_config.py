@@ -20,7 +20,7 @@ from torch import nn
 
 from detector import config
 from detector.config import CONFIGS, ConfigError, build, check, explain
-from detector.config.program import share_roi
+from detector.config.program import check_heads, share_roi
 from detector.config.schema import check_model_config, fits, near
 from train import Keys, main
 
@@ -290,6 +290,16 @@ def test_a_heads_own_method_and_settings_stay():
     assert cfg.model.mask_head.roi == OmegaConf.load(CONFIGS / "roi" / "deformable.yaml")
     cfg = shared_roi("roi=deformable", "roi.gamma=0.5", "model.mask_head.roi.gamma=0.2")
     assert (cfg.model.box_head.roi.gamma, cfg.model.mask_head.roi.gamma) == (0.5, 0.2)
+
+
+def test_small_heads_reach_every_head_or_are_refused():
+    cfg = config.compose("train", ["model=keypoint_rcnn"])  # of the quickstart, whose heads are small
+    check_heads(cfg.hydra)
+    assert cfg.model.keypoint_head.trunk.conv_channels == [64]
+    cfg = config.compose("train", ["experiment=none", "heads=small", "model=mask_rcnn_c4"])
+    with pytest.raises(ConfigError, match=r"heads=small model=mask_rcnn_c4: there are no such heads.* keypoint_rcnn"):
+        check_heads(cfg.hydra)
+    check_heads(config.compose("train", ["experiment=none", "heads=full", "model=mask_rcnn_c4"]).hydra)  # as it advises
 
 
 @pytest.mark.parametrize("arguments", [(), ("-m",)])
