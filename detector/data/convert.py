@@ -13,20 +13,21 @@ Writes ROOT/annotations/FORMAT_train.json and FORMAT_val.json.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from detector.data.formats import READERS
+from detector.checkpoint import write_json
+from detector.data.formats import READERS, Notes
 
 SPLITS = {"voc": (["VOC2007/trainval", "VOC2012/trainval"], ["VOC2007/test"])}
 
 
-def convert(kind: str, root: str | Path, splits: Sequence[str]) -> dict:
+def convert(kind: str, root: str | Path, splits: Sequence[str], notes: Notes | None = None) -> dict:
     """COCO instances of several splits of one data set together; categories are joined by name.
 
     kind: voc, cityscapes, lvis or yolo; see `detector.data.formats`. root, splits: see the readers there.
+    notes: counts what is read although it is not as the format says.
 
     Raises ValueError for an unknown kind or no splits, and what the reader raises.
     """
@@ -34,7 +35,7 @@ def convert(kind: str, root: str | Path, splits: Sequence[str]) -> dict:
         raise ValueError(f"format {kind!r} is unknown; choose one of {', '.join(READERS)}")
     if not splits:
         raise ValueError("splits: there are none")
-    parts = [READERS[kind](Path(root), split) for split in splits]
+    parts = [READERS[kind](Path(root), split, notes) for split in splits]
     if len(parts) == 1:
         return parts[0]
     names = list(dict.fromkeys(category["name"] for part in parts for category in part["categories"]))
@@ -62,11 +63,15 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     train, val = SPLITS.get(args.format, (["train"], ["val"]))
     try:
-        for name, splits in (("train", args.train or train), ("val", args.val or val)):
-            content = convert(args.format, args.root, splits)
+        contents = {}
+        for name, splits in (("train", args.train or train), ("val", args.val or val)):  # all before any is written
+            notes = Notes()
+            contents[name] = convert(args.format, args.root, splits, notes)
+            for line in notes.lines():
+                print(f"{name}: {line}", file=sys.stderr)
+        for name, content in contents.items():
             path = args.root / "annotations" / f"{args.format}_{name}.json"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(content))
+            write_json(path, content)
             images, objects, categories = (len(content[key]) for key in ("images", "annotations", "categories"))
             print(f"{path}: {images} images, {objects} objects of {categories} categories")
     except (ValueError, OSError) as error:

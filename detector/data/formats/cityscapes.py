@@ -14,6 +14,8 @@ import numpy as np
 from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
+from detector.data.formats.common import Notes
+
 CATEGORIES = {
     24: "person",
     25: "rider",
@@ -26,7 +28,7 @@ CATEGORIES = {
 }
 
 
-def read_cityscapes(root: Path, split: str) -> dict:
+def read_cityscapes(root: Path, split: str, notes: Notes | None = None) -> dict:
     """COCO instances of the folders gtFine/SPLIT and leftImg8bit/SPLIT below root; category ids are Cityscapes' own.
 
     Raises FileNotFoundError where there are no instanceIds pictures, ValueError for one that cannot be read.
@@ -39,7 +41,7 @@ def read_cityscapes(root: Path, split: str) -> dict:
         )
     images, annotations = [], []
     for path in tqdm(paths, desc=split, unit="image", leave=False, disable=None):
-        pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED) if path.stat().st_size else None
         if pixels is None or pixels.ndim != 2:
             raise ValueError(f"{path} is no picture with one channel: unpack it again")
         name = path.name.replace("_gtFine_instanceIds", "_leftImg8bit")
