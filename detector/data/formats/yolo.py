@@ -81,8 +81,8 @@ def class_names(about: Path, given: Any) -> dict[int, str]:
     for number, name in names.items():
         if first.setdefault(name, number) != number:
             raise ValueError(
-                f"{about}: classes {first[name]} and {number} are both named {name!r}, and categories are told apart by "
-                "their names: give one of them another"
+                f"{about}: classes {first[name]} and {number} are both named {name!r}, and categories are told apart "
+                "by their names: give one of them another"
             )
     return names
 
