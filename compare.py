@@ -35,7 +35,7 @@ class Keys:
     workers: int
 
 
-@entry_point("compare", Keys, paths=("runs", "output"))
+@entry_point("compare", Keys)
 def main(cfg):
     """The work is done in detector/commands/compare.py."""
     from detector.commands.compare import compare_runs

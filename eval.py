@@ -38,7 +38,7 @@ class Keys:
     model: dict
 
 
-@entry_point("eval", Keys, paths=("checkpoint", "output", "data.root", "data.val.images", "data.val.annotations"))
+@entry_point("eval", Keys)
 def main(cfg):
     """The work is done in detector/commands/evaluate.py."""
     from detector.commands.evaluate import evaluate_checkpoint

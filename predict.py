@@ -34,7 +34,7 @@ class Keys:
     precision: Literal["fp32", "bf16", "fp16"]
 
 
-@entry_point("predict", Keys, paths=("checkpoint", "images", "output"))
+@entry_point("predict", Keys)
 def main(cfg):
     """The work is done in detector/inference/predict.py."""
     from detector.commands.predict import predict_files

@@ -43,7 +43,7 @@ class Keys:
     runtime: dict
 
 
-@entry_point("train", Keys, paths=("resume", "run_dir", "data.root"))
+@entry_point("train", Keys)
 def main(cfg):
     """The training loop is detector/engine/train.py."""
     from detector.engine.train import train  # after the check, which needs no torch of its own

@@ -42,7 +42,7 @@ def generate(path: Path, images: int, objects: int) -> None:
     names = [{"id": i + 1, "name": f"category {i}"} for i in range(80)]
     records = [{"id": i, "file_name": f"{i:012d}.jpg", "height": 480, "width": 640} for i in range(images)]
     picked = zip(rng.integers(0, images, objects), rng.integers(1, 81, objects), rng.integers(0, 2000, objects))
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(f'{{"images": {json.dumps(records)}, "categories": {json.dumps(names)}, "annotations": [')
         for i, (image, category, shape) in enumerate(picked):
             record = f'{{"id": {i}, "image_id": {image}, "category_id": {category}, {shapes[shape]}}}'
@@ -52,7 +52,7 @@ def generate(path: Path, images: int, objects: int) -> None:
 
 def private_mib() -> float:
     """Memory in MiB that this process alone has written: pages of a mapped file are the system's cache, for all."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1024
 
 

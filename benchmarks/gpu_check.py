@@ -78,7 +78,7 @@ def main() -> int:
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     begin, report = time.monotonic(), {}
-    with tempfile.TemporaryDirectory() as site, (output / "gpu_check.log").open("w") as log:
+    with tempfile.TemporaryDirectory() as site, (output / "gpu_check.log").open("w", encoding="utf-8") as log:
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         if args.wheels:
             pip = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", site]
@@ -95,7 +95,7 @@ def main() -> int:
             log.write(f"===== {name}: {' '.join(arguments)}\n{text}\n")
             log.flush()
             print(f"===== {name}: {describe(status)} after {report[name]['seconds']} s\n{text[-3000:]}", flush=True)
-            (output / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
+            (output / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("\n".join(f"{name:20} {describe(r['status']):10} {r['seconds']:6} s" for name, r in report.items()))
     return int(any(r["status"] != 0 for r in report.values()))
 

@@ -118,7 +118,7 @@ def peak_memory(work: Callable[[], Any], device: str = "cpu", turns: int = 2) ->
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
     names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
     about = {
         "processor": names[0] if names else platform.processor(),
@@ -164,4 +164,6 @@ def save(path: Path | None, device: str, **figures: Any) -> None:
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(RESULTS.parents[1]) if script.is_relative_to(RESULTS.parents[1]) else script.name
     command = " ".join(["python", str(name), *sys.argv[1:]])
-    path.write_text(json.dumps({"command": command, "machine": machine(device), **figures}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"command": command, "machine": machine(device), **figures}, indent=1) + "\n", encoding="utf-8"
+    )

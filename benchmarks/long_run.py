@@ -45,7 +45,7 @@ def look_at(process: psutil.Process) -> dict[str, float]:
 
 def iteration_of(log: Path) -> int:
     """The last iteration that log.jsonl tells of."""
-    lines = log.read_text().splitlines() if log.exists() else []
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     return json.loads(lines[-1])["iteration"] if lines else 0
 
 
@@ -95,11 +95,11 @@ def main() -> None:
     settings = [f"schedule.max_iterations={options.iterations}", f"evaluation.every={options.iterations // 4}"]
     command = [sys.executable, str(ROOT / "train.py"), *settings, *options.overrides, f"run_dir={folder}"]
     try:
-        with open(folder / "output.txt", "w") as output:
+        with open(folder / "output.txt", "w", encoding="utf-8") as output:
             process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
             samples = watch(process, folder / "log.jsonl", options.pause)
         if process.returncode:
-            sys.exit((folder / "output.txt").read_text())
+            sys.exit((folder / "output.txt").read_text(encoding="utf-8"))
         found = summary(samples, options.iterations)
     finally:
         shutil.rmtree(folder)

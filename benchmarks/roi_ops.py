@@ -217,7 +217,7 @@ def as_cells(row: dict) -> list:
 def merged(path: Path | None, rows: list[dict]) -> list[dict]:
     """The rows, after those of an earlier file that were not measured again."""
     key = itemgetter("method", "maps", "rois", "size", "dtype")
-    earlier = json.loads(path.read_text())["rows"] if path and path.exists() else []
+    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path and path.exists() else []
     new = set(map(key, rows))
     return [row for row in earlier if key(row) not in new] + rows
 

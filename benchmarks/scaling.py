@@ -39,7 +39,7 @@ def train(ranks: int, iterations: int, device: str, overrides: list[str]) -> lis
         )
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
-        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         return [line for line in lines if "images_per_second" in line]
 
 

@@ -215,7 +215,7 @@ def make_shapes(
                 "annotations": [dict(record, id=i + 1) for i, record in enumerate(records)],
                 "categories": [{"id": i, "name": name, "supercategory": "shape"} for i, name in CATEGORIES.items()],
             }
-            (out / "annotations" / f"instances_{name}.json").write_text(json.dumps(coco))
+            (out / "annotations" / f"instances_{name}.json").write_text(json.dumps(coco), encoding="utf-8")
             print(f"{name}: {count} images, {len(records)} objects in {folder}")
 
 

@@ -126,7 +126,7 @@ def check_layout(out: Path) -> None:
     """Raise ValueError unless the images of both annotation files are there."""
     for split in ("train2017", "val2017"):
         path = out / "annotations" / f"instances_{split}.json"
-        names = {image["file_name"] for image in json.loads(path.read_text())["images"]}
+        names = {image["file_name"] for image in json.loads(path.read_text(encoding="utf-8"))["images"]}
         missing = names - {file.name for file in (out / split).iterdir()}
         if missing:
             raise ValueError(f"{out / split}: {len(missing)} images are missing, for example {min(missing)}")

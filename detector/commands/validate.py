@@ -371,7 +371,7 @@ def main() -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    (options.output / "report.json").write_text(json.dumps(as_json(report), indent=1) + "\n")
+    (options.output / "report.json").write_text(json.dumps(as_json(report), indent=1) + "\n", encoding="utf-8")
     (options.output / "report.html").write_text(as_html(report), encoding="utf-8")
     print(f"{as_text(report)}\n{options.output}: report.json, report.html")
     sys.exit(int(report.has_errors()))

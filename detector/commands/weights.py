@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             export(args.checkpoint, args.out, args.size and tuple(args.size), args.precision)
             print(args.out)
             return 0
-        names = args.categories.read_text().split("\n") if args.categories else None
+        names = args.categories.read_text(encoding="utf-8").split("\n") if args.categories else None
         names = names and [name.strip() for name in names if name.strip()]
         config = convert(args.source, args.out, args.framework, args.style, names)
     except (ValueError, OSError, ModuleNotFoundError) as error:

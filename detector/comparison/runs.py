@@ -81,8 +81,8 @@ def read_run(folder: Path, checkpoint: str, evaluate=None) -> Run:
     evaluate: called with the checkpoint's path if there are none; None: that is a reason to refuse the run.
     """
     try:
-        config = with_new_names(yaml.safe_load((folder / "config.yaml").read_text()))
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if line]
+        config = with_new_names(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines() if line]
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise Unusable(f"its record cannot be read: {error}") from None
     if not any(key.startswith("model.box_head.") for key in flatten(config)):
@@ -204,7 +204,9 @@ def roi_name(node: Mapping | None) -> str:
     """The file of configs/roi that says the same as this node, else the nearest with what differs from it."""
     if not isinstance(node, Mapping):
         return "none"
-    known = {file.stem: yaml.safe_load(file.read_text()) for file in sorted((CONFIGS / "roi").glob("*.yaml"))}
+    known = {
+        file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted((CONFIGS / "roi").glob("*.yaml"))
+    }
     same_class = {name: other for name, other in known.items() if other.get("_target_") == node.get("_target_")}
     if not same_class:
         return str(node.get("_target_")).rpartition(".")[2]

@@ -3,4 +3,5 @@
 from detector.config.program import entry_point, overridden
 from detector.config.schema import build, check, config_errors, make_folder
 from detector.config.suggest import CONFIGS, compose, explain
+from detector.config.typed import as_typed, literal
 from detector.ops.checks import ConfigError, RunError

@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -23,10 +23,11 @@ from detector.checkpoint import new_name
 from detector.config.multirun import Multirun
 from detector.config.schema import check
 from detector.config.suggest import CONFIGS, compose, explain, leaves
+from detector.config.typed import MULTIRUN, as_typed
 from detector.ops.checks import ConfigError, RunError
+from detector.text import readable_streams
 
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user wants to see where errors come from
-MULTIRUN = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
 
 
 @dataclass
@@ -57,13 +58,12 @@ class Data:
     pad_to: tuple[int, int] | None
 
 
-def entry_point(config_name: str, keys: type, paths: Collection[str] = ()) -> Callable:
+def entry_point(config_name: str, keys: type) -> Callable:
     """Decorator: a function of the checked config becomes a Hydra program.
 
     Args:
         config_name: the primary config in configs/.
         keys: a dataclass (or callable) whose arguments are the allowed top-level keys.
-        paths: keys whose values are taken as they are typed: run folders have '=' and ',' in their names.
     """
 
     expected = (ConfigError, RunError, OmegaConfBaseException)
@@ -76,6 +76,7 @@ def entry_point(config_name: str, keys: type, paths: Collection[str] = ()) -> Ca
         def app(cfg: DictConfig) -> Any:
             nonlocal started
             started = True
+            readable_streams()  # again: a job of a cluster starts here
             mine = HydraConfig.get()
             rename_targets(cfg)
             check_heads(mine)
@@ -98,8 +99,9 @@ def entry_point(config_name: str, keys: type, paths: Collection[str] = ()) -> Ca
         def main() -> None:
             nonlocal started
             started = False
+            readable_streams()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out as they are: Hydra's own report exits with 1
-            sys.argv[1:] = [quoted(text, paths) for text in sys.argv[1:]]
+            sys.argv[1:] = as_typed(sys.argv[1:])
             try:
                 if MULTIRUN & set(sys.argv):
                     hydras = [text for text in sys.argv[1:] if text.startswith("hydra")]
@@ -163,15 +165,6 @@ def share_roi(cfg: DictConfig, hydras: DictConfig) -> None:
             if not isinstance(value, DictConfig) and value != OmegaConf.select(usual, key):
                 OmegaConf.update(shared, key, value, force_add=True)
         head.roi = shared
-
-
-def quoted(text: str, paths: Collection[str]) -> str:
-    """An override of a key in `paths` with its value in quotes, unless it is a list, empty, null or quoted already."""
-    key, equals, value = text.partition("=")
-    if key not in paths or not equals or value in ("", "null") or value[0] in "['\"":
-        return text
-    escaped = value.replace("'", "\\'")
-    return f"{key}='{escaped}'"
 
 
 def give_up(message: str, code: int, error: Exception) -> NoReturn:

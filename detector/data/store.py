@@ -76,7 +76,7 @@ def content_key(path: Path, cache: Path) -> str:
     known = [status.st_size, status.st_mtime_ns]
     note = cache / f".key-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     with contextlib.suppress(OSError, ValueError):
-        *seen, name = json.loads(note.read_text())
+        *seen, name = json.loads(note.read_text(encoding="utf-8"))
         if seen == known:
             return name
     with open(path, "rb") as file:
@@ -85,7 +85,7 @@ def content_key(path: Path, cache: Path) -> str:
         with contextlib.suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
             draft = note.with_name(f"{note.name}-{os.getpid()}")
-            draft.write_text(json.dumps([*known, name]))
+            draft.write_text(json.dumps([*known, name]), encoding="utf-8")
             draft.replace(note)
     return name
 
@@ -102,7 +102,7 @@ def save(found: Annotations, problems: Problems, place: Path) -> None:
                 np.save(draft / f"{item.name}.npy", value)
             else:
                 about[item.name] = value
-        (draft / "about.json").write_text(json.dumps(about))
+        (draft / "about.json").write_text(json.dumps(about), encoding="utf-8")
         draft.chmod(0o755)
         draft.rename(place)
     except OSError:
@@ -114,7 +114,7 @@ def save(found: Annotations, problems: Problems, place: Path) -> None:
 
 def load(place: Path) -> tuple[Annotations, dict]:
     """The annotations of a store, mapped, and `Problems.found` of the file they came from."""
-    about = json.loads((place / "about.json").read_text())
+    about = json.loads((place / "about.json").read_text(encoding="utf-8"))
     problems = {(is_error, kind): places for is_error, kind, places in about.pop("problems")}
     arrays = {item.stem: np.asarray(np.load(item, mmap_mode="r")) for item in place.glob("*.npy")}
     return Stored(**about, **arrays, place=place), problems

@@ -71,10 +71,10 @@ class Journal:
         forget_peak(world.device)
         if not world.main:
             return
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         ends = {True: evaluated, False: start}
         kept = [line for line in lines if (entry := parsed(line)) and entry["iteration"] <= ends["metrics" in entry]]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self.bar = tqdm(total=total, initial=start, disable=not sys.stderr.isatty(), dynamic_ncols=True, unit="it")
         if runtime.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
@@ -139,7 +139,7 @@ class Journal:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """One line into log.jsonl, its numbers to TensorBoard."""
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self.board:
             for key, value in line.items():
@@ -202,7 +202,7 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def memory_mb(device: torch.device) -> float:
@@ -210,5 +210,5 @@ def memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError, AttributeError):
-        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)

@@ -113,7 +113,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises RunError naming the holder if another living process has it, ConfigError if nothing can be written there.
     """
     make_folder(folder, "run_dir")
-    with open(folder / ".lock", "a+") as file:
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -66,7 +66,7 @@ def find_checkpoint(cfg: DictConfig, folder: Path, world: World) -> dict[str, An
         run_folder.compare_configs(found["config"], OmegaConf.to_container(cfg, resolve=True), overridden())
         log.info("continuing in %s after iteration %d", folder, found["iteration"])
     if world.main:
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     return found
 
 

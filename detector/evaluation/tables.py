@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from detector.text import one_line, width
+
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
 TITLES = {"bbox": "box", "segm": "mask", "boundary": "boundary", "keypoints": "keypoint", "voc": "VOC box"}
@@ -31,7 +33,7 @@ def class_table(metrics: dict, annotations: dict) -> str:
     for category in sorted(annotations["categories"], key=lambda c: c["id"]):
         objects = images_of[category["id"]]
         numbers = [percent(metrics["per_class"][k][category["name"]].get(c)) for k in kinds for c in COLUMNS[:3]]
-        rows.append([category["name"], str(len(set(objects))), str(len(objects)), *numbers])
+        rows.append([one_line(category["name"]), str(len(set(objects))), str(len(objects)), *numbers])
     return table(header, rows)
 
 
@@ -41,9 +43,10 @@ def percent(fraction: float | None) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Plain text with aligned columns: the first to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    widths = [max(width(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(cells):
-        return "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))).rstrip()
+        pads = [" " * (w - width(c)) for c, w in zip(cells, widths)]
+        return "  ".join(c + pad if i == 0 else pad + c for i, (c, pad) in enumerate(zip(cells, pads))).rstrip()
 
     return "\n".join([line(header), "  ".join("─" * w for w in widths), *map(line, rows)])

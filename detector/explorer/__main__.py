@@ -25,7 +25,7 @@ class Keys:
     device: str
 
 
-@entry_point("explorer", Keys, paths=("checkpoint", "image", "output"))
+@entry_point("explorer", Keys)
 def main(cfg):
     from detector.explorer import explore
 

@@ -2,10 +2,13 @@
 
 Line widths and letters scale with the image, small images are enlarged first. Colours can be told apart by the
 colour-blind: one per class, or one per object where there is a single class. Labels keep off the edge and each other.
+Names that matplotlib's font lacks letters of are written in a font of the system that has them; without one as the
+label's number and escapes.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from math import ceil
@@ -14,16 +17,21 @@ from pathlib import Path
 import cv2
 import matplotlib
 import numpy as np
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from detector.ops.paste import paste_masks
 from detector.structures import Batch, Detections, Targets
+from detector.text import JOINERS, escaped, one_line
+
+log = logging.getLogger(__name__)
 
 # Okabe and Ito, "Color Universal Design" (2008), without black; further rounds are lighter and darker
 PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 VIEW = 800  # px: images whose longer side is less are enlarged to at least this
 CROWDED = 25  # with more objects, labels without a free place are left out, and so is the name of the only class
+USUAL_FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 INK, PAPER = (20, 20, 20), (250, 250, 250)
 
 
@@ -70,7 +78,7 @@ def draw(
 
 
 def _name(categories: Sequence[str], label: int) -> str:
-    return categories[label - 1] if 1 <= label <= len(categories) else f"label {label}"
+    return _legible(categories[label - 1], f"{label}: ") if 1 <= label <= len(categories) else f"label {label}"
 
 
 def _draw_mask(picture: np.ndarray, mask: np.ndarray, zoom: int, rgb: tuple[int, int, int], line: int) -> None:
@@ -86,20 +94,68 @@ def _draw_mask(picture: np.ndarray, mask: np.ndarray, zoom: int, rgb: tuple[int,
     cv2.drawContours(picture, outlines, -1, rgb, line, cv2.LINE_AA, offset=(x * zoom, y * zoom))
 
 
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """A font for a text of what `_legible` returned and numbers."""
+    return _load_font(_font_file(frozenset(text)), size)
+
+
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+def _load_font(file: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(file, size)
+
+
+@cache
+def _legible(text: str, number: str = "") -> str:
+    """The text as one line that some font has all letters of; `number` goes before one that has to be escaped."""
+    text = one_line(text)
+    if _font_file(frozenset(text)):
+        return text
+    _warn_of_escapes()
+    return number + "".join(letter if letter in _letters_of(USUAL_FONT) else escaped(letter) for letter in text)
+
+
+@cache
+def _warn_of_escapes() -> None:
+    log.warning(
+        "pictures: no font here has the letters of all names; those without are shown by number and \\u...; "
+        "a font of the system that has them, such as Noto Sans CJK, is found by itself"
+    )
+
+
+@cache
+def _font_file(letters: frozenset[str]) -> str | None:
+    """The usual font if it has these letters, else one of the system's that has; None if there is none."""
+    letters = letters.difference(JOINERS).union("0123456789. ")
+    if letters <= _letters_of(USUAL_FONT):
+        return USUAL_FONT
+    return next((file for file in _system_fonts() if letters <= _letters_of(file)), None)
+
+
+@cache
+def _system_fonts() -> list[str]:
+    from matplotlib.font_manager import findSystemFonts  # slow to import, and seldom needed
+
+    return sorted(findSystemFonts())
+
+
+@cache
+def _letters_of(file: str) -> frozenset[str]:
+    """What a font can draw at any size."""
+    try:
+        ImageFont.truetype(file, 17)  # fonts of bitmaps have a few sizes only
+        return frozenset(map(chr, FT2Font(file).get_charmap()))
+    except (OSError, RuntimeError, ValueError):
+        return frozenset()
 
 
 def _draw_labels(picture: np.ndarray, boxes: np.ndarray, texts: list[str], colors: list, scale: float) -> np.ndarray:
     """Labels in the order of the objects, each where it hides least: other labels first, then other objects."""
     canvas = Image.fromarray(picture)
-    pen, font = ImageDraw.Draw(canvas), _font(max(10, round(15 * scale)))
-    pad = max(1, round(2 * scale))
-    ascent, descent = font.getmetrics()
-    height, placed = ascent + descent + pad, np.zeros((0, 4))
+    pen, size = ImageDraw.Draw(canvas), max(10, round(15 * scale))
+    pad, placed = max(1, round(2 * scale)), np.zeros((0, 4))
     for d, (text, rgb) in enumerate(zip(texts, colors)):
-        width = font.getlength(text) + 2 * pad
+        font = _font(text, size)
+        width, height = font.getlength(text) + 2 * pad, sum(font.getmetrics()) + pad
         places = _places(boxes[d], width, height, canvas.size)
         hidden_labels = _overlap(places, placed).sum(1)
         others = np.delete(boxes, d, axis=0)
@@ -141,7 +197,8 @@ def panel(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> np.ndarray:
     pen = ImageDraw.Draw(canvas)
     for i, (picture, title) in enumerate(zip(pictures, titles)):
         canvas.paste(Image.fromarray(picture), (i * (width + gap), head))
-        pen.text((i * (width + gap) + gap, size // 3), title, font=_font(size), fill=INK)
+        title = _legible(title)
+        pen.text((i * (width + gap) + gap, size // 3), title, font=_font(title, size), fill=INK)
     return np.asarray(canvas)
 
 
