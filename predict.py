@@ -3,6 +3,7 @@
     python predict.py checkpoint=runs/quickstart/best.pt images=photos
     python predict.py checkpoint=... 'images=photos/*.jpg' threshold=0.3 output=found
     python predict.py checkpoint=... 'images=[a.png,b.png]' draw=false
+    python predict.py checkpoint=... images=photos model.box_head.detections_per_image=300
 
 Writes annotated pictures and predictions.json (COCO's format, with scores). In Python:
 
@@ -32,6 +33,7 @@ class Keys:
     device: str
     paste: Literal["aligned", "torchvision"]
     precision: Literal["fp32", "bf16", "fp16"]
+    model: dict
 
 
 @entry_point("predict", Keys)

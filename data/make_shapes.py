@@ -23,6 +23,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from detector.data.outlines import Outlines, fill, ring_area, trace_rings
+from detector.text import readable_streams
 
 # COCO's own category ids have gaps, so these have too.
 CATEGORIES = {1: "ellipse", 2: "triangle", 4: "rectangle", 5: "star", 8: "ring"}
@@ -228,6 +229,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, help="default: one per core")
     options = vars(parser.parse_args())
+    readable_streams()
     make_shapes(**options)
 
 

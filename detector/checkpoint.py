@@ -2,7 +2,8 @@
 
 A checkpoint is a dict of tensors and plain values:
     format, versions, config, categories, category_ids, iteration, evaluated, nonfinite, metrics, meters,
-    best {metric, value, iteration}, model, ema, optimizer, scheduler, scaler, sampler {position}, rng [one per rank]
+    best {metric, value, iteration}, model, ema, optimizer, scheduler, scaler, sampler {position}, rng [one per rank],
+    contents {train, val: {annotations, sizes}} of the data
 A safetensors file holds its weights, and in the header what is needed to build the model again.
 """
 

@@ -19,13 +19,14 @@ from detector.comparison.report import verdicts, write_report
 from detector.comparison.runs import Method, Run, Unusable, find_folders, fitting, group, read_run, same_validation_set
 from detector.comparison.statistics import match
 from detector.comparison.summary import compare, without_nan
-from detector.config import CONFIGS, ConfigError, config_errors, make_folder
+from detector.config import CONFIGS, ConfigError, config_errors, literal, make_folder
 from detector.data import build_dataset, collate, read_image
 from detector.data.read_coco import leads_out
 from detector.inference.draw import draw, panel
 from detector.inference.load import load
 from detector.runtime import start_ranks
 from detector.settings import Runtime
+from detector.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def compare_runs(cfg: DictConfig) -> dict:
         settings = OmegaConf.load(CONFIGS / "eval.yaml")  # Hydra runs this program and cannot compose another
         del settings["defaults"], settings["hydra"]
         changes = {key: cfg[key] for key in ("device", "batch_size", "workers")}
-        evaluate_checkpoint(OmegaConf.merge(settings, changes, {"checkpoint": str(weights)}))
+        evaluate_checkpoint(OmegaConf.merge(settings, changes, {"checkpoint": literal(str(weights))}))
 
     for folder in find_folders(cfg.runs if isinstance(cfg.runs, str) else list(cfg.runs)):
         try:
@@ -78,7 +79,7 @@ def compare_runs(cfg: DictConfig) -> dict:
     for text in report["warnings"]:
         print(f"note: {text}")
     for folder, reason in report["left_out"].items():
-        print(f"left out: {folder}: {reason}")
+        print(one_line(f"left out: {folder}: {reason}"))
     print(f"{output / 'report.html'} (report.md and report.json beside it)")
     return report
 

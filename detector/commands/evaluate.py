@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from pathlib import Path
 
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from detector.checkpoint import write_json
 from detector.config import config_errors, make_folder
-from detector.data import build_dataset, build_loader
+from detector.data import CocoDataset, build_dataset, build_loader
+from detector.data.contents import contents, same
 from detector.evaluation.evaluator import evaluate, ground_truth
 from detector.evaluation.proposals import without_classes
 from detector.evaluation.tables import class_table, summary_table
@@ -24,9 +27,9 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     """Evaluate `cfg.checkpoint` as configs/eval.yaml says; returns the metrics.
 
     Writes predictions.json (COCO results), metrics.json, table.txt and about.json (which checkpoint, which annotations)
-    into the output folder. Categories are matched by name: a data set with a category that the model does not know is
-    refused, what the model finds of a category that the data set does not have is left out. The proposals of a model
-    without a box head are measured whatever the category.
+    into the output folder; where `cfg.output` is None, that of `usual_folder`. Categories are matched by name: a data
+    set with a category that the model does not know is refused, what the model finds of a category that the data set
+    does not have is left out. The proposals of a model without a box head are measured whatever the category.
     """
     changes = OmegaConf.to_container(cfg, resolve=True)
     with config_errors("runtime"):
@@ -41,8 +44,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
         padding = {key: data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
         ranks = {"rank": world.rank, "world": world.size}
         loader = build_loader(dataset, cfg.batch_size, cfg.workers, training=False, **ranks, **padding)
-    folder = cfg.output or Path(cfg.checkpoint).parent / f"eval_{Path(cfg.checkpoint).stem}"
-    folder = make_folder(folder, "output")
+    folder = make_folder(cfg.output or usual_folder(cfg, model, dataset), "output")
     plain = not cfg.flip and list(cfg.scales) == [1.0]
     with config_errors("scales"):
         network = model if plain else Augmented(model, list(cfg.scales), cfg.flip, dataset.mirrored)
@@ -70,3 +72,17 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     if world.size > 1:
         dist.destroy_process_group()
     return metrics
+
+
+def usual_folder(cfg: DictConfig, model: nn.Module, dataset: CocoDataset) -> Path:
+    """eval_<checkpoint> beside the checkpoint for the run's own validation set, wherever it lies now; for another one
+    with its name and a key of what it holds, so that neither overwrites the other."""
+    name = f"eval_{Path(cfg.checkpoint).stem}"
+    if any(value is not None for value in (cfg.data.root, cfg.data.val.images, cfg.data.val.annotations)):
+        now, own = contents(dataset), model.contents and model.contents["val"]
+        stored = model.config["data"]["val"]
+        moved = all(cfg.data.val[key] in (None, stored[key]) for key in ("images", "annotations"))
+        if not same(now, own) if own else not moved:  # older checkpoints do not tell
+            key = hashlib.sha256(now["annotations"].encode() + now["sizes"].numpy().tobytes()).hexdigest()[:8]
+            name += f"_{dataset.annotation_file.stem[:60]}-{key}"
+    return Path(cfg.checkpoint).parent / name

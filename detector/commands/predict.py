@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from detector.checkpoint import write_json
 from detector.config import ConfigError, RunError, config_errors, make_folder
-from detector.data import read_image
+from detector.data import image_suffixes, read_image
 from detector.evaluation.results import coco_keypoints
 from detector.inference.draw import draw
 from detector.inference.load import load
@@ -25,27 +28,51 @@ from detector.runtime import start_ranks
 from detector.settings import Runtime
 from detector.structures import Detections
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
+log = logging.getLogger(__name__)
+DRAWN = ("Software", "two-stage-detector: predict")  # stands in every picture that is drawn here
 
 
 def find_images(sources: str | Sequence[str]) -> list[Path]:
     """The image files that files, folders (with what is below them) and patterns name, each once, in order.
 
+    What a folder or a pattern has beside them is left out, with a warning that counts it: files of other kinds, and
+    pictures that predict.py has drawn itself.
+
     Raises ConfigError for a source that names nothing.
     """
     found: dict[Path, None] = {}
     for source in [sources] if isinstance(sources, str) else sources:
-        path = Path(source)
+        path, others = Path(source), []
         if path.is_dir():
-            paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        elif path.is_file():
-            paths = [path]
+            files = sorted(p for p in path.rglob("*") if p.is_file())
+            others = [p for p in files if p.suffix.lower() not in image_suffixes()]
+            files = [p for p in files if p.suffix.lower() in image_suffixes()]
         else:
-            paths = sorted(Path(p) for p in glob(source, recursive=True) if Path(p).is_file())
+            files = (
+                [path] if path.is_file() else sorted(p for p in map(Path, glob(source, recursive=True)) if p.is_file())
+            )
+        paths = [p for p in files if p == path or not is_drawing(p)]
+        counts = Counter(p.suffix.lower() or "without a suffix" for p in others)
+        counts["pictures that predict.py drew"] = len(files) - len(paths)
+        kinds = [f"{count} {kind}" for kind, count in counts.most_common() if count]
         if not paths:
-            raise ConfigError(f"images: {source!r} is no file, no folder with images, and matches nothing")
+            beside = f" (but {', '.join(kinds)})" if kinds else ""
+            raise ConfigError(f"images: {source!r} is no file, no folder with images, and matches nothing{beside}")
+        if kinds:
+            log.warning("%s: left out are %s", source, ", ".join(kinds))
         found |= dict.fromkeys(paths)
     return list(found)
+
+
+def is_drawing(path: Path) -> bool:
+    """Whether `predict_files` has made this picture, whose name is then that of an image and .png."""
+    if path.suffix != ".png" or Path(path.stem).suffix.lower() not in image_suffixes():
+        return False
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get(DRAWN[0]) == DRAWN[1]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False  # what is wrong with it will be said
 
 
 def predict_files(cfg: DictConfig) -> int:
@@ -53,14 +80,36 @@ def predict_files(cfg: DictConfig) -> int:
 
     Writes into cfg.output one picture for each image, under the image's own path below the folder that all share, and
     predictions.json in COCO's format: categories, images (file_name, height, width) and annotations with a score. An
-    unreadable file is named and left out; what is done before an interruption is kept.
+    unreadable file is named and left out; what is done before an interruption is kept. cfg.output may lie among the
+    images: pictures drawn before are left out.
     """
+    if not 0 <= cfg.threshold <= 1:
+        percents = f"; {cfg.threshold:g} % is threshold={cfg.threshold / 100:g}" if 1 < cfg.threshold <= 100 else ""
+        raise ConfigError(f"threshold = {cfg.threshold:g}: must be a score from 0 to 1{percents}")
     paths = find_images(cfg.images if isinstance(cfg.images, str) else list(cfg.images))
     with config_errors("device"):
         device = start_ranks(Runtime(device=cfg.device)).device
-    model = load(cfg.checkpoint, device)
+    model = load(cfg.checkpoint, device, OmegaConf.to_container(cfg.model, resolve=True))
+    head = model.box_head and getattr(model.box_head, "stages", [model.box_head])[-1]
+    if head is not None and cfg.threshold < head.score_threshold:
+        log.warning(
+            "threshold = %g: the model gives no scores below %g; model.box_head.score_threshold=%g makes it",
+            *(cfg.threshold, head.score_threshold, cfg.threshold),
+        )
     shared = Path(os.path.commonpath([p.absolute().parent for p in paths]))
-    output, images, annotations, failed = make_folder(cfg.output, "output"), [], [], []
+    output, images, annotations, failed, full = make_folder(cfg.output, "output"), [], [], [], 0
+    about = PngInfo()
+    about.add_text(*DRAWN)
+
+    def picture_of(path: Path) -> Path:
+        target = output / path.absolute().relative_to(shared)
+        return target.with_name(f"{target.name}.png")
+
+    if cfg.draw:  # and older versions' drawings carry no sign
+        drawn = {picture_of(path).absolute() for path in paths}
+        if old := [path for path in paths if path.absolute() in drawn]:
+            log.warning("left out are %d pictures that are drawn anew, such as %s", len(old), old[0])
+            paths = [path for path in paths if path.absolute() not in drawn]
 
     def finish(path: Path, image: np.ndarray, found: Detections) -> None:
         images.append(
@@ -72,10 +121,9 @@ def predict_files(cfg: DictConfig) -> int:
             masks = None if found.masks is None else found.masks.numpy()
             numbers = found.boxes.numpy(), found.labels.numpy()
             picture = draw(image, *numbers, model.categories, found.scores.numpy(), masks)
-            target = output / path.absolute().relative_to(shared)
-            target = target.with_name(f"{target.name}.png")
+            target = picture_of(path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(target)
+            Image.fromarray(picture).save(target, pnginfo=about)
 
     try:
         for start in tqdm(range(0, len(paths), cfg.batch_size), unit="batch", leave=False, disable=None):
@@ -89,12 +137,18 @@ def predict_files(cfg: DictConfig) -> int:
             arrays = [image for _, image in readable]
             found = predict_batch(model, arrays, cfg.threshold, cfg.paste, cfg.precision) if readable else []
             for (path, image), detections in zip(readable, found):
+                full += head is not None and len(detections.boxes) >= head.detections_per_image
                 finish(path, image, detections)
     finally:
         categories = [{"id": i, "name": name} for i, name in zip(model.category_ids, model.categories)]
         content = {"images": images, "categories": categories, "annotations": annotations}
         write_json(output / "predictions.json", content)
     print(f"{len(annotations)} objects in {len(images)} images, {len(failed)} files unreadable; see {output}")
+    if full:
+        print(
+            f"{full} of the images have {head.detections_per_image} objects, the most that the model gives. There may "
+            f"be more: set model.box_head.detections_per_image={3 * head.detections_per_image}"
+        )
     if not images:
         raise RunError(f"none of the {len(failed)} files could be read")
     return len(failed)

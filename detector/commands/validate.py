@@ -33,12 +33,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from detector.config import ConfigError, build, compose, explain, make_folder
+from detector.config import ConfigError, as_typed, build, compose, explain, make_folder
 from detector.data import Annotations, Pipeline, read_coco, read_image
 from detector.data.loader import build_transforms
 from detector.data.read_coco import Problems
 from detector.inference.draw import draw
 from detector.roi import assign_levels
+from detector.text import one_line, readable_streams
 
 SHOWN = 10  # examples that a finding names
 SIZES = (0, 8, 16, 32, 64, 96, 128, 256, 512, np.inf)  # limits of the histogram, sqrt(area) in network pixels
@@ -310,8 +311,8 @@ def as_text(report: Report) -> str:
         plain = ", ".join(f"{value} {name}" for name, value in numbers.items() if not isinstance(value, dict))
         lines.append(f"{split}: {plain}")
     for finding in report.findings:
-        lines.append(f"{finding.severity.upper()} {finding.split}: {finding.count} x {finding.what}")
-        lines += [f"    {example}" for example in finding.examples[:3]]
+        lines.append(one_line(f"{finding.severity.upper()} {finding.split}: {finding.count} x {finding.what}"))
+        lines += [f"    {one_line(example)}" for example in finding.examples[:3]]
     totals = Counter(finding.severity for finding in report.findings)
     lines.append(f"{totals['error']} kinds of errors, {totals['warning']} of warnings")
     return "\n".join(lines)
@@ -360,10 +361,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/validation"), help="folder of the report")
     parser.add_argument("--no-images", action="store_true", help="do not read the image files")
     options = parser.parse_args()
+    readable_streams()
+    overrides = as_typed(options.overrides)
     try:
-        cfg = compose("train", options.overrides)
+        cfg = compose("train", overrides)
     except Exception as error:
-        print(f"error: {explain(error, 'train', options.overrides)}", file=sys.stderr)
+        print(f"error: {explain(error, 'train', overrides)}", file=sys.stderr)
         sys.exit(2)
     try:
         make_folder(options.output, "--output")
@@ -372,7 +375,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     (options.output / "report.json").write_text(json.dumps(as_json(report), indent=1) + "\n", encoding="utf-8")
-    (options.output / "report.html").write_text(as_html(report), encoding="utf-8")
+    (options.output / "report.html").write_text(as_html(report), encoding="utf-8", errors="backslashreplace")
     print(f"{as_text(report)}\n{options.output}: report.json, report.html")
     sys.exit(int(report.has_errors()))
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from detector.commands.import_weights import convert
+from detector.text import readable_streams
 from detector.weights.loading import SOURCES
 
 
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--style", choices=("caffe", "pytorch"), help="of strides and pixel statistics; else guessed")
     command.add_argument("--categories", type=Path, help="a text file with one class name per line")
     args = parser.parse_args(arguments)
+    readable_streams()
     level = logging.WARNING if args.command == "export" else logging.INFO  # ONNX's packages tell every step
     logging.basicConfig(level=level, format="%(message)s")
     try:

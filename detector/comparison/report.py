@@ -18,6 +18,7 @@ from detector.checkpoint import write_json
 from detector.comparison.charts import bar_chart, interval_chart, line_chart
 from detector.comparison.summary import TIDE, sentence
 from detector.evaluation.tables import TITLES, percent
+from detector.text import one_line
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 TIDE_NAMES = {
@@ -63,8 +64,8 @@ def write_report(report: Mapping, folder: Path, pictures: Sequence[tuple[str, np
     (left_out, cost, alignment, offsets); pictures: (caption, [H, W, 3] uint8)."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", report, indent=1)
-    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
-    (folder / "report.html").write_text(html(report, pictures), encoding="utf-8")
+    (folder / "report.md").write_text(markdown(report), encoding="utf-8", errors="backslashreplace")
+    (folder / "report.html").write_text(html(report, pictures), encoding="utf-8", errors="backslashreplace")
 
 
 def verdicts(report: Mapping) -> list[tuple[str, bool]]:
@@ -160,7 +161,12 @@ def markdown(report: Mapping) -> str:
 
 def md_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     align = ["---"] + ["---:"] * (len(header) - 1)
-    return [f"| {' | '.join(cells)} |" for cells in (header, align, *rows)]
+    return [f"| {' | '.join(map(md_text, cells))} |" for cells in (header, align, *rows)]
+
+
+def md_text(text: str) -> str:
+    """A text as one line that is no markup of a table or of HTML."""
+    return one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|") if text else text
 
 
 # ---------------------------------------------------------------------------------------------------------------- HTML

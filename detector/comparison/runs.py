@@ -61,7 +61,7 @@ def find_folders(patterns: str | Sequence[str]) -> list[Path]:
     """The run folders that paths and patterns name, and those one level below a folder that is no run itself."""
     found: dict[Path, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        paths = [Path(p) for p in sorted(glob(pattern))]
+        paths = [Path(pattern)] if Path(pattern).exists() else [Path(p) for p in sorted(glob(pattern))]
         folders = [p for path in paths for p in ([path] if is_run(path) else sorted(path.glob("*/")))]
         folders = [p for p in folders if is_run(p)]
         if not folders:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from detector.checkpoint import write_json
 from detector.data.formats import READERS, Notes
+from detector.text import readable_streams
 
 SPLITS = {"voc": (["VOC2007/trainval", "VOC2012/trainval"], ["VOC2007/test"])}
 
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train", nargs="+", metavar="SPLIT", help="splits to train on (VOC: VOC2007/trainval ...)")
     parser.add_argument("--val", nargs="+", metavar="SPLIT", help="splits to evaluate on")
     args = parser.parse_args(arguments)
+    readable_streams()
     train, val = SPLITS.get(args.format, (["train"], ["val"]))
     try:
         contents = {}

@@ -7,13 +7,14 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from detector.data.annotations import Objects
@@ -70,6 +71,15 @@ def read_image(path: str | os.PathLike, max_pixels: int = 100_000_000) -> np.nda
         raise ValueError(f"image {path} cannot be read: it is in no format of a picture") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {path} cannot be read: {error}") from error
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Of the files that `read_image` reads, as '.jpg', in lower case: what Pillow here can open and decode itself."""
+    suffixes = Image.registered_extensions()  # makes it look for its formats
+    stubs = {k for k, (opener, _) in Image.OPEN.items() if ImageFile.StubImageFile in getattr(opener, "__mro__", ())}
+    others = {kind for kind, what in Image.MIME.items() if not what.startswith("image/")}  # films, PostScript
+    return frozenset(suffix for suffix, kind in suffixes.items() if kind in Image.OPEN.keys() - stubs - others)
 
 
 class CocoDataset(Dataset):
@@ -133,7 +143,7 @@ class CocoDataset(Dataset):
         self.annotation_file = Path(annotations)
         self.pipeline = transforms if isinstance(transforms, Pipeline) else Pipeline(transforms)
         self.masks, self.mask_size, self.seed = masks, mask_size, seed
-        self.on_error, self.training, self.max_pixels = on_error, training, max_pixels
+        self.on_error, self.training, self.max_pixels, self.cache = on_error, training, max_pixels, cache
         self.annotations = open_coco(annotations, categories, masks, on_error, max_pixels, keypoints, cache)
         if masks and not len(self.annotations.points):
             logger.warning("%s: masks are wanted, but no object has a segmentation", self.annotation_file)

@@ -70,8 +70,11 @@ def open_coco(
     return found
 
 
-def content_key(path: Path, cache: Path) -> str:
-    """A name for the content of the file; it is read again only where size or time of change differ from last time."""
+def content_key(path: Path, cache: Path | None = None) -> str:
+    """A name for the content of the file. With a `cache` it is read again only where size or time of change differ from
+    last time."""
+    if cache is None:
+        return _digest(path)
     status = path.stat()
     known = [status.st_size, status.st_mtime_ns]
     note = cache / f".key-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
@@ -79,8 +82,7 @@ def content_key(path: Path, cache: Path) -> str:
         *seen, name = json.loads(note.read_text(encoding="utf-8"))
         if seen == known:
             return name
-    with open(path, "rb") as file:
-        name = hashlib.file_digest(file, "sha256").hexdigest()[:24]
+    name = _digest(path)
     if time.time_ns() - status.st_mtime_ns > 2_000_000_000:  # a change within the clock's tick would not be seen
         with contextlib.suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
@@ -88,6 +90,11 @@ def content_key(path: Path, cache: Path) -> str:
             draft.write_text(json.dumps([*known, name]), encoding="utf-8")
             draft.replace(note)
     return name
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:24]
 
 
 def save(found: Annotations, problems: Problems, place: Path) -> None:

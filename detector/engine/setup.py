@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from detector.config import ConfigError, build, config_errors, overridden
 from detector.data import Loader, build_dataset, build_loader, collate
+from detector.data.contents import changes, contents
 from detector.engine import run_folder
 from detector.engine.optimizer import build_optimizer
 from detector.engine.state import State
@@ -21,6 +23,7 @@ from detector.settings import Runtime, Training
 from detector.structures import Batch, Targets
 
 log = logging.getLogger(__name__)
+IMAGES = ("data.train.images", "data.val.images")
 
 
 def preflight(cfg: DictConfig, training: Training) -> None:
@@ -82,9 +85,31 @@ def resume(found: dict[str, Any], state: State, train_set: Any, world: World) ->
         set_random_state(found["rng"][world.rank])
 
 
-def about(cfg: DictConfig, train_set: Any) -> dict[str, Any]:
-    """What a checkpoint tells about its run, for those who use the model."""
+def contents_of(cfg: DictConfig, train_set: Any, val_set: Any, found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What both data sets hold now. Raises ConfigError if that is not what it was when the checkpoint `found` was made;
+    a warning where the user asked to go on: with the path of that checkpoint or, for images, data.on_error=skip."""
+    sets = {"train": train_set, "val": val_set}
+    now = {split: contents(dataset) for split, dataset in sets.items()}
+    before = found and found.get("contents")  # older checkpoints have none
+    if before:
+        differing = [line for split in sets for line in changes(before[split], now[split], sets[split], split)]
+        wanted = cfg.resume not in ("auto", "none")
+        serious = [line for line in differing if not line.startswith(IMAGES) or cfg.data.on_error == "raise"]
+        if serious and not wanted:
+            raise ConfigError(
+                f"what the run learns from has changed since it began: {'; '.join(serious)}. Bring it back, or give "
+                "another run_dir, or resume=none to start anew and overwrite, or "
+                f"resume={Path(cfg.run_dir) / 'last.pt'} to go on with what is there now"
+            )
+        for line in differing:
+            log.warning("changed since the run began: %s", line)
+    return now
+
+
+def about(cfg: DictConfig, train_set: Any, contents: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint tells about its run, for those who use the model and for the run itself when it goes on."""
     return {
+        "contents": contents,
         "config": OmegaConf.to_container(cfg, resolve=True),
         "categories": list(train_set.categories),
         "category_ids": list(train_set.category_ids),

@@ -59,6 +59,8 @@ def train(cfg: DictConfig) -> float | None:
             weights = start.read(cfg, overridden())
         found = setup.find_checkpoint(cfg, folder, world)
         train_set, val_set = setup.datasets(cfg)
+        contents: dict = {}  # of both, on rank 0, which writes the checkpoints
+        faults.on_main(world, lambda: contents.update(setup.contents_of(cfg, train_set, val_set, found)))
         per_epoch = max(1, round(len(train_set) / training.batch_size))
         total = schedule.total(per_epoch)
         fill = partial(start.load, weights=None if found else weights)
@@ -94,7 +96,7 @@ def train(cfg: DictConfig) -> float | None:
         evaluate_every = to_iterations(evaluation.every, per_epoch, total) if evaluation.every else total
 
         def save(best: bool = False) -> None:
-            saved = {**setup.about(cfg, train_set), **state.state_dict(), "meters": journal.state_dict()}
+            saved = {**setup.about(cfg, train_set, contents), **state.state_dict(), "meters": journal.state_dict()}
             saved["sampler"] = {"position": state.iteration * training.batch_size}
             saved["rng"] = world.gather(random_state())
             numbered = is_due(state.iteration, save_every)

@@ -30,7 +30,8 @@ def load(
 
     It has, beyond the model that was trained: `categories` (names of label 1, 2, ...), `category_ids` (their COCO ids
     in the training set; of a model without a box head only "object"), `preprocess` (the validation transforms),
-    `config` (the run's), and `predict`, which is the function below for this model.
+    `config` (the run's), `contents` (what its data held, see data/contents.py; None if the file does not tell), and
+    `predict`, which is the function below for this model.
 
     Raises ConfigError (a ValueError) naming the file if it is missing, damaged, or its weights do not fit its config.
     """
@@ -50,7 +51,7 @@ def load(
         model.categories, model.category_ids = ["object"], [OBJECT]
     else:
         model.categories, model.category_ids = categories, list(state["category_ids"])
-    model.config = config
+    model.config, model.contents = config, state.get("contents")
     model.preprocess = validation_transforms(config)
     model.predict = partial(predict, model)
     return model

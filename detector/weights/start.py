@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from detector.config import literal
 from detector.weights.architecture import apply_presets
 from detector.weights.loading import ForeignWeights, load_foreign, load_into
 
@@ -41,7 +42,7 @@ class Start:
         presets = {key: value for key, value in weights.presets.items() if f"model.{key}" not in chosen}
         model = OmegaConf.to_container(cfg.model, resolve=True)
         apply_presets(model, presets)
-        cfg.model = OmegaConf.create(model | {"weights": None})
+        cfg.model = OmegaConf.create(literal(model | {"weights": None}))
         log.info("starting from %s with %s", path, ", ".join(f"{k}={v}" for k, v in presets.items()) or "its tensors")
         return weights
 

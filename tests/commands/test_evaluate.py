@@ -12,7 +12,6 @@ import detector
 from detector.checkpoint import save
 from detector.commands.evaluate import evaluate_checkpoint
 from detector.config import CONFIGS, ConfigError, compose
-from detector.config.program import quoted
 from detector.evaluation import coco_metrics
 from eval import main
 from tests.untrained import configured, untrained
@@ -96,27 +95,6 @@ def test_two_ranks_write_the_files_of_one(checkpoint, tmp_path):
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     for name in ("metrics.json", "predictions.json", "table.txt"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("checkpoint=runs/roi=pool,seed=1/best.pt", "checkpoint='runs/roi=pool,seed=1/best.pt'"),
-        ("checkpoint=it's.pt", "checkpoint='it\\'s.pt'"),
-        ("checkpoint='a=b'", "checkpoint='a=b'"),
-        ("images=[a.png,b.png]", "images=[a.png,b.png]"),
-        ("output=null", "output=null"),
-        ("batch_size=3", "batch_size=3"),
-        ("--cfg", "--cfg"),
-    ],
-)
-def test_paths_are_taken_as_they_are_typed(text, expected):
-    assert quoted(text, ("checkpoint", "images", "output")) == expected
-
-
-def test_quoted_paths_arrive_unchanged():
-    for path in ("runs/roi=pool,seed=1/best.pt", "it's here.pt", "a b/[c].pt"):
-        assert compose("eval", [quoted(f"checkpoint={path}", ["checkpoint"])]).checkpoint == path
 
 
 @pytest.mark.parametrize(

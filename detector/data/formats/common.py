@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+from detector.data.dataset import image_suffixes
+
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # after those of 32 bits, which begin alike
@@ -55,7 +56,7 @@ def upright_size(path: Path) -> tuple[int, int, bool]:
 
 def pictures(folder: Path) -> list[Path]:
     """The pictures below a folder, sorted."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in image_suffixes() and p.is_file())
 
 
 def only(candidates: Sequence[Path], what: str) -> Path | None:

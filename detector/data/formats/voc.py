@@ -20,8 +20,9 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle_tools
 
+from detector.data.dataset import image_suffixes
 from detector.data.file_names import find_files
-from detector.data.formats.common import SUFFIXES, Notes, only, pictures, read_text, upright_size
+from detector.data.formats.common import Notes, only, pictures, read_text, upright_size
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 YES, NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
@@ -131,7 +132,7 @@ def match_pictures(root: Path, folder: Path, trees: dict[Path, ElementTree.Eleme
         by_stem.setdefault(path.relative_to(folder).with_suffix("").as_posix().casefold(), []).append(path)
     found = {}
     for file, name in zip(trees, given):
-        is_picture = Path(name).suffix.lower() in SUFFIXES
+        is_picture = Path(name).suffix.lower() in image_suffixes()
         candidates = [] if named[file] is None else [folder / named[file]]
         if not candidates and name:  # no extension, or another one than the picture has
             candidates = by_stem.get((Path(name).stem if is_picture else name).casefold(), [])
