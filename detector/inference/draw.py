@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 # Okabe and Ito, "Color Universal Design" (2008), without black; further rounds are lighter and darker
 PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 VIEW = 800  # px: images whose longer side is less are enlarged to at least this
+LONGEST = 40  # letters of a name
 CROWDED = 25  # with more objects, labels without a free place are left out, and so is the name of the only class
 USUAL_FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 INK, PAPER = (20, 20, 20), (250, 250, 250)
@@ -78,7 +79,10 @@ def draw(
 
 
 def _name(categories: Sequence[str], label: int) -> str:
-    return _legible(categories[label - 1], f"{label}: ") if 1 <= label <= len(categories) else f"label {label}"
+    if not 1 <= label <= len(categories):
+        return f"label {label}"
+    name = categories[label - 1]
+    return _legible(name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…", f"{label}: ")
 
 
 def _draw_mask(picture: np.ndarray, mask: np.ndarray, zoom: int, rgb: tuple[int, int, int], line: int) -> None:

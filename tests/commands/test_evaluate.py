@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 import detector
 from detector.checkpoint import save
-from detector.commands.evaluate import evaluate_checkpoint
+from detector.commands.evaluate import evaluate_checkpoint, usual_folder
 from detector.config import CONFIGS, ConfigError, compose
+from detector.data import build_dataset
+from detector.data.contents import contents
 from detector.evaluation import coco_metrics
+from detector.inference.load import merge
 from eval import main
 from tests.untrained import configured, untrained
 
@@ -95,6 +102,33 @@ def test_two_ranks_write_the_files_of_one(checkpoint, tmp_path):
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     for name in ("metrics.json", "predictions.json", "table.txt"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+
+
+def test_another_data_set_has_its_own_folder(state, shapes_tiny, tmp_path):
+    """The run's own keeps eval_<name>, wherever it lies; one with other annotations or other images does not."""
+    cfg, data = compose("eval", [*options(tmp_path / "run.pt")]), state["config"]["data"]
+    copied = tmp_path / "copy"
+    shutil.copytree(shapes_tiny, copied)
+    truth = json.loads((copied / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
+    (copied / "other.json").write_text(json.dumps(truth | {"info": {}}), encoding="utf-8")
+    shutil.copytree(copied / "val", copied / "blurred")
+    (copied / "blurred" / truth["images"][0]["file_name"]).write_bytes(b"other")
+    held = {"val": contents(build_dataset(data, "val", state["config"]["augment"]))}
+
+    def folder(known, **given) -> str:
+        changed = OmegaConf.to_container(cfg.data) | {"root": given.get("root")}
+        changed["val"] = {key: given.get(key) for key in ("images", "annotations")}
+        dataset = build_dataset(merge(data, changed), "val", state["config"]["augment"])
+        model = SimpleNamespace(config=state["config"], contents=known)
+        return usual_folder(OmegaConf.merge(cfg, {"data": changed}), model, dataset).name
+
+    for known in (held, None):  # None: of older checkpoints
+        assert folder(known) == folder(known, root=str(copied)) == "eval_run"
+        assert folder(known, annotations="annotations/instances_val.json") == "eval_run"
+        other = folder(known, root=str(copied), annotations="other.json")
+        blurred = folder(known, root=str(copied), images="blurred")
+        assert re.fullmatch(r"eval_run_other-[0-9a-f]{8}", other)
+        assert re.fullmatch(r"eval_run_instances_val-[0-9a-f]{8}", blurred)
 
 
 @pytest.mark.parametrize(

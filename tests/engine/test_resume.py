@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from detector import checkpoint
+from detector.config import ConfigError
 from detector.engine.train import train
 from tests.runs import curve
 
@@ -115,6 +118,54 @@ def test_another_configuration_is_refused_by_key(run, override):
     run("schedule.max_iterations=2", "schedule.warmup=0")
     with pytest.raises(ValueError, match=f"another configuration.*{override.split('=')[0]}: .* -> "):
         run("schedule.max_iterations=2", "schedule.warmup=0", override)
+
+
+def change_annotations(root: Path) -> None:
+    file = root / "annotations" / "instances_train.json"
+    file.write_text(file.read_text(encoding="utf-8") + " ", encoding="utf-8")
+
+
+def change_a_picture(root: Path) -> None:
+    file = max((root / "val").iterdir())
+    file.write_bytes(file.read_bytes() + b"more")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_annotations, r"data\.train\.annotations: the content of \S*instances_train\.json"),
+        (change_a_picture, r"data\.val\.images: 1 of 8 files in \S*val \(000007\.jpg: \d+ bytes, now \d+ bytes\)"),
+    ],
+)
+def test_data_that_changed_since_the_run_began_are_refused_by_name(run, shapes_tiny, tmp_path, change, message):
+    """Copies elsewhere are the same data. Each way out that the message names is one."""
+    root, other = tmp_path / "data", tmp_path / "moved"
+    shutil.copytree(shapes_tiny, root)
+    short = ["schedule.warmup=0", "training.batch_size=2", "evaluation.batch_size=8"]
+    folder = run(*short, f"data.root={root}", "schedule.max_iterations=1")
+    shutil.copytree(root, other)  # with new times of change
+    longer = [*short, f"data.root={other}", "schedule.max_iterations=2"]
+    change(other)
+    with pytest.raises(ConfigError, match=f"changed since it began: {message}") as error:
+        run(*longer)
+    [way_on] = re.findall(r"resume=(\S+) to go on", str(error.value))
+    run(*longer, f"resume={way_on}")
+    assert list(curve(folder)) == [1, 2] and "changed since the run began: data." in (folder / "train.log").read_text()
+    run(*longer)  # the checkpoint knows the change now
+    run(*short, f"data.root={root}", "schedule.max_iterations=1", "resume=none")
+    run(*longer, f"run_dir={tmp_path / 'another'}")
+
+
+def test_checkpoints_that_do_not_know_their_data_go_on(run, shapes_tiny, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(shapes_tiny, root)
+    options = [f"data.root={root}", "schedule.warmup=0"]
+    folder = run(*options, "schedule.max_iterations=1")
+    older = {key: value for key, value in checkpoint.load(folder / "last.pt").items() if key != "contents"}
+    checkpoint.save(older, folder / "last.pt")
+    change_annotations(root)
+    run(*options, "schedule.max_iterations=2")
+    assert list(curve(folder)) == [1, 2] and "contents" in checkpoint.load(folder / "last.pt")
 
 
 def test_resume_none_starts_anew_and_a_path_continues_elsewhere(run, tmp_path):

@@ -7,7 +7,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from fontTools.ttLib import TTFont
 
+from detector.inference import draw as drawing
 from detector.inference.draw import (
     PALETTE,
     _draw_labels,
@@ -104,6 +106,66 @@ def test_overlap():
 
 def test_unknown_label_and_no_objects_are_drawn():
     assert (draw(GREY, BOX, [7], ["a"], [0.5]) != draw(GREY, np.zeros((0, 4)), [], ["a"])).any()
+
+
+NAMES = [
+    "a\nb\r",
+    "\x00\x1b[31m",
+    "",
+    "  ",
+    "מרחבא",
+    "👩\u200d🚀",
+    "猫",
+    "<b>&",
+    "\ud800",
+    "x" * 500,
+    "\ufffe",
+    "e\u0301",
+]
+
+
+def test_any_name_is_drawn():
+    """As a label, in the pictures of a training run, and as a title."""
+    boxes = np.tile(BOX, (len(NAMES), 1))
+    picture = draw(GREY, boxes, range(1, len(NAMES) + 1), NAMES, np.full(len(NAMES), 0.5))
+    for name in NAMES:
+        assert (draw(GREY, BOX, [1], [name, "b"]) != draw(GREY, BOX, [1], ["", "b"])).any() or not name
+        assert panel([picture], [name]).shape[1] == picture.shape[1]
+
+
+@pytest.fixture
+def fonts(monkeypatch):
+    """fonts(*files): let these be the system's fonts."""
+
+    def go(*files) -> None:
+        monkeypatch.setattr(drawing, "_system_fonts", lambda: list(map(str, files)))
+        for part in (drawing._font_file, drawing._legible, drawing._warn_of_escapes):
+            part.cache_clear()
+
+    yield go
+    monkeypatch.undo()
+    for part in (drawing._font_file, drawing._legible):
+        part.cache_clear()
+
+
+def test_letters_without_a_font_are_escaped_behind_the_classs_number(fonts, caplog):
+    fonts()
+    assert drawing._name(["a", "黒い cat"], 2) == "2: \\u9ed2\\u3044 cat" and drawing._name(["猫"], 1) == "1: \\u732b"
+    assert caplog.text.count("no font here has the letters") == 1
+
+
+def test_a_font_of_the_system_that_has_the_letters_is_taken(fonts, caplog, tmp_path):
+    font = tmp_path / "cat.ttf"
+    usual = TTFont(drawing.USUAL_FONT)
+    for part in usual["cmap"].tables:
+        if part.isUnicode():
+            part.cmap[ord("猫")] = "A"  # a font in which a cat looks like an A
+    usual.save(font)
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    fonts(tmp_path / "broken.ttf", font)
+    assert drawing._name(["猫"], 1) == "猫" and not caplog.text
+    assert drawing._font("猫 0.50", 20).path == str(font) and drawing._font("A 0.50", 20).path == drawing.USUAL_FONT
+    assert (draw(GREY, BOX, [1], ["猫", "b"]) == draw(GREY, BOX, [1], ["A", "b"])).all()
 
 
 def test_panel_puts_pictures_side_by_side_under_their_titles():

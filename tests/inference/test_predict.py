@@ -144,6 +144,64 @@ def test_find_images(tmp_path):
         find_images("nowhere/*.jpg")
 
 
+def test_what_a_folder_holds_beside_images_is_counted_by_kind(tmp_path, caplog):
+    """Pillow's own formats are read, .avif and .jfif among them; what is left out is said."""
+    picture = Image.new("RGB", (20, 10), (9, 99, 199))
+    for suffix in (".avif", ".jfif", ".webp", ".PNG", ".gif", ".jp2", ".tga"):
+        picture.save(tmp_path / f"a{suffix}")
+        assert read_image(tmp_path / f"a{suffix}").shape == (10, 20, 3)
+    for name in ("a.heic", "b.HEIC", "c.mpg", "notes"):
+        (tmp_path / name).write_bytes(b"")
+    assert len(find_images(str(tmp_path))) == 7
+    assert "left out are 2 .heic, 1 .mpg, 1 without a suffix" in caplog.text
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "a.heic").rename(tmp_path / "phone" / "a.heic")
+    with pytest.raises(ConfigError, match=r"no folder with images, and matches nothing \(but 1 \.heic\)"):
+        find_images(str(tmp_path / "phone"))
+
+
+def test_own_drawings_are_never_detected_in(checkpoint, photo, tmp_path, capsys, caplog):
+    """Whatever lies where: the output among the images, beside them, or elsewhere among them at each call."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (folder / name).write_bytes(photo.read_bytes())
+    (folder / "mine.jpg.png").write_bytes(photo.read_bytes())  # somebody's own, named like a drawing
+    for output in (folder / "found", folder / "found", folder, folder, folder / "again"):
+        options = [f"checkpoint={checkpoint}", f"images={folder}", f"output={output}", "device=cpu"]
+        predict_files(compose("predict", options))
+        assert "in 3 images, 0 files unreadable" in capsys.readouterr().out
+    assert "3 pictures that predict.py drew" in caplog.text
+    predict_files(compose("predict", [options[0], f"images={folder}/*", *options[2:]]))
+    assert "in 3 images," in capsys.readouterr().out
+    older = folder / "found" / "a.jpg.png"
+    Image.open(older).save(older)  # as older versions left them, without the sign
+    assert "Software" not in Image.open(older).info
+    predict_files(compose("predict", [*options[:2], f"output={folder / 'found'}", "device=cpu"]))
+    assert "in 3 images," in capsys.readouterr().out and "drawn anew, such as" in caplog.text
+
+
+def test_settings_of_the_model_and_the_limit_of_detections(checkpoint, photo, tmp_path, capsys, caplog):
+    options = [f"checkpoint={checkpoint}", f"images={photo}", f"output={tmp_path / 'out'}", "device=cpu", "draw=false"]
+    predict_files(compose("predict", [*options, "threshold=0.01"]))
+    shown = capsys.readouterr().out
+    assert "20 objects in 1 images" in shown and "1 of the images have 20 objects, the most" in shown
+    assert "model.box_head.detections_per_image=60" in shown
+    assert "threshold = 0.01: the model gives no scores below 0.05" in caplog.text
+    caplog.clear()
+    advice = ["model.box_head.detections_per_image=60", "model.box_head.score_threshold=0.01"]
+    predict_files(compose("predict", [*options, "threshold=0.01", *advice]))
+    more = int(capsys.readouterr().out.split()[0])
+    assert 20 < more <= 60 and not caplog.text
+
+
+@pytest.mark.parametrize(("threshold", "hint"), [(30, "; 30 % is threshold=0.3"), (-0.1, ""), (101, ""), (1.5, "")])
+def test_thresholds_are_scores(threshold, hint, tmp_path):
+    cfg = compose("predict", ["checkpoint=gone.pt", "images=gone", f"threshold={threshold}"])
+    with pytest.raises(ConfigError, match=f"threshold = {threshold}: must be a score from 0 to 1{hint}"):
+        predict_files(cfg)
+
+
 def test_predict_files(checkpoint, photo, tmp_path, capsys):
     folder, output = tmp_path / "images", tmp_path / "out"
     (folder / "deep").mkdir(parents=True)
