@@ -54,9 +54,9 @@ def _override(text: str, sweep: bool, root: str) -> str:
     if name not in PATHS or not equals or value in ("", "null"):
         return text
     root = root if name in IN_ROOT else ""
+    if name in LISTS and value[0] == "[" and value[-1] == "]" and not os.path.lexists(value):
+        return f"{key}=[{','.join(map(_quoted, _split(value[1:-1], root)))}]"
     if not _exists(value, root):
-        if name in LISTS and value[0] == "[" and value[-1] == "]":
-            return f"{key}=[{','.join(map(_quoted, _split(value[1:-1], root)))}]"
         if sweep and name not in WRITTEN:
             return f"{key}={','.join(map(_quoted, _split(value, root)))}"
         inner = _unquoted(value)

@@ -133,6 +133,10 @@ def test_lists_are_split_where_files_end(tmp_path, received):
     assert cfg["runs"] == ["runs/x/roi=pool,seed=0", "runs/x/roi=pool,seed=1", "runs/b"]
     [cfg] = received("compare", "runs=[runs/b,c,'gone,too',${seed}]")  # the longest that exists; quotes hold together
     assert cfg["runs"] == ["runs/b,c", "gone,too", "${seed}"]
+    for name in ("b", "c"):
+        (tmp_path / name).mkdir()
+    [cfg] = received("compare", "runs=[b,c]")
+    assert cfg["runs"] == ["b", "c"]  # and no pattern of one letter
     (tmp_path / "[b,c]").mkdir()
     [cfg] = received("compare", "runs=[b,c]")
     assert cfg["runs"] == "[b,c]"
