@@ -26,6 +26,7 @@ class Keys:
     output: str | None
     evaluator: Literal["hotcoco", "pycocotools"]
     iou_types: list[Literal["bbox", "segm", "boundary", "keypoints", "voc"]] | None
+    sigmas: list[float] | None
     batch_size: int
     device: str
     precision: Literal["fp32", "bf16", "fp16"]

@@ -30,6 +30,7 @@ class Keys:
     threshold: float
     draw: bool
     batch_size: int
+    max_pixels: int | None
     device: str
     paste: Literal["aligned", "torchvision"]
     precision: Literal["fp32", "bf16", "fp16"]

@@ -17,30 +17,8 @@ became of each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from detector.config import entry_point
-from detector.config.program import Data
-
-
-@dataclass
-class Keys:
-    """The top level of configs/train.yaml."""
-
-    name: str
-    run_dir: str
-    resume: str
-    seed: int
-    model: dict
-    weights: dict
-    roi: dict
-    data: Data
-    augment: dict
-    optimizer: dict
-    schedule: dict
-    training: dict
-    evaluation: dict
-    runtime: dict
+from detector.config.program import TrainKeys as Keys
 
 
 @entry_point("train", Keys)

@@ -1,9 +1,9 @@
 """Files of trained detectors: written so that a crash at any moment loses nothing, read without running code from them.
 
 A checkpoint is a dict of tensors and plain values:
-    format, versions, config, categories, category_ids, iteration, evaluated, nonfinite, metrics, meters,
-    best {metric, value, iteration}, model, ema, optimizer, scheduler, scaler, sampler {position}, rng [one per rank],
-    contents {train, val: {annotations, sizes}} of the data
+    format, versions, config, categories, category_ids, keypoint_names, iteration, evaluated, nonfinite, metrics,
+    meters, best {metric, value, iteration}, model, ema, optimizer, scheduler, scaler, sampler {position},
+    rng [one per rank], contents {train, val: {annotations, sizes}} of the data
 A safetensors file holds its weights, and in the header what is needed to build the model again.
 """
 
@@ -26,7 +26,7 @@ from detector.ops.checks import ConfigError, RunError
 
 FORMAT = "detector checkpoint 1"
 SAFETENSORS = "detector safetensors 1"
-FIELDS = ("config", "categories", "category_ids")  # of a checkpoint, in a safetensors file
+FIELDS = ("config", "categories", "category_ids", "keypoint_names")  # of a checkpoint, in a safetensors file
 MOVED = {  # where `_target_`s of older checkpoints and configs are now
     "detector.backbone.deform.": "detector.backbone.resnet.",
     "detector.backbone.fpn.": "detector.backbone.necks.",
@@ -159,7 +159,7 @@ def save_safetensors(state: Mapping[str, Any], path: str | Path) -> None:
 
     state: what `load` returns. The optimizer and all else that only training needs stays behind.
     """
-    header = {"format": SAFETENSORS} | {field: json.dumps(state[field]) for field in FIELDS}
+    header = {"format": SAFETENSORS} | {field: json.dumps(state[field]) for field in FIELDS if field in state}
     tensors = {name: tensor.contiguous().clone() for name, tensor in (state["ema"] or state["model"]).items()}
     content = to_bytes(tensors, header)
     atomically(Path(path), lambda file: file.write(content))
@@ -183,5 +183,5 @@ def load_safetensors(path: str | Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path}: not readable as safetensors: cut short or of another format ({error})") from error
-    about = {field: json.loads(header[field]) for field in FIELDS}
+    about = {field: json.loads(header[field]) for field in FIELDS if field in header}
     return {"model": tensors, "ema": None, **about, "config": with_new_names(about["config"])}

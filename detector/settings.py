@@ -100,10 +100,11 @@ class Evaluation:
     metric: str = "auto"  # like bbox.AP or segm.AP50; auto: segm.AP if the model predicts masks, else bbox.AP
     evaluator: Literal["hotcoco", "pycocotools"] = "hotcoco"
     batch_size: int = 8  # over all ranks
+    sigmas: list[float] | None = None  # fall-off of each keypoint; null: COCO's for 17, else their mean
 
     def __post_init__(self):
         if self.every is not None:
             to_iterations(self.every, 1, 1, "every")
-        known = re.fullmatch(r"auto|(bbox|segm|keypoints)\.A[PR](\d+|s|m|l)?", self.metric)
+        known = re.fullmatch(r"auto|(bbox|segm|keypoints)\.A[PR]\w*", self.metric)
         require(known is not None, "metric", self.metric, "auto, or like bbox.AP, segm.AP50, bbox.APs")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")

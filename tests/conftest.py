@@ -12,7 +12,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from hypothesis import settings
 
-from tests.runs import config, program, run  # noqa: F401  fixtures
+from tests.runs import config, five, points, program, run  # noqa: F401  fixtures
 from tests.untrained import checkpoint, run_config, state  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]

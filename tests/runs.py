@@ -14,6 +14,7 @@ import pytest
 
 from detector.config import CONFIGS, check
 from detector.engine.train import train
+from tests.data.coco_files import five_points
 from tests.tiny import OVERRIDES
 
 ROOT = CONFIGS.parent
@@ -34,19 +35,45 @@ TINY = [
     "runtime.log_every=1",
     "runtime.tensorboard=false",
 ]
+KEYPOINTS = [text for text in TINY if "mask_head" not in text] + [
+    "model=keypoint_rcnn",
+    "model.keypoint_head.trunk.conv_channels=[16]",
+    "data=custom",
+    "data.masks=false",
+    "data.keypoints=true",
+]
+
+
+def checked(*overrides: str):
+    """The configuration of train.py with these overrides."""
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = hydra.compose("train", list(overrides))
+    check(cfg)
+    return cfg
 
 
 @pytest.fixture
 def config(shapes_tiny, tmp_path):
     """config(*overrides) -> the checked configuration of a tiny run in tmp_path/run."""
+    return lambda *overrides: checked(*TINY, f"data.root={shapes_tiny}", f"run_dir={tmp_path / 'run'}", *overrides)
 
-    def make(*overrides: str):
-        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            cfg = hydra.compose("train", [*TINY, f"data.root={shapes_tiny}", f"run_dir={tmp_path / 'run'}", *overrides])
-        check(cfg)
+
+@pytest.fixture(scope="session")
+def five(tmp_path_factory) -> Path:
+    """A tiny data set whose objects have five keypoints."""
+    return five_points(tmp_path_factory.mktemp("five_points"))
+
+
+@pytest.fixture
+def points(tmp_path):
+    """points(root, *overrides): train a tiny keypoint model in tmp_path/run; returns the configuration."""
+
+    def go(root: Path, *overrides: str):
+        cfg = checked(*KEYPOINTS, f"data.root={root}", f"run_dir={tmp_path / 'run'}", *overrides)
+        train(cfg)
         return cfg
 
-    return make
+    return go
 
 
 @pytest.fixture

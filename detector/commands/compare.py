@@ -24,6 +24,7 @@ from detector.data import build_dataset, collate, read_image
 from detector.data.read_coco import leads_out
 from detector.inference.draw import draw, panel
 from detector.inference.load import load
+from detector.inference.predict import largest
 from detector.runtime import start_ranks
 from detector.settings import Runtime
 from detector.text import one_line
@@ -123,7 +124,7 @@ def disagreements(methods: Sequence[Method], report: Mapping, count: int) -> lis
             name = truth.imgs[image_id]["file_name"]
             if leads_out(name):
                 raise ValueError(f"image {image_id}: {name!r} leads out of the image folder")
-            image = read_image(runs[0].images / name)
+            image = read_image(runs[0].images / name, largest(runs[0].config))
         except (ValueError, OSError) as error:
             log.warning("no picture: %s", error)
             continue

@@ -15,6 +15,7 @@ from detector.config import config_errors, make_folder
 from detector.data import CocoDataset, build_dataset, build_loader
 from detector.data.contents import contents, same
 from detector.evaluation.evaluator import evaluate, ground_truth
+from detector.evaluation.fit import rehearse
 from detector.evaluation.proposals import without_classes
 from detector.evaluation.tables import class_table, summary_table
 from detector.inference.load import load, merge
@@ -29,7 +30,8 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     Writes predictions.json (COCO results), metrics.json, table.txt and about.json (which checkpoint, which annotations)
     into the output folder; where `cfg.output` is None, that of `usual_folder`. Categories are matched by name: a data
     set with a category that the model does not know is refused, what the model finds of a category that the data set
-    does not have is left out. The proposals of a model without a box head are measured whatever the category.
+    does not have is left out. The proposals of a model without a box head are measured whatever the category. What
+    cannot be measured is refused before images are read.
     """
     changes = OmegaConf.to_container(cfg, resolve=True)
     with config_errors("runtime"):
@@ -38,9 +40,12 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     model = load(cfg.checkpoint, world.device, changes["model"])
     data = merge(model.config["data"], changes["data"])
     proposals_only = model.box_head is None
+    sigmas = changes["sigmas"] or (model.config.get("evaluation") or {}).get("sigmas")
     with config_errors("data"):
         categories = None if proposals_only else model.categories
         dataset = build_dataset(data, "val", model.config["augment"], categories=categories)
+        names = model.keypoint_names
+        kinds = list(rehearse(model, dataset, cfg.evaluator, changes["iou_types"], sigmas, keypoint_names=names))
         padding = {key: data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
         ranks = {"rank": world.rank, "world": world.size}
         loader = build_loader(dataset, cfg.batch_size, cfg.workers, training=False, **ranks, **padding)
@@ -56,7 +61,8 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
             world.device,
             precision=cfg.precision,
             evaluator=cfg.evaluator,
-            iou_types=cfg.iou_types and list(cfg.iou_types),
+            iou_types=kinds,
+            sigmas=sigmas,
             paste=cfg.paste,
             folder=folder,
         )

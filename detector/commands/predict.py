@@ -22,7 +22,7 @@ from detector.data import image_suffixes, read_image
 from detector.evaluation.results import coco_keypoints
 from detector.inference.draw import draw
 from detector.inference.load import load
-from detector.inference.predict import predict_batch
+from detector.inference.predict import largest, predict_batch
 from detector.ops.paste import encode_window
 from detector.runtime import start_ranks
 from detector.settings import Runtime
@@ -96,6 +96,7 @@ def predict_files(cfg: DictConfig) -> int:
             "threshold = %g: the model gives no scores below %g; model.box_head.score_threshold=%g makes it",
             *(cfg.threshold, head.score_threshold, cfg.threshold),
         )
+    limit = largest(model.config) if cfg.max_pixels is None else cfg.max_pixels
     shared = Path(os.path.commonpath([p.absolute().parent for p in paths]))
     output, images, annotations, failed, full = make_folder(cfg.output, "output"), [], [], [], 0
     about = PngInfo()
@@ -120,7 +121,8 @@ def predict_files(cfg: DictConfig) -> int:
         if cfg.draw:
             masks = None if found.masks is None else found.masks.numpy()
             numbers = found.boxes.numpy(), found.labels.numpy()
-            picture = draw(image, *numbers, model.categories, found.scores.numpy(), masks)
+            keypoints = None if found.keypoints is None else found.keypoints.numpy()
+            picture = draw(image, *numbers, model.categories, found.scores.numpy(), masks, keypoints)
             target = picture_of(path)
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(target, pnginfo=about)
@@ -130,7 +132,7 @@ def predict_files(cfg: DictConfig) -> int:
             readable = []
             for path in paths[start : start + cfg.batch_size]:
                 try:
-                    readable.append((path, read_image(path)))
+                    readable.append((path, read_image(path, limit)))
                 except (ValueError, OSError) as error:
                     failed.append(path)
                     tqdm.write(f"left out: {error}", file=sys.stderr)

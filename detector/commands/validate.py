@@ -33,12 +33,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from detector.config import ConfigError, as_typed, build, compose, explain, make_folder
-from detector.data import Annotations, Pipeline, read_coco, read_image
+from detector.config import ConfigError, as_typed, build, compose, config_errors, explain, make_folder
+from detector.config.program import TrainKeys, prepare
+from detector.data import Annotations, CocoDataset, Pipeline, build_dataset
 from detector.data.loader import build_transforms
 from detector.data.read_coco import Problems
+from detector.engine import setup
 from detector.inference.draw import draw
-from detector.roi import assign_levels
+from detector.roi import RoIExtractor, assign_levels
 from detector.text import one_line, readable_streams
 
 SHOWN = 10  # examples that a finding names
@@ -72,33 +74,44 @@ class Report:
 def validate(cfg: DictConfig, images: bool = True, pictures: int = 6) -> Report:
     """The report on the data set of a training configuration. `images=False` leaves the image files unread.
 
-    Raises ConfigError where there is no annotation file to read.
+    The data are opened as the training opens them, with the same settings; what is wrong is an error where it would
+    stop the training, and a warning where data.on_error=skip leaves it out.
+
+    Raises ConfigError as the training does before it opens the data.
     """
+    training, evaluation = build(cfg.training, "training"), build(cfg.evaluation, "evaluation")
+    setup.preflight(cfg, training)
     report, sets = Report(), {}
+    wrong = "error" if cfg.data.on_error == "raise" else "warning"
     for split in ("train", "val"):
-        path = Path(cfg.data.root) / cfg.data[split].annotations
-        problems = Problems(path, "skip")
+        problems = Problems(Path(cfg.data.root) / cfg.data[split].annotations, "skip")
+        categories = sets["train"].categories if "train" in sets else None
         try:
-            sets[split] = read_coco(path, masks=cfg.data.masks, max_pixels=cfg.data.max_pixels, problems=problems)
-        except FileNotFoundError as error:
-            raise ConfigError(f"data.{split}.annotations: {error}") from error
-        except ValueError as error:
-            report.add("error", split, "the annotation file cannot be used", [error])
+            with config_errors("data"):
+                sets[split] = build_dataset(
+                    cfg.data, split, cfg.augment, seed=cfg.seed, categories=categories, problems=problems
+                )
+        except ConfigError as error:
+            report.add("error", split, "the data set cannot be used", [error])
         for (is_error, kind), places in problems.found.items():
-            report.add("error" if is_error else "warning", split, kind, places)
-    for split, found in sets.items():
-        look_at_objects(report, split, found)
-        look_with_hotcoco(report, split, Path(cfg.data.root) / cfg.data[split].annotations)
+            report.add(wrong if is_error else "warning", split, kind, places)
+    if len(sets) == 2 and not report.has_errors():
+        try:
+            setup.fit(cfg, sets["train"], sets["val"], evaluation)
+        except ConfigError as error:
+            report.add("error", "both", "model, settings and data do not fit", [error])
+    for split, dataset in sets.items():
+        look_at_objects(report, split, dataset.annotations)
+        look_with_hotcoco(report, split, dataset.annotation_file)
     if sets:
-        look_at_sizes(report, cfg, sets)
-    folders = {split: Path(cfg.data.root) / cfg.data[split].images for split in sets}
+        look_at_sizes(report, cfg, {split: dataset.annotations for split, dataset in sets.items()})
     digests = {}
-    for split, found in sets.items():
+    for split, dataset in sets.items():
         if images:
-            digests[split] = look_at_images(report, split, found, folders[split], cfg.data.max_pixels)
-        report.pictures += examples(split, found, folders[split], pictures)
+            digests[split] = look_at_images(report, split, dataset, wrong)
+        report.pictures += examples(split, dataset, pictures)
     if len(sets) == 2:
-        compare_splits(report, sets, digests)
+        compare_splits(report, digests)
     report.findings.sort(key=lambda finding: finding.severity)
     return report
 
@@ -170,12 +183,13 @@ def look_with_hotcoco(report: Report, split: str, path: Path) -> None:
         for severity in ("error", "warning"):
             for item in checked[f"{severity}s"]:
                 what = f"{item['code'].replace('_', ' ')} (hotcoco: {item['message']})"
-                report.add(severity, split, what, item["affected_ids"])
+                report.add("warning", split, what, item["affected_ids"])
 
 
 def look_at_sizes(report: Report, cfg: DictConfig, sets: Mapping[str, Annotations]) -> None:
     """Objects against anchors and pyramid levels, at the size at which the network sees them."""
-    model = build(without_weights(cfg), "model", num_classes=1)
+    model = setup.skeleton(cfg)
+    rpn = build(cfg.model.rpn, "model.rpn")(model.neck.out_channels, model.neck.strides)  # with numbers in its anchors
     transforms = Pipeline(build_transforms(cfg.augment, "val"))
     for split, found in sets.items():
         boxes, sizes = network_boxes(found, transforms)
@@ -184,34 +198,28 @@ def look_at_sizes(report: Report, cfg: DictConfig, sets: Mapping[str, Annotation
         names = [f"{low:g} to {high:g} px" for low, high in zip(SIZES, SIZES[1:])]
         statistics = report.statistics[split]
         statistics["size as the network sees it, sqrt(area)"] = dict(zip(names, counts.tolist()))
-        best = best_anchor_iou(boxes, sizes, model.rpn.anchors)
+        best = best_anchor_iou(boxes, sizes, rpn.anchors)
         statistics["best anchor"] = {
-            f"IoU below {cfg.model.rpn.negative_iou}": int((best < cfg.model.rpn.negative_iou).sum()),
-            f"IoU below {cfg.model.rpn.positive_iou}": int((best < cfg.model.rpn.positive_iou).sum()),
+            f"IoU below {rpn.negative_iou}": int((best < rpn.negative_iou).sum()),
+            f"IoU below {rpn.positive_iou}": int((best < rpn.positive_iou).sum()),
             "of objects": len(best),
         }
-        if len(best) and (unmatched := float((best < cfg.model.rpn.negative_iou).float().mean())) > 0.01:
+        if len(best) and (unmatched := float((best < rpn.negative_iou).float().mean())) > 0.01:
             report.add(
                 "warning",
                 split,
-                f"no anchor overlaps {unmatched:.1%} of the objects by IoU {cfg.model.rpn.negative_iou}: "
+                f"no anchor overlaps {unmatched:.1%} of the objects by IoU {rpn.negative_iou}: "
                 "change model.rpn.anchor_sizes or the image size",
-                (f"{w:.0f} x {h:.0f} px" for w, h in (boxes[:, 2:] - boxes[:, :2])[best < cfg.model.rpn.negative_iou]),
+                (f"{w:.0f} x {h:.0f} px" for w, h in (boxes[:, 2:] - boxes[:, :2])[best < rpn.negative_iou]),
             )
-        extractor = model.box_head.extractor
+        extractor = next((part for part in model.modules() if isinstance(part, RoIExtractor)), None)
+        if extractor is None:  # the RPN alone
+            continue
         rule = (extractor.strides, extractor.canonical_level, extractor.canonical_size, extractor.level_rule)
         levels = torch.bincount(assign_levels(boxes, *rule), minlength=len(extractor.strides)).tolist()
         statistics["pyramid level of the box head"] = {
             f"stride {stride:g}": count for stride, count in zip(extractor.strides, levels)
         }
-
-
-def without_weights(cfg: DictConfig) -> dict:
-    """The model's configuration, to be built without reading weights."""
-    model = OmegaConf.to_container(cfg.model, resolve=True)
-    model["backbone"].pop("weights", None)
-    model.pop("weights", None)
-    return model
 
 
 def network_boxes(found: Annotations, transforms: Pipeline) -> tuple[Tensor, Tensor]:
@@ -242,41 +250,37 @@ def best_anchor_iou(boxes: Tensor, sizes: Tensor, anchors: Any) -> Tensor:
     return best
 
 
-def look_at_images(
-    report: Report, split: str, found: Annotations, folder: Path, max_pixels: int
-) -> dict[str, list[int]]:
-    """Decode every image; returns the image ids by content."""
+def look_at_images(report: Report, split: str, dataset: CocoDataset, wrong: str) -> dict[str, list[int]]:
+    """Decode every image; returns the image ids by content. wrong: severity of an image that cannot be read."""
 
     def look(index: int) -> tuple[str | None, str | None]:
-        path = folder / found.file_name(index)
         try:
-            digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-            height, width = read_image(path, max_pixels).shape[:2]
-        except (OSError, ValueError) as error:
+            digest = hashlib.blake2b(dataset.image_path(index).read_bytes(), digest_size=16).hexdigest()
+        except OSError as error:
             return None, str(error)
-        if [height, width] != found.image_sizes[index].tolist():
-            declared = f"width={found.image_sizes[index][1]} height={found.image_sizes[index][0]}"
-            return digest, f"image {found.image_ids[index]} {path} is {width} x {height}, not {declared}"
+        try:
+            dataset.read(index)
+        except (OSError, ValueError) as error:
+            return digest, str(error)
         return digest, None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(tqdm(pool.map(look, range(len(found))), total=len(found), desc=f"read {split}", disable=None))
-    report.add("error", split, "image that cannot be read, or is of another size", (e for _, e in results if e))
+        looked = pool.map(look, range(len(dataset)))
+        results = list(tqdm(looked, total=len(dataset), desc=f"read {split}", disable=None))
+    report.add(wrong, split, "image that cannot be read, or is of another size", (e for _, e in results if e))
     by_content = defaultdict(list)
-    for image_id, (digest, _) in zip(found.image_ids.tolist(), results):
+    for image_id, (digest, _) in zip(dataset.image_ids.tolist(), results):
         if digest:
             by_content[digest].append(image_id)
     report.add("warning", split, "the same image again", (f"images {ids}" for ids in by_content.values() if ids[1:]))
     return by_content
 
 
-def compare_splits(report: Report, sets: Mapping[str, Annotations], digests: Mapping[str, Mapping]) -> None:
-    train, val = (set(sets[split].categories) for split in ("train", "val"))
-    report.add("error", "both", "category of val that train does not have", sorted(val - train))
-    report.add("warning", "both", "category of train that val does not have", sorted(train - val))
-    counts = {split: report.statistics[split]["per category"] for split in sets}
-    never = [n for n in sorted(train & val) if counts["val"][n]["objects"] and not counts["train"][n]["objects"]]
-    report.add("warning", "both", "category with objects in val but none in train", never)
+def compare_splits(report: Report, digests: Mapping[str, Mapping]) -> None:
+    train, val = (report.statistics[split]["per category"] for split in ("train", "val"))
+    for one, other, names in (("train", "val", (train, val)), ("val", "train", (val, train))):
+        lacking = [name for name, own in names[0].items() if own["objects"] and not names[1][name]["objects"]]
+        report.add("warning", "both", f"category with objects in {one} but none in {other}", lacking)
     if digests:
         both = sorted(digests["train"].keys() & digests["val"].keys())
         report.add(
@@ -287,16 +291,18 @@ def compare_splits(report: Report, sets: Mapping[str, Annotations], digests: Map
         )
 
 
-def examples(split: str, found: Annotations, folder: Path, count: int) -> list[tuple[str, np.ndarray]]:
+def examples(split: str, dataset: CocoDataset, count: int) -> list[tuple[str, np.ndarray]]:
     """Titles and pictures of evenly spaced images with their objects."""
     pictures = []
-    for index in np.linspace(0, len(found) - 1, min(count, len(found))).astype(int):
+    for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int):
         with contextlib.suppress(OSError, ValueError):
-            objects = found.objects(index)
-            picture = draw(read_image(folder / found.file_name(index)), objects.boxes, objects.labels, found.categories)
+            objects = dataset.annotations.objects(dataset.rows[index])
+            found = dataset.read(index), objects.boxes, objects.labels
+            picture = draw(*found, dataset.categories, keypoints=objects.keypoints)
             scale = min(1, 800 / max(picture.shape))
             picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-            pictures.append((f"{split} image {found.image_ids[index]}: {found.file_name(index)}", picture))
+            name = dataset.image_path(index).relative_to(dataset.folder)
+            pictures.append((f"{split} image {dataset.image_ids[index]}: {name}", picture))
     return pictures
 
 
@@ -360,7 +366,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="as for train.py: data=..., data.root=..., experiment=...")
     parser.add_argument("--output", type=Path, default=Path("runs/validation"), help="folder of the report")
     parser.add_argument("--no-images", action="store_true", help="do not read the image files")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # options may stand between overrides
     readable_streams()
     overrides = as_typed(options.overrides)
     try:
@@ -369,6 +375,8 @@ def main() -> None:
         print(f"error: {explain(error, 'train', overrides)}", file=sys.stderr)
         sys.exit(2)
     try:
+        hydras, cfg = cfg.hydra, OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+        prepare(cfg, hydras, TrainKeys)
         make_folder(options.output, "--output")
         report = validate(cfg, images=not options.no_images)
     except ConfigError as error:

@@ -58,6 +58,26 @@ class Data:
     pad_to: tuple[int, int] | None
 
 
+@dataclass
+class TrainKeys:
+    """The top level of configs/train.yaml."""
+
+    name: str
+    run_dir: str
+    resume: str
+    seed: int
+    model: dict
+    weights: dict
+    roi: dict
+    data: Data
+    augment: dict
+    optimizer: dict
+    schedule: dict
+    training: dict
+    evaluation: dict
+    runtime: dict
+
+
 def entry_point(config_name: str, keys: type) -> Callable:
     """Decorator: a function of the checked config becomes a Hydra program.
 
@@ -78,19 +98,16 @@ def entry_point(config_name: str, keys: type) -> Callable:
             started = True
             readable_streams()  # again: a job of a cluster starts here
             mine = HydraConfig.get()
-            rename_targets(cfg)
-            check_heads(mine)
-            share_roi(cfg, mine)
             if mine.mode == RunMode.MULTIRUN:  # Hydra goes on with the next job if one fails
                 if multirun.records is None:  # asked for in a way that MULTIRUN does not know, such as --multi
                     multirun.open(mine.sweep.dir)
                 with multirun.job(mine.job.num, list(mine.overrides.task), cfg.get("run_dir"), expected) as job:
-                    check(cfg, keys)
+                    prepare(cfg, mine, keys)
                     value = task(cfg)
                     job.value = value if isinstance(value, float) else None
                     return value
             try:
-                check(cfg, keys)
+                prepare(cfg, mine, keys)
                 return task(cfg)
             except expected as error:
                 give_up(str(error), 1 if isinstance(error, RunError) else 2, error)
@@ -121,6 +138,14 @@ def entry_point(config_name: str, keys: type) -> Callable:
         return main
 
     return decorate
+
+
+def prepare(cfg: DictConfig, hydras: DictConfig, keys: type | None = None) -> None:
+    """Make of a composed config what a program works with, and check it; see `check` and `share_roi`."""
+    rename_targets(cfg)
+    check_heads(hydras)
+    share_roi(cfg, hydras)
+    check(cfg, keys)
 
 
 def rename_targets(cfg: DictConfig) -> None:
@@ -158,7 +183,8 @@ def share_roi(cfg: DictConfig, hydras: DictConfig) -> None:
     if "roi" not in cfg or "model" not in cfg:
         return
     usual = OmegaConf.load(files(hydras, f"roi/{choices.roi}")[0])
-    for name in [name for name in cfg.model if choices.get(f"roi@model.{name}.roi") == choices.roi]:
+    heads = [name for name in cfg.model if isinstance(cfg.model.get(name), DictConfig)]  # null: left away
+    for name in [name for name in heads if choices.get(f"roi@model.{name}.roi") == choices.roi]:
         head, shared = cfg.model[name], copy.deepcopy(cfg.roi)
         for key in leaves(head.roi):
             value = OmegaConf.select(head.roi, key)

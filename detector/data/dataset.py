@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # How the files end that OpenCV decodes without a word when their end is missing.
 _FILE_ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")  # JPEG, PNG
+MAX_PIXELS = 100_000_000  # of an image, unless data.max_pixels says otherwise
 
 
 class Sample(NamedTuple):
@@ -47,30 +48,41 @@ class Sample(NamedTuple):
     keypoints: np.ndarray | None = None  # [G, N, 3] float32
 
 
-def read_image(path: str | os.PathLike, max_pixels: int = 100_000_000) -> np.ndarray:
+def read_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """An image file as [H, W, 3] uint8 RGB, turned upright as its EXIF orientation says.
 
-    Greyscale, palette, CMYK and 16-bit images are converted, transparency is ignored.
+    Greyscale, palette, CMYK and 16-bit images are converted, transparency is ignored. `max_pixels` is the one limit:
+    Pillow's own, of the whole process, is raised where it is lower, and Pillow reads what is beyond OpenCV's.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not an image, cut short, or of more than `max_pixels` pixels.
     """
     data = Path(path).read_bytes()
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         with Image.open(io.BytesIO(data)) as picture:  # reads the header only
             if picture.width * picture.height > max_pixels:
                 raise ValueError(f"{picture.width} x {picture.height} pixels are more than max_pixels={max_pixels}")
             whole = data.rstrip(b"\0").endswith(_FILE_ENDS)
-            if whole and picture.mode != "CMYK":
-                pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-                if pixels is not None:
-                    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+            if whole and picture.mode != "CMYK" and (pixels := _decode(data)) is not None:
+                return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     except UnidentifiedImageError:
         raise ValueError(f"image {path} cannot be read: it is in no format of a picture") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image {path} cannot be read: more pixels than max_pixels={max_pixels} ({error})") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"image {path} cannot be read: {error}") from error
+
+
+def _decode(data: bytes) -> np.ndarray | None:
+    """OpenCV's picture [H, W, 3] BGR; None where it cannot read it, or will not: more than 2^20 pixels a side."""
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:
+        return None
 
 
 @cache
@@ -103,6 +115,7 @@ class CocoDataset(Dataset):
         keypoints: give keypoints. Names that differ in "left" and "right" change places when a picture is mirrored.
         cache: folder that keeps parsed annotations for the next start; see `open_coco`.
         copy_paste: share of the images that get some objects of another, drawn by chance (see copy_paste.py).
+        problems: collects what is wrong instead of reporting it, for those who report by themselves.
 
     Attributes:
         categories: name of label 1, 2, ...
@@ -124,10 +137,11 @@ class CocoDataset(Dataset):
         seed: int = 0,
         on_error: str = "raise",
         training: bool = False,
-        max_pixels: int = 100_000_000,
+        max_pixels: int = MAX_PIXELS,
         keypoints: bool = False,
         cache: str | os.PathLike | None = None,
         copy_paste: float = 0.0,
+        problems: Problems | None = None,
     ):
         if mask_size < 1:
             raise ValueError(f"mask_size={mask_size}: must be positive")
@@ -144,10 +158,11 @@ class CocoDataset(Dataset):
         self.pipeline = transforms if isinstance(transforms, Pipeline) else Pipeline(transforms)
         self.masks, self.mask_size, self.seed = masks, mask_size, seed
         self.on_error, self.training, self.max_pixels, self.cache = on_error, training, max_pixels, cache
-        self.annotations = open_coco(annotations, categories, masks, on_error, max_pixels, keypoints, cache)
+        options = {"keypoints": keypoints, "cache": cache, "problems": problems}
+        self.annotations = open_coco(annotations, categories, masks, on_error, max_pixels, **options)
         if masks and not len(self.annotations.points):
             logger.warning("%s: masks are wanted, but no object has a segmentation", self.annotation_file)
-        usable = self._files_exist()
+        usable = self._files_exist(problems)
         if not keep_empty:
             usable &= np.diff(self.annotations.object_starts) > 0
         self.rows = np.flatnonzero(usable)  # position in the data set -> position in the file
@@ -161,21 +176,27 @@ class CocoDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _files_exist(self) -> np.ndarray:
+    def _files_exist(self, problems: Problems | None) -> np.ndarray:
         """[I] bool. Lists each folder once: a look at every file takes minutes on network storage."""
         if not self.folder.is_dir():
             raise FileNotFoundError(f"image folder {self.folder} does not exist: check data.root and the image options")
-        problems = Problems(self.annotation_file, self.on_error)
+        collected, problems = problems, problems or Problems(self.annotation_file, self.on_error)
         names = self.annotations.all_file_names()
-        present = set()
+        present: dict[str, bool] = {}  # whether it is a file; only links are followed, which takes a look at each
         for folder in set(map(os.path.dirname, names)):
             if (self.folder / folder).is_dir():
-                present.update(os.path.join(folder, name) for name in os.listdir(self.folder / folder))
-        exists = np.array([name in present for name in names])
+                with os.scandir(self.folder / folder) as entries:
+                    for entry in entries:
+                        is_file = entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)
+                        present[os.path.join(folder, entry.name)] = is_file
+        exists = np.array([present.get(name, False) for name in names])
         for row in np.flatnonzero(~exists):
-            where = f"image {self.annotations.image_ids[row]} file_name={self.folder / names[row]}"
-            problems.error("missing image file", where)
-        problems.report()
+            path, kind = self.folder / names[row], "missing image file"
+            if names[row] in present:
+                kind = "folder in place of an image file" if path.is_dir() else "image file that is a link to nothing"
+            problems.error(kind, f"image {self.annotations.image_ids[row]} file_name={path}")
+        if collected is None:
+            problems.report()
         return exists
 
     def image_path(self, index: int) -> Path:

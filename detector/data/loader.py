@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from detector.config import RunError
 from detector.data.dataset import CocoDataset, collate
+from detector.data.read_coco import Problems
 from detector.structures import Batch, Targets
 
 
@@ -28,6 +29,7 @@ def build_dataset(
     *,
     seed: int = 0,
     categories: Sequence[str] | None = None,
+    problems: Problems | None = None,
 ) -> CocoDataset:
     """The data set of one split.
 
@@ -38,6 +40,7 @@ def build_dataset(
         seed: of everything random.
         categories: names of labels 1, 2, ...: the training set's when the validation set is built, the checkpoint's in
             evaluation.
+        problems: collects what is wrong in the files, instead of `data.on_error`.
     """
     files, root = data[split], Path(data["root"])
     return CocoDataset(
@@ -55,6 +58,7 @@ def build_dataset(
         keypoints=data.get("keypoints", False),
         cache=data.get("cache"),
         copy_paste=augment.get("copy_paste", 0.0) if augment and split == "train" else 0.0,
+        problems=problems,
     )
 
 

@@ -153,7 +153,10 @@ def _read_categories(
 def _read_keypoint_names(path: Path, records: list) -> list[str]:
     found = [record["keypoints"] for record in records if record.get("keypoints")]
     if not found or any(names != found[0] for names in found) or not all(isinstance(name, str) for name in found[0]):
-        raise ValueError(f"{path}: categories: 'keypoints' must be one list of names, there are {found}")
+        raise ValueError(
+            f"{path}: categories: 'keypoints' must be one list of names, there are {found}; "
+            "data.keypoints=false leaves keypoints out"
+        )
     return found[0]
 
 

@@ -38,24 +38,26 @@ def open_coco(
     keypoints: bool = False,
     cache: str | os.PathLike | None = None,
     small: int = SMALL,
+    problems: Problems | None = None,
 ) -> Annotations:
     """`read_coco`, whose result is kept in the folder `cache` for the next time.
 
     Files below `small` bytes are always parsed, and so is everything where `cache` is None or cannot be written. What
-    is wrong in a file is reported each time it is opened.
+    is wrong in a file is reported each time it is opened, or added to `problems`.
     """
     path = Path(path)
     options = {"categories": categories and list(categories), "masks": masks, "max_pixels": max_pixels}
     options["keypoints"] = keypoints
     if cache is None or not path.is_file() or path.stat().st_size < small:
-        return read_coco(path, on_error=on_error, **options)
-    problems = Problems(path, on_error)
+        return read_coco(path, on_error=on_error, problems=problems, **options)
+    collected, problems = problems, problems or Problems(path, on_error)
     cache = Path(cache).expanduser()
     options_key = hashlib.sha256(json.dumps([VERSION, options]).encode()).hexdigest()[:8]
     place = cache / f"{path.stem}-{content_key(path, cache)}-{options_key}"
     if not place.is_dir():
         found = read_coco(path, problems=problems, **options)
-        problems.report()
+        if collected is None:
+            problems.report()
         try:
             save(found, problems, place)
         except OSError as error:
@@ -63,10 +65,12 @@ def open_coco(
             return found
         return load(place)[0]
     try:
-        found, problems.found = load(place)
+        found, known = load(place)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"stored annotations {place} are damaged ({error}): remove this folder") from error
-    problems.report()
+    problems.found |= known
+    if collected is None:
+        problems.report()
     return found
 
 

@@ -44,6 +44,7 @@ def measure(
         world.device,
         precision=runtime.precision,
         evaluator=evaluation.evaluator,
+        sigmas=evaluation.sigmas,
         per_class=False,
         folder=journal.path.parent if state.iteration == journal.total else None,
         progress=journal.interactive,
@@ -65,7 +66,7 @@ def chosen(metrics: Mapping[str, Mapping[str, float]], name: str) -> float:
     kind, _, key = ("segm" if "segm" in metrics else "bbox", "", "AP") if name == "auto" else name.partition(".")
     if key not in metrics.get(kind, {}):
         known = [f"{kind}.{key}" for kind, numbers in metrics.items() for key in numbers]
-        raise ConfigError(f"evaluation.metric = {name!r}: was not measured; there are {', '.join(known)}")
+        raise ConfigError(f"evaluation.metric = {name!r}: is not measured; choose auto, {' or '.join(known)}")
     return metrics[kind][key]
 
 

@@ -15,11 +15,13 @@ from detector.config import ConfigError, build, config_errors, overridden
 from detector.data import Loader, build_dataset, build_loader, collate
 from detector.data.contents import changes, contents
 from detector.engine import run_folder
+from detector.engine.evaluation import chosen
 from detector.engine.optimizer import build_optimizer
 from detector.engine.state import State
+from detector.evaluation.fit import check_training, rehearse
 from detector.evaluation.tables import summary_table
 from detector.runtime import World, set_random_state
-from detector.settings import Runtime, Training
+from detector.settings import Evaluation, Runtime, Training
 from detector.structures import Batch, Targets
 
 log = logging.getLogger(__name__)
@@ -37,12 +39,16 @@ def preflight(cfg: DictConfig, training: Training) -> None:
             raise ConfigError(f"data.{split}.annotations: {path} does not exist; {hint}")
     if cfg.seed < 0:
         raise ConfigError(f"seed = {cfg.seed}: must be at least 0")
+    build_optimizer(build(cfg.optimizer, "optimizer"), skeleton(cfg), training)
+
+
+def skeleton(cfg: DictConfig) -> nn.Module:
+    """The model that `cfg` describes, for two classes, without weights and without memory."""
     model = OmegaConf.to_container(cfg.model, resolve=True)
     model["backbone"].pop("weights", None)
     model.pop("weights", None)
     with torch.device("meta"):
-        skeleton = build(model, "model", num_classes=2)
-    build_optimizer(build(cfg.optimizer, "optimizer"), skeleton, training)
+        return build(model, "model", num_classes=2)
 
 
 def warn_of_random_layers(cfg: DictConfig, model: nn.Module) -> None:
@@ -113,6 +119,7 @@ def about(cfg: DictConfig, train_set: Any, contents: Mapping[str, Any]) -> dict[
         "config": OmegaConf.to_container(cfg, resolve=True),
         "categories": list(train_set.categories),
         "category_ids": list(train_set.category_ids),
+        "keypoint_names": list(train_set.annotations.keypoint_names),
     }
 
 
@@ -122,6 +129,21 @@ def datasets(cfg: DictConfig) -> tuple[Any, Any]:
         train_set = build_dataset(cfg.data, "train", cfg.augment, seed=cfg.seed)
         val_set = build_dataset(cfg.data, "val", cfg.augment, seed=cfg.seed, categories=train_set.categories)
     return train_set, val_set
+
+
+def fit(cfg: DictConfig, train_set: Any, val_set: Any, evaluation: Evaluation) -> None:
+    """Put the data's number of keypoints into `cfg` where it is left open; refuse what the model cannot learn from the
+    data, and what cannot be measured."""
+    names = train_set.annotations.keypoint_names
+    if names and OmegaConf.select(cfg, "model.keypoint_head.num_keypoints", default=0) is None:
+        cfg.model.keypoint_head.num_keypoints = len(names)
+    model = skeleton(cfg)
+    check_training(model, train_set)
+    with config_errors("evaluation"):
+        numbers = rehearse(
+            model, val_set, evaluation.evaluator, None, evaluation.sigmas, keypoint_names=names, where="evaluation."
+        )
+    chosen(numbers, evaluation.metric)
 
 
 def loaders(

@@ -57,8 +57,9 @@ def train(cfg: DictConfig) -> float | None:
 
         with config_errors("model.weights"):
             weights = start.read(cfg, overridden())
-        found = setup.find_checkpoint(cfg, folder, world)
         train_set, val_set = setup.datasets(cfg)
+        setup.fit(cfg, train_set, val_set, evaluation)
+        found = setup.find_checkpoint(cfg, folder, world)
         contents: dict = {}  # of both, on rank 0, which writes the checkpoints
         faults.on_main(world, lambda: contents.update(setup.contents_of(cfg, train_set, val_set, found)))
         per_epoch = max(1, round(len(train_set) / training.batch_size))

@@ -43,7 +43,7 @@ def coco_metrics(
     per_class: adds "per_class", {category name: {the same numbers}}.
     mask_area: where results hold a box and a mask, pycocotools tells small from large unmatched detections by the
     box's area. True takes the mask's, as detectron2 and results without boxes do: APs, APm, APl differ a little.
-    sigmas: keypoint fall-offs, one per keypoint; COCO's 17 when None.
+    sigmas: keypoint fall-offs, one per keypoint; None: `coco_sigmas`.
 
     Returns {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}; for keypoints
     COCO's ten instead. Raises ValueError or TypeError naming entry, field and value, FileNotFoundError for a path.
@@ -257,13 +257,26 @@ def as_rle(segmentation, image: dict, label: str) -> dict:
     return rle
 
 
+def coco_sigmas(count: int) -> np.ndarray:
+    """Fall-offs [count] of the object keypoint similarity: COCO's own for 17 keypoints, else their mean for each.
+
+    COCO measured them as the spread of annotators' clicks; for other skeletons nobody has. With the mean a keypoint
+    counts as hard to place as COCO's are on average, whatever the number of keypoints, so that the AP of two skeletons
+    can be compared.
+    """
+    from pycocotools.cocoeval import Params
+
+    usual = Params("keypoints").kpt_oks_sigmas
+    return usual if count == len(usual) else np.full(count, usual.mean())
+
+
 def _check_sigmas(sigmas, truth: dict) -> np.ndarray | None:
     counts = {len(a["keypoints"]) // 3 for a in truth["annotations"]}
-    if sigmas is None:
-        if counts - {17}:
-            raise ValueError(f"sigmas must be given for objects of {sorted(counts)} keypoints; COCO's are for 17")
+    if len(counts) > 1:
+        raise ValueError(f"annotations: objects have {sorted(counts)} keypoints; all must have the same")
+    if not counts:  # nothing to measure
         return None
-    sigmas = np.asarray(sigmas, dtype=float)
+    sigmas = coco_sigmas(*counts) if sigmas is None else np.asarray(sigmas, dtype=float)
     if counts - {len(sigmas)} or not (sigmas > 0).all():
         raise ValueError(f"sigmas must be positive and one per keypoint ({sorted(counts)}), got {sigmas.tolist()}")
     return sigmas

@@ -35,6 +35,7 @@ def evaluate(
     paste: str = "aligned",
     folder: str | Path | None = None,
     progress: bool = True,
+    sigmas: Sequence[float] | None = None,
 ) -> tuple[dict, list[dict]]:
     """COCO metrics of `model` on `dataset`, and its results.
 
@@ -43,7 +44,8 @@ def evaluate(
     precision: fp32, or bf16/fp16 autocast. iou_types: what to measure; None: boxes, and masks or keypoints where model
     and data set have them. Besides those of coco_metrics there is "voc": VOC's AP of boxes. Boxes and masks of a data
     set with LVIS's lists of checked categories are measured by LVIS's federated AP.
-    folder: predictions.json and metrics.json are written there, the former before anything is measured.
+    folder: predictions.json and metrics.json are written there, the former before anything is measured. sigmas: of
+    keypoints, see coco_metrics. `fit.rehearse` tells beforehand whether all this can be measured.
 
     A model without a box head is measured by its proposals, whatever their class, with "AR300" and "AR1000" beside the
     usual numbers.
@@ -72,8 +74,8 @@ def evaluate(
                 truth = without_classes(truth)
             if iou_types is None:
                 iou_types = measurable(truth, set().union(*(kinds for _, kinds in shards)))
-            outcome = [measure(truth, results, iou_types, evaluator, per_class)]
-            if proposals_only:
+            outcome = [measure(truth, results, iou_types, evaluator, per_class, sigmas)]
+            if proposals_only and "bbox" in outcome[0]:
                 outcome[0]["bbox"] |= proposal_recall(truth, results)
             if folder is not None:
                 write_json(Path(folder) / "metrics.json", outcome[0], indent=1)
@@ -149,7 +151,14 @@ def measurable(annotations: dict, predicted: set[str]) -> list[str]:
     return kinds
 
 
-def measure(annotations: dict, results: list[dict], iou_types: Sequence[str], evaluator: str, per_class: bool) -> dict:
+def measure(
+    annotations: dict,
+    results: list[dict],
+    iou_types: Sequence[str],
+    evaluator: str,
+    per_class: bool,
+    sigmas: Sequence[float] | None = None,
+) -> dict:
     """The layout of metrics.json: {iou type: numbers} and, if asked for, {"per_class": {iou type: {name: numbers}}}."""
 
     def numbers(kind: str) -> dict:
@@ -157,7 +166,7 @@ def measure(annotations: dict, results: list[dict], iou_types: Sequence[str], ev
             return voc_metrics(annotations, results, per_class)
         if kind in ("bbox", "segm") and is_federated(annotations):
             return lvis_metrics(annotations, results, kind, per_class)
-        return coco_metrics(annotations, results, kind, evaluator, per_class)
+        return coco_metrics(annotations, results, kind, evaluator, per_class, sigmas=sigmas)
 
     metrics = {kind: numbers(kind) for kind in iou_types}
     if per_class:

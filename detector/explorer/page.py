@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from detector.config import ConfigError, config_errors, make_folder
 from detector.data import read_image
 from detector.inference.load import load
-from detector.inference.predict import as_batch
+from detector.inference.predict import as_batch, largest
 from detector.roi import (
     DeformableRoIPool,
     PreciseRoIPool,
@@ -55,7 +55,7 @@ def explore(cfg: DictConfig) -> Path:
         device = start_ranks(Runtime(device=cfg.device)).device
     model = load(cfg.checkpoint, device)
     with config_errors("image"):
-        image = read_image(cfg.image)
+        image = read_image(cfg.image, largest(model.config))
     output = write_page(model, image, cfg.output, cfg.image, str(cfg.checkpoint), cfg.head, cfg.max_mb)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, opens in any browser")
     return output

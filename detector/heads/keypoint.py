@@ -35,7 +35,7 @@ class KeypointHead(nn.Module):
         in_channels, strides, num_classes: of the features and the data set, given by the model; keypoints do not depend
             on the class.
         roi: factory of a RoI method, `roi(output_size)` or `roi(output_size, channels=...)`.
-        num_keypoints: P.
+        num_keypoints: P; None: COCO's 17. A training puts the data set's number in its place.
         output_size: bins of a RoI; the heat map has four times as many on each side.
         trunk: factory `trunk(in_channels, output_size)` of a module with `out_channels` that keeps the resolution.
         level_rule, canonical_level, canonical_size: FPN level assignment, see RoIExtractor.
@@ -48,7 +48,7 @@ class KeypointHead(nn.Module):
         strides: Sequence[int],
         num_classes: int,
         roi: Callable[..., nn.Module],
-        num_keypoints: int = 17,
+        num_keypoints: int | None = None,
         output_size: int | Sequence[int] = 14,
         trunk: Callable[..., nn.Module] = KEYPOINT_TRUNK,
         level_rule: str = "detectron2",
@@ -61,7 +61,7 @@ class KeypointHead(nn.Module):
         op = make_op(roi, output_size, channels=in_channels, levels=len(strides))
         self.extractor = RoIExtractor(op, strides, level_rule, canonical_level, canonical_size)
         self.trunk = trunk(op.output_channels(in_channels), op.output_size)
-        self.predictor = nn.ConvTranspose2d(self.trunk.out_channels, num_keypoints, 4, stride=2, padding=1)
+        self.predictor = nn.ConvTranspose2d(self.trunk.out_channels, num_keypoints or 17, 4, stride=2, padding=1)
         nn.init.kaiming_normal_(self.predictor.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.predictor.bias)
         self.score = score

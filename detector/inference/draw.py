@@ -50,11 +50,12 @@ def draw(
     categories: Sequence[str],
     scores: np.ndarray | None = None,
     masks: np.ndarray | None = None,
+    keypoints: np.ndarray | None = None,
 ) -> np.ndarray:
     """The picture [h, w, 3] uint8 of an image [H, W, 3] uint8 RGB with its objects, enlarged by an integer if small.
 
     boxes: [D, 4] (x1, y1, x2, y2) in the image's pixels; labels: [D], 1..K; categories: the K names;
-    scores: [D]; masks: [D, H, W] bool.
+    scores: [D]; masks: [D, H, W] bool; keypoints: [D, P, 3] (x, y, visibility or score), drawn where above 0.
     """
     zoom = ceil(VIEW / max(image.shape[:2]))
     picture = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC) if zoom > 1 else image.copy()
@@ -71,6 +72,11 @@ def draw(
         if masks is None:  # a dark rim keeps the line visible on any ground
             cv2.rectangle(picture, *corners, INK, 2 * line, cv2.LINE_AA)
         cv2.rectangle(picture, *corners, colors[d], line, cv2.LINE_AA)
+    for d in order if keypoints is not None else ():
+        for x, y, _ in keypoints[d][keypoints[d][:, 2] > 0]:
+            centre = round(float(x) * zoom - 0.5), round(float(y) * zoom - 0.5)
+            cv2.circle(picture, centre, 2 * line, INK, cv2.FILLED, cv2.LINE_AA)
+            cv2.circle(picture, centre, 2 * line - 1, colors[d], cv2.FILLED, cv2.LINE_AA)
     short = len(categories) == 1 and len(labels) > CROWDED and scores is not None
     texts = [_name(categories, k) for k in labels] if not short else [""] * len(labels)
     if scores is not None:
@@ -228,10 +234,14 @@ def beside_truth(
         truth_masks = paste_windows(
             _array(targets.masks[index][real]), _array(targets.mask_windows[index][real]), height, width
         )
+    points = None if detections.keypoints is None else _array(detections.keypoints[index][keep])
+    truth_points = None if targets.keypoints is None else _array(targets.keypoints[index][real])
     truth = draw(
-        image, _array(targets.boxes[index][real]), _array(targets.labels[index][real]), categories, masks=truth_masks
+        *(image, _array(targets.boxes[index][real]), _array(targets.labels[index][real]), categories),
+        masks=truth_masks,
+        keypoints=truth_points,
     )
-    found = draw(image, boxes, labels, categories, scores, masks)
+    found = draw(image, boxes, labels, categories, scores, masks, points)
     return panel(
         [found, truth], [f"predicted ({len(boxes)}, score ≥ {threshold:g})", f"ground truth ({int(real.sum())})"]
     )

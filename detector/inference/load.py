@@ -29,9 +29,9 @@ def load(
     the checkpoint's, such as {"box_head": {"score_threshold": 0.01}}.
 
     It has, beyond the model that was trained: `categories` (names of label 1, 2, ...), `category_ids` (their COCO ids
-    in the training set; of a model without a box head only "object"), `preprocess` (the validation transforms),
-    `config` (the run's), `contents` (what its data held, see data/contents.py; None if the file does not tell), and
-    `predict`, which is the function below for this model.
+    in the training set; of a model without a box head only "object"), `keypoint_names` and `contents` (what its data
+    held, see data/contents.py; both None if the file does not tell), `preprocess` (the validation transforms), `config`
+    (the run's), and `predict`, which is the function below for this model.
 
     Raises ConfigError (a ValueError) naming the file if it is missing, damaged, or its weights do not fit its config.
     """
@@ -52,6 +52,7 @@ def load(
     else:
         model.categories, model.category_ids = categories, list(state["category_ids"])
     model.config, model.contents = config, state.get("contents")
+    model.keypoint_names = state.get("keypoint_names")
     model.preprocess = validation_transforms(config)
     model.predict = partial(predict, model)
     return model

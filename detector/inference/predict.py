@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from detector.data import Sample, collate, read_image
+from detector.data.dataset import MAX_PIXELS
 from detector.evaluation.results import to_original
 from detector.ops.paste import paste_masks
 from detector.runtime import autocast
@@ -23,14 +24,15 @@ def predict(
     threshold: float = 0.0,
     paste: str = "aligned",
     precision: str = "fp32",
+    max_pixels: int | None = None,
 ) -> Detections:
     """Detections of at least `threshold` in one image: a file, or an array [H, W, 3] uint8 RGB.
 
     Returns boxes [D, 4] in pixels of the image, scores [D], labels [D] (1..K), valid [D] (all True) and, of a model
     with a mask head, masks [D, H, W] bool; best first, on the CPU. model: as `load` returns it. precision: fp32, or
-    bf16, fp16: autocast of the network's layers.
+    bf16, fp16: autocast of the network's layers. max_pixels: files of more pixels are refused; None: as in training.
     """
-    return predict_batch(model, [image], threshold, paste, precision)[0]
+    return predict_batch(model, [image], threshold, paste, precision, max_pixels)[0]
 
 
 @torch.inference_mode()
@@ -40,9 +42,11 @@ def predict_batch(
     threshold: float = 0.0,
     paste: str = "aligned",
     precision: str = "fp32",
+    max_pixels: int | None = None,
 ) -> list[Detections]:
     """`predict` for several images in one pass of the network."""
-    arrays = [read_image(image) if isinstance(image, (str, Path)) else _check(image) for image in images]
+    limit = largest(model.config) if max_pixels is None else max_pixels
+    arrays = [read_image(image, limit) if isinstance(image, (str, Path)) else _check(image) for image in images]
     batch = as_batch(model, arrays)
     device = batch.images.device
     with autocast(device, precision):
@@ -57,6 +61,11 @@ def predict_batch(
             one = one._replace(masks=torch.from_numpy(masks))
         results.append(one)
     return results
+
+
+def largest(config: Mapping) -> int:
+    """How many pixels an image could have in the training of this config: data.max_pixels."""
+    return (config.get("data") or {}).get("max_pixels", MAX_PIXELS)
 
 
 def as_batch(model: nn.Module, arrays: Sequence[np.ndarray], scale: float = 1.0) -> Batch:

@@ -80,6 +80,11 @@ def test_another_data_set_and_other_thresholds(checkpoint, shapes_tiny, tmp_path
     assert len(json.loads((tmp_path / "other" / "predictions.json").read_text())) == 8 * 3
 
 
+def test_max_pixels_of_the_data(checkpoint):
+    with pytest.raises(ConfigError, match=r"image over data\.max_pixels=5000: image \d+ 96 x 96"):
+        evaluate_checkpoint(compose("eval", [*options(checkpoint), "data.max_pixels=5000"]))
+
+
 def test_a_data_set_of_other_categories(checkpoint, shapes_tiny, tmp_path):
     truth = json.loads((shapes_tiny / "annotations" / "instances_val.json").read_text())
     truth["categories"][0]["name"] = "cat"
@@ -152,3 +157,45 @@ def test_test_time_augmentation(checkpoint, tmp_path):
     assert len(plain) == len(both) and plain != both
     with pytest.raises(ConfigError, match=r"scales: scales=\[\]"):
         evaluate_checkpoint(compose("eval", [*options(checkpoint, output=tmp_path / "none"), "scales=[]"]))
+
+
+@pytest.mark.parametrize(
+    "given, lacking, message",
+    [
+        ("[]", False, r"nothing would be measured; choose among bbox, voc, segm, boundary, each once"),
+        ("[segm,bbox,segm]", False, r"a type is there twice"),
+        ("[bbox,keypoints]", False, r"'keypoints' needs keypoints, which the model does not predict"),
+        ("[segm]", True, r"'segm' needs masks, which .*instances_val\.json.*; choose among bbox, voc, each once"),
+        ("[boundary]", True, r"'boundary' needs masks"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_work(
+    checkpoint, shapes_tiny, tmp_path, monkeypatch, given, lacking, message
+):
+    """And what the message offers instead can be measured."""
+    root = shapes_tiny
+    if lacking:
+        root = tmp_path / "boxes"
+        shutil.copytree(shapes_tiny, root)
+        truth = json.loads((root / "annotations" / "instances_val.json").read_text())
+        for entry in truth["annotations"]:
+            del entry["segmentation"]
+        (root / "annotations" / "instances_val.json").write_text(json.dumps(truth))
+    arguments = options(checkpoint, **{"data.root": root})
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=f"iou_types = .*{message}") as found:
+        patch.setattr("detector.commands.evaluate.evaluate", lambda *_, **__: pytest.fail("inference began"))
+        evaluate_checkpoint(compose("eval", [*arguments, f"iou_types={given}"]))
+    choices = re.search(r"choose among (.*), each once; null", str(found.value))[1].split(", ")
+    metrics = evaluate_checkpoint(compose("eval", [*arguments, f"iou_types=[{','.join(choices)}]"]))
+    assert [kind for kind in metrics if kind != "per_class"] == choices
+    assert evaluate_checkpoint(compose("eval", [*arguments, "iou_types=null"])).keys() <= {*choices, "per_class"}
+
+
+def test_proposals_are_measured_by_boxes_alone(shapes_tiny, tmp_path):
+    save(untrained(configured("model=rpn", f"data.root={shapes_tiny}")), tmp_path / "rpn.pt")
+    arguments = options(tmp_path / "rpn.pt", output=tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"'segm' needs masks, which the model does not predict; choose among bbox, voc"
+    ):
+        evaluate_checkpoint(compose("eval", [*arguments, "iou_types=[segm]"]))
+    assert evaluate_checkpoint(compose("eval", [*arguments, "iou_types=[voc]"])).keys() == {"voc", "per_class"}

@@ -13,7 +13,7 @@ import torch
 from torchvision.ops import box_iou
 
 from detector.commands import validate
-from detector.config import compose
+from detector.config import CONFIGS, compose
 from detector.rpn import AnchorGenerator
 from tests.data.coco_files import minimal, write
 
@@ -78,7 +78,7 @@ FAULTS = {
     "twice": ("train", lambda c: c["annotations"].append(dict(c["annotations"][0], id=9)), 0, "same box and category"),
     "other category": ("val", lambda c: c["categories"].append({"id": 9, "name": "bird"}), 1, "bird"),
     "missing image": ("val", lambda c: c["images"][0].update(file_name="gone.png"), 1, "gone.png"),
-    "wrong size": ("val", lambda c: c["images"][1].update(height=50), 1, "is 40 x 60, not width=40 height=50"),
+    "wrong size": ("val", lambda c: c["images"][1].update(height=50), 1, "is 40 x 60 (as its EXIF data turn it), but"),
     "crowded": (
         "train",
         lambda c: c["annotations"].extend(
@@ -167,8 +167,64 @@ def test_sizes_are_those_after_resizing(folder):
 
 
 def test_real_data_have_no_errors(shared):
-    for name in ("coco_cc_sample", "bccd"):
+    for name, model in (("coco_cc_sample", "mask_rcnn"), ("bccd", "faster_rcnn")):
         root = shared / "data" / name
         images = ["data.train.images=images", "data.val.images=images"]
-        cfg = compose("train", ["data=custom", f"data.root={root}", *images])
+        cfg = compose("train", ["data=custom", f"data.root={root}", f"model={model}", *images])
         assert not validate.validate(cfg, images=name == "bccd", pictures=1).has_errors()
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONFIGS / "experiment").glob("*_r50_*.yaml")))
+def test_every_model_can_be_looked_at(five, shapes_tiny, recipe):
+    root = five if "keypoint" in recipe else shapes_tiny
+    data = "data.keypoints=true" if "keypoint" in recipe else "data.keypoints=false"
+    cfg = compose("train", [f"experiment={recipe}", "data=custom", f"data.root={root}", data])
+    report = validate.validate(cfg, images=False, pictures=0)
+    assert not report.has_errors(), report.findings
+    statistics = report.statistics["train"]
+    assert sum(statistics["best anchor"].values()) >= statistics["objects"]
+    assert ("pyramid level of the box head" in statistics) == (not recipe.startswith("rpn"))
+
+
+def test_what_stops_a_training_is_an_error_and_nothing_else_is(folder, five):
+    """The same settings, the same rules: one answer."""
+
+    def look(*overrides, root=folder):
+        given = ["data=custom", f"data.root={root}", "heads=small", *overrides]
+        return validate.validate(compose("train", given), images=True, pictures=1)
+
+    boxes = ["model=faster_rcnn", "data.masks=false"]
+    assert not look().has_errors()
+    for overrides, message in (
+        (["data.masks=false"], "data.masks = False: model.mask_head learns from masks"),
+        ([*boxes, "evaluation.metric=segm.AP"], "evaluation.metric = 'segm.AP': is not measured"),
+        (["model=keypoint_rcnn", "data.keypoints=true"], "'keypoints' must be one list of names"),
+        ([*boxes, "data.max_pixels=2000"], "no usable images"),
+        ([*boxes, "data.pad_multiple=32", "augment.copy_paste=0.5"], "augment.copy_paste=0.5 needs outlines"),
+    ):
+        if "augment.copy_paste=0.5" in overrides:
+            overrides = [*overrides, "augment=copy_paste"]
+        errors = [f for f in look(*overrides).findings if f.severity == "error"]
+        assert any(message in text for f in errors for text in f.examples), (overrides, errors)
+    wrong = look("model=keypoint_rcnn", "data.keypoints=true", "model.keypoint_head.num_keypoints=4", root=five)
+    assert any("has 5 keypoints" in text for f in wrong.findings for text in f.examples) and wrong.has_errors()
+    (folder / "val" / "a.png").unlink()
+    (folder / "val" / "a.png").mkdir()
+    spoilt = look(*boxes)
+    assert "folder in place of an image file" in [f.what for f in spoilt.findings if f.severity == "error"]
+    assert not look(*boxes, "data.on_error=skip").has_errors()
+
+
+def test_a_setting_that_cannot_work(monkeypatch, capsys, folder):
+    code, _, printed = run(monkeypatch, capsys, folder, "evaluation.batch_size=0")
+    assert code == 2 and "batch_size = 0" in printed and "Traceback" not in printed
+    code, _, printed = run(monkeypatch, capsys, folder, "data.max_pixels=many")
+    assert code == 2 and "data.max_pixels = 'many'" in printed
+
+
+def test_the_methods_settings_reach_the_heads(monkeypatch, capsys, folder):
+    """As in training: roi.gamma is of every head that has the method."""
+    seen = []
+    monkeypatch.setattr(validate, "validate", lambda cfg, **_: seen.append(cfg) or validate.Report())
+    run(monkeypatch, capsys, folder, "roi=deformable", "roi.gamma=0.3", "model.mask_head=null")
+    assert seen[0].model.box_head.roi.gamma == 0.3 and seen[0].model.mask_head is None

@@ -50,3 +50,31 @@ def outlines_of(objects: list[list[np.ndarray]], even_odd: bool = False) -> Outl
         ring_objects=np.repeat(np.arange(len(objects)), [len(rings) for rings in objects]).astype(int),
         even_odd=np.full(len(objects), even_odd),
     )
+
+
+FIVE = ["left_top", "right_top", "right_bottom", "left_bottom", "centre"]
+
+
+def five_points(root: Path, names: list[str] = FIVE, visibility: int = 2) -> Path:
+    """`root` with a data set (data=custom) of bright rectangles, whose keypoints are the corners and the centre."""
+    for split, count, seed in (("train", 8, 0), ("val", 4, 1)):
+        rng = np.random.default_rng(seed)
+        (root / split).mkdir(parents=True, exist_ok=True)
+        images, annotations = [], []
+        for i in range(1, count + 1):
+            pixels = rng.integers(0, 80, (96, 96, 3), np.uint8)
+            x, y, w, h = map(int, (*rng.integers(4, 40, 2), *rng.integers(24, 48, 2)))
+            pixels[y : y + h, x : x + w] = (40, 200, 240)
+            cv2.imwrite(str(root / split / f"{i}.png"), pixels)
+            corners = [(x, y), (x + w, y), (x + w, y + h), (x, y + h), (x + w / 2, y + h / 2)]
+            points = [value for corner in corners[: len(names)] for value in (*corner, visibility)]
+            images.append({"id": i, "file_name": f"{i}.png", "width": 96, "height": 96})
+            annotations.append(
+                {"id": i, "image_id": i, "category_id": 1, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
+                | {"keypoints": points, "num_keypoints": len(names) * bool(visibility)}
+            )
+        coco = {"images": images, "annotations": annotations}
+        coco["categories"] = [{"id": 1, "name": "card", "keypoints": names, "skeleton": []}]
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
+    return root

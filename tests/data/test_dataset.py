@@ -91,6 +91,54 @@ def test_huge_images_are_refused_before_they_are_decoded(tmp_path, picture):
         read_image(tmp_path / "a.png", max_pixels=2399)
 
 
+def test_max_pixels_is_the_limit_of_the_decoders_too(tmp_path, monkeypatch):
+    """Pillow's own limit gives way, and what OpenCV refuses is read by Pillow."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # of Pillow: twice that is refused
+    Image.fromarray(np.full((100, 100, 3), 7, np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png cannot be read: .*max_pixels=1500"):
+        read_image(tmp_path / "a.png", max_pixels=1500)
+    assert read_image(tmp_path / "a.png", max_pixels=10_000).shape == (100, 100, 3)
+    Image.fromarray(np.full((1, 2**20 + 1), 7, np.uint8)).save(tmp_path / "long.png")
+    image = read_image(tmp_path / "long.png")
+    assert image.shape == (1, 2**20 + 1, 3) and (image == 7).all()
+
+
+def test_a_data_set_of_larger_pictures(tmp_path, monkeypatch):
+    path = write(tmp_path, minimal())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert CocoDataset(tmp_path, path, max_pixels=2400)[0].image.shape == (40, 60, 3)
+    with pytest.raises(ValueError, match=r"image over data\.max_pixels=2399: image 7 60 x 40"):
+        CocoDataset(tmp_path, path, max_pixels=2399)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda path: path.symlink_to("nowhere.png"), "image file that is a link to nothing: image 7 file_name="),
+        (lambda path: path.symlink_to(path.name), "image file that is a link to nothing: image 7 file_name="),
+        (lambda path: path.mkdir(), "folder in place of an image file: image 7 file_name="),
+    ],
+    ids=["dangling", "itself", "folder"],
+)
+def test_what_is_no_file_is_named_when_the_data_set_is_opened(tmp_path, caplog, spoil, named, training):
+    path = write(tmp_path, minimal())
+    (tmp_path / "a.png").unlink()
+    spoil(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=named):
+        CocoDataset(tmp_path, path, training=training)
+    left = CocoDataset(tmp_path, path, training=training, on_error="skip")
+    assert named in caplog.text and left.image_ids.tolist() == [9]  # and no black picture
+
+
+def test_links_to_files_are_files(tmp_path):
+    path = write(tmp_path, minimal())
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "a.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+    assert len(CocoDataset(tmp_path, path)) == 2
+
+
 def test_missing_image():
     with pytest.raises(FileNotFoundError):
         read_image("nowhere.png")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import math
 
@@ -12,10 +14,12 @@ import pytest
 from hotcoco import mask as rle_tools
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval, Params
 
 from detector.evaluation import coco_metrics
 from detector.evaluation.boundary import boundary_rle, boundary_width
-from detector.evaluation.coco import BOX_METRICS, KEYPOINT_METRICS
+from detector.evaluation.coco import BOX_METRICS, KEYPOINT_METRICS, coco_sigmas
 
 CONFORMANCE = ["val2014_fake_bbox", "val2014_fake_segm", "dataset_bbox", "dataset_segm"]
 
@@ -171,10 +175,43 @@ def test_keypoints():
     assert a == b and tuple(a) == KEYPOINT_METRICS and 0.3 < a["AP"] < 0.9
     tight, loose = (coco_metrics(truth, predictions, "keypoints", sigmas=[s] * 17)["AP"] for s in (1e-3, 10))
     assert tight == pytest.approx(1 / 4, abs=0.01) and loose == pytest.approx(1)
-    for a in annotations:
-        a["keypoints"] = a["keypoints"][:9]
-    with pytest.raises(ValueError, match=r"sigmas must be given for objects of \[3\] keypoints"):
-        coco_metrics(truth, predictions, "keypoints")
+
+
+def test_keypoints_of_another_skeleton():
+    """Five keypoints: the numbers of pycocotools with the same fall-offs, those given or the mean of COCO's."""
+    rng = np.random.default_rng(0)
+    points = rng.uniform(10, 90, (12, 5, 3))
+    points[..., 2] = rng.integers(0, 3, (12, 5))
+    points[:, 0, 2] = 2
+    entry = {"category_id": 1, "bbox": [0, 0, 96, 96], "area": 3000.0, "iscrowd": 0}
+    annotations = [
+        entry | {"id": i + 1, "image_id": i, "num_keypoints": int((p[:, 2] > 0).sum()), "keypoints": p.ravel().tolist()}
+        for i, p in enumerate(points)
+    ]
+    truth = {"images": [{"id": i, "width": 96, "height": 96} for i in range(12)], "annotations": annotations}
+    truth["categories"] = [{"id": 1, "name": "hand"}]
+    moved = points[..., :2] + rng.normal(0, 4, (12, 5, 2))
+    predictions = [
+        {"image_id": i, "category_id": 1, "score": s, "keypoints": np.insert(p, 2, 1, axis=1).ravel().tolist()}
+        for i, (p, s) in enumerate(zip(moved, rng.uniform(0, 1, 12)))
+    ]
+    usual = Params("keypoints").kpt_oks_sigmas
+    assert (coco_sigmas(17) == usual).all() and coco_sigmas(5).tolist() == [usual.mean()] * 5
+    for sigmas in (None, [0.03, 0.05, 0.08, 0.1, 0.12]):
+        with contextlib.redirect_stdout(io.StringIO()):
+            gt = COCO()
+            gt.dataset = copy.deepcopy(truth)
+            gt.createIndex()
+            reference = COCOeval(gt, gt.loadRes(copy.deepcopy(predictions)), "keypoints")
+            reference.params.kpt_oks_sigmas = np.array(sigmas or [usual.mean()] * 5)
+            reference.evaluate()
+            reference.accumulate()
+            reference.summarize()
+        for backend in ("hotcoco", "pycocotools"):
+            found = coco_metrics(truth, predictions, "keypoints", backend, sigmas=sigmas)
+            assert list(found.values()) == reference.stats.tolist() and 0.1 < found["AP"] < 0.9
+    with pytest.raises(ValueError, match=r"sigmas must be positive and one per keypoint \(\[5\]\), got \[0.1, 0.1\]"):
+        coco_metrics(truth, predictions, "keypoints", sigmas=[0.1, 0.1])
 
 
 BAD_PREDICTIONS = [

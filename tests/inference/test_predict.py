@@ -202,6 +202,23 @@ def test_thresholds_are_scores(threshold, hint, tmp_path):
         predict_files(cfg)
 
 
+def test_larger_images_than_in_training(checkpoint, tmp_path, monkeypatch, capsys):
+    """max_pixels is the run's, or one's own; Pillow's limit gives way."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    Image.fromarray(np.zeros((60, 70, 3), np.uint8)).save(tmp_path / "large.png")
+    state = checkpoints.load(checkpoint)
+    state["config"]["data"]["max_pixels"] = 4000
+    model = detector.load(state)
+    with pytest.raises(ValueError, match=r"large\.png cannot be read: .*max_pixels=4000"):
+        model.predict(tmp_path / "large.png")
+    model.predict(tmp_path / "large.png", max_pixels=4200)
+    options = [f"checkpoint={checkpoint}", f"images={tmp_path / 'large.png'}", f"output={tmp_path / 'out'}"]
+    assert predict_files(compose("predict", [*options, "device=cpu"])) == 0
+    with pytest.raises(RunError, match="none of the 1 files could be read"):
+        predict_files(compose("predict", [*options, "device=cpu", "max_pixels=4199"]))
+    assert "max_pixels=4199" in capsys.readouterr().err
+
+
 def test_predict_files(checkpoint, photo, tmp_path, capsys):
     folder, output = tmp_path / "images", tmp_path / "out"
     (folder / "deep").mkdir(parents=True)
