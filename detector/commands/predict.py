@@ -58,7 +58,7 @@ def predict_files(cfg: DictConfig) -> int:
     paths = find_images(cfg.images if isinstance(cfg.images, str) else list(cfg.images))
     with config_errors("device"):
         device = start_ranks(Runtime(device=cfg.device)).device
-    model = load(cfg.checkpoint, device)
+    model = load(cfg.checkpoint, device, trust=cfg.trust)
     shared = Path(os.path.commonpath([p.absolute().parent for p in paths]))
     output, images, annotations, failed = make_folder(cfg.output, "output"), [], [], []
 

@@ -1,10 +1,10 @@
 """Look a data set over before time is spent on it.
 
-    python -m detector.commands.validate data=custom data.root=my_data
+    detector validate data=custom data.root=my_data
 
-Takes what train.py takes and looks at the data that it would train on, with its image sizes and anchors. Prints what it
-finds, and writes report.json and report.html with pictures. Exit codes: 0 nothing that would stop a run, 1 errors, 2
-a setting cannot work or there is no data set to look at.
+Takes what `detector train` takes and looks at the data that it would train on, with its image sizes and anchors. Prints
+what it finds, and writes report.json and report.html with pictures. Exit codes: 0 nothing that would stop a run, 1
+errors, 2 a setting cannot work or there is no data set to look at.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detector.config import ConfigError, build, compose, explain, make_folder
+from detector.config.suggest import hydra_options
 from detector.data import Annotations, Pipeline, read_coco, read_image
 from detector.data.loader import build_transforms
 from detector.data.read_coco import Problems
@@ -356,14 +357,16 @@ def as_html(report: Report) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="as for train.py: data=..., data.root=..., experiment=...")
+    parser.add_argument("overrides", nargs="*", help="as for `detector train`: data=..., data.root=..., experiment=...")
+    parser.add_argument("--config-dir", type=Path, help="a folder with config options of your own")
     parser.add_argument("--output", type=Path, default=Path("runs/validation"), help="folder of the report")
     parser.add_argument("--no-images", action="store_true", help="do not read the image files")
     options = parser.parse_args()
+    arguments = options.overrides + (["--config-dir", str(options.config_dir)] if options.config_dir else [])
     try:
-        cfg = compose("train", options.overrides)
+        cfg = compose("train", options.overrides, hydra_options(arguments)[1])
     except Exception as error:
-        print(f"error: {explain(error, 'train', options.overrides)}", file=sys.stderr)
+        print(f"error: {explain(error, 'train', arguments)}", file=sys.stderr)
         sys.exit(2)
     try:
         make_folder(options.output, "--output")

@@ -97,7 +97,7 @@ def read_run(folder: Path, checkpoint: str, evaluate=None) -> Run:
         if not weights.exists():
             raise Unusable(f"it has neither {results.name}/predictions.json nor {weights.name} to make it from")
         if evaluate is None:
-            raise Unusable(f"it has no {results.name}/predictions.json: run eval.py checkpoint={weights}")
+            raise Unusable(f"it has no {results.name}/predictions.json: run: detector eval checkpoint={weights}")
         try:
             evaluate(weights)
         except (ValueError, OSError, RuntimeError) as error:

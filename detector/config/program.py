@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import inspect
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from detector.checkpoint import new_name
 from detector.config.multirun import Multirun
 from detector.config.schema import check
-from detector.config.suggest import CONFIGS, compose, explain, leaves
+from detector.config.suggest import CONFIGS, choices, compose, explain, hydra_options, leaves
 from detector.ops.checks import ConfigError, RunError
 
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user wants to see where errors come from
@@ -58,7 +59,7 @@ class Data:
 
 
 def entry_point(config_name: str, keys: type, paths: Collection[str] = ()) -> Callable:
-    """Decorator: a function of the checked config becomes a Hydra program.
+    """Decorator: a function of the checked config becomes a Hydra program, whose --help is the function's docstring.
 
     Args:
         config_name: the primary config in configs/.
@@ -98,12 +99,15 @@ def entry_point(config_name: str, keys: type, paths: Collection[str] = ()) -> Ca
         def main() -> None:
             nonlocal started
             started = False
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                return print(f"{inspect.getdoc(task)}\n{choices(config_name, sys.argv[1:])}")
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out as they are: Hydra's own report exits with 1
             sys.argv[1:] = [quoted(text, paths) for text in sys.argv[1:]]
             try:
                 if MULTIRUN & set(sys.argv):
                     hydras = [text for text in sys.argv[1:] if text.startswith("hydra")]
-                    multirun.open(compose(config_name, hydras).hydra.sweep.dir)
+                    name, folders = hydra_options(sys.argv[1:])
+                    multirun.open(compose(name or config_name, hydras, folders).hydra.sweep.dir)
                 app()
             except Exception as error:
                 if not (started or multirun.jobs):  # the jobs of a cluster start elsewhere

@@ -11,10 +11,10 @@ import pytest
 import detector
 from detector.checkpoint import save
 from detector.commands.evaluate import evaluate_checkpoint
+from detector.commands.programs import evaluate
 from detector.config import CONFIGS, ConfigError, compose
 from detector.config.program import quoted
 from detector.evaluation import coco_metrics
-from eval import main
 from tests.untrained import configured, untrained
 
 
@@ -129,7 +129,7 @@ def test_quoted_paths_arrive_unchanged():
     ],
 )
 def test_mistakes_end_with_one_line_and_code_2(call, checkpoint, change, message):
-    code, _, errors = call(main, *options(checkpoint), change)
+    code, _, errors = call(evaluate, *options(checkpoint), change)
     assert code == 2 and message in errors and "Traceback" not in errors
 
 
