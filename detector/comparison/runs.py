@@ -201,13 +201,16 @@ def lookup(config: Mapping, path: str) -> Any:
 
 
 def roi_name(node: Mapping | None) -> str:
-    """The file of configs/roi that says the same as this node, else the nearest with what differs from it."""
+    """The file of configs/roi that says the same as this node, else the nearest with what differs from it; of a method
+    that has none there, its class with all settings."""
     if not isinstance(node, Mapping):
         return "none"
     known = {file.stem: yaml.safe_load(file.read_text()) for file in sorted((CONFIGS / "roi").glob("*.yaml"))}
     same_class = {name: other for name, other in known.items() if other.get("_target_") == node.get("_target_")}
     if not same_class:
-        return str(node.get("_target_")).rpartition(".")[2]
+        name = str(node.get("_target_")).rpartition(".")[2]
+        text = ", ".join(f"{key}={value}" for key, value in sorted(node.items()) if not key.startswith("_"))
+        return f"{name}({text})" if text else name
 
     def changes(name: str) -> dict:
         other = same_class[name]

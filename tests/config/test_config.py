@@ -130,12 +130,14 @@ class Shelf:
 
 
 def test_build_names_the_nested_node():
-    bad = {"_target_": "tests.test_config.Box", "size": 0}
+    bad = {"_target_": "tests.config.test_config.Box", "size": 0}
     with pytest.raises(ConfigError, match=r"^shelf\.box: size = 0"):
-        build({"_target_": "tests.test_config.Shelf", "box": bad}, "shelf")
+        build({"_target_": "tests.config.test_config.Shelf", "box": bad}, "shelf")
     good = {**bad, "size": 1}
     with pytest.raises(ConfigError, match=r"^shelf: size = 0"):
-        build({"_target_": "tests.test_config.Shelf", "box": good, "factory": {**bad, "_partial_": True}}, "shelf")
+        build(
+            {"_target_": "tests.config.test_config.Shelf", "box": good, "factory": {**bad, "_partial_": True}}, "shelf"
+        )
 
 
 def offline():
@@ -144,7 +146,7 @@ def offline():
 
 def test_a_download_that_fails_says_what_to_do():
     with pytest.raises(ConfigError, match=r"^model: .*no route to host.*get the file elsewhere and give its path"):
-        build({"_target_": "tests.test_config.offline"}, "model")
+        build({"_target_": "tests.config.test_config.offline"}, "model")
 
 
 def test_build_lets_bugs_through():
