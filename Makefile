@@ -21,8 +21,8 @@ demo: $(READY) data/shapes/annotations/instances_val.json  ## train, evaluate an
 	$(PY) train.py
 	$(PY) predict.py checkpoint=runs/quickstart/best.pt 'images=data/shapes/val/0000[0-7]*' output=runs/quickstart/predictions
 
-data/shapes/annotations/instances_val.json: data/make_shapes.py | $(READY)
-	$(PY) data/make_shapes.py --out data/shapes
+data/shapes/annotations/instances_val.json: detector/commands/make_shapes.py | $(READY)
+	$(PY) -m detector shapes --out data/shapes
 
 # One thread for each of two processes: small tensors gain nothing from more, and processes run truly side by side.
 test: $(READY)  ## the whole test suite

@@ -27,23 +27,55 @@ from detector.ops.checks import ConfigError, RunError
 FORMAT = "detector checkpoint 1"
 SAFETENSORS = "detector safetensors 1"
 FIELDS = ("config", "categories", "category_ids", "keypoint_names")  # of a checkpoint, in a safetensors file
-MOVED = {  # where `_target_`s of older checkpoints and configs are now
+MOVED = {  # where modules, and what left them, are now: `_target_`s of older checkpoints and configs; the longest fits
+    "detector.augmented.": "detector.inference.tta.",
     "detector.backbone.deform.": "detector.backbone.resnet.",
     "detector.backbone.fpn.": "detector.backbone.necks.",
     "detector.backbone.pafpn.": "detector.backbone.necks.",
     "detector.backbone.single.": "detector.backbone.necks.",
     "detector.boxes.": "detector.ops.boxes.",
+    "detector.checks.": "detector.ops.checks.",
+    "detector.config.Data": "detector.config.program.Data",
+    "detector.config.Split": "detector.config.program.Split",
+    "detector.data.annotations.Problems": "detector.data.read_coco.Problems",
+    "detector.data.annotations.read_coco": "detector.data.read_coco.read_coco",
     "detector.data.coco.": "detector.data.dataset.",
+    "detector.data.masks.": "detector.data.outlines.",
+    "detector.engine.checkpoint.": "detector.engine.run_folder.",
+    "detector.engine.distributed.": "detector.runtime.",
+    "detector.engine.logging.": "detector.engine.journal.",
     "detector.engine.schedule.": "detector.engine.optimizer.",
     "detector.engine.settings.": "detector.settings.",
+    "detector.evaluation.alignment.": "detector.comparison.alignment.",
+    "detector.evaluation.charts.": "detector.comparison.charts.",
+    "detector.evaluation.comparison.": "detector.comparison.summary.",
+    "detector.evaluation.cost.": "detector.comparison.cost.",
+    "detector.evaluation.explorer.": "detector.explorer.",
+    "detector.evaluation.masks.": "detector.ops.paste.",
+    "detector.evaluation.report.": "detector.comparison.report.",
+    "detector.evaluation.run.": "detector.commands.evaluate.",
+    "detector.evaluation.runs.": "detector.comparison.runs.",
+    "detector.evaluation.statistics.": "detector.comparison.statistics.",
+    "detector.evaluation.study.": "detector.commands.compare.",
     "detector.heads.stage.": "detector.heads.trunk.",
     "detector.layers.": "detector.ops.layers.",
     "detector.losses.": "detector.ops.losses.",
     "detector.matching.": "detector.ops.sampling.",
+    "detector.multirun.": "detector.config.multirun.",
+    "detector.predict.": "detector.inference.predict.",
+    "detector.roi.dispatch.": "detector.roi.base.",
     "detector.roi.levels.": "detector.roi.extractor.",
     "detector.rpn.anchors.": "detector.rpn.",
     "detector.rpn.rpn.": "detector.rpn.",
     "detector.sampling.": "detector.ops.sampling.",
+    "detector.validate.": "detector.commands.validate.",
+    "detector.visualize.": "detector.inference.draw.",
+    "detector.weights.architecture.Undrawn": "detector.weights.architecture.SkipInit",
+    "detector.weights.convert.": "detector.commands.import_weights.",
+    "detector.weights.export.": "detector.export.export.",
+    "detector.weights.onnx_ops.": "detector.export.onnx_ops.",
+    "detector.weights.portable.": "detector.checkpoint.",
+    "detector.winograd.": "detector.ops.winograd.",
 }
 
 
@@ -118,7 +150,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]
 
 def new_name(target: str) -> str:
     """The dotted path at which what `target` names is now."""
-    old = next((old for old in MOVED if target.startswith(old)), "")
+    old = max((old for old in MOVED if target.startswith(old)), key=len, default="")
     return MOVED.get(old, "") + target.removeprefix(old)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from hypothesis import settings
 
+from detector.commands.make_shapes import make_shapes
 from tests.runs import config, five, points, program, run  # noqa: F401  fixtures
 from tests.untrained import checkpoint, run_config, state  # noqa: F401
 
@@ -35,8 +34,7 @@ def shared() -> Path:
 def shapes_tiny(tmp_path_factory) -> Path:
     """The shapes data set in small: 24 train and 8 val images of 96 x 96 px."""
     out = tmp_path_factory.mktemp("shapes_tiny")
-    script = [sys.executable, ROOT / "data" / "make_shapes.py", "--out", out]
-    subprocess.run([*script, "--train", "24", "--val", "8", "--size", "96", "--seed", "1"], check=True)
+    make_shapes(out, train=24, val=8, size=96, seed=1)
     return out
 
 
@@ -54,12 +52,3 @@ def call(monkeypatch, capsys):
         return end.value.code, shown.out, shown.err
 
     return go
-
-
-@pytest.fixture(scope="session")
-def coco():
-    """The module data/prepare_coco.py."""
-    spec = importlib.util.spec_from_file_location("prepare_coco", ROOT / "data" / "prepare_coco.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -17,12 +17,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from detector.commands.programs import TrainKeys
 from detector.config import CONFIGS, build, check
 from detector.data import Pipeline
 from detector.data.loader import build_transforms
 from detector.engine.optimizer import build_optimizer
 from tests.test_variants import random_input, small
-from train import Keys
 
 NOT_FOR_COCO = ("none", "small", "coco", "finetune", "quickstart", "mask_rcnn_nuclei", "faster_rcnn_bccd") + tuple(
     file.stem for file in (CONFIGS / "experiment").glob("ablation_*.yaml")
@@ -59,7 +59,7 @@ def composed(*overrides: str) -> DictConfig:
     """The checked config, never to be changed."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("train", list(overrides))
-    check(cfg, Keys)
+    check(cfg, TrainKeys)
     return cfg
 
 

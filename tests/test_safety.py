@@ -18,6 +18,7 @@ import torch
 from omegaconf import OmegaConf
 
 from detector import checkpoint
+from detector.commands import prepare_coco
 from detector.config import CONFIGS, ConfigError
 from detector.config.schema import check_model_config, check_transforms_config
 from detector.data import read_coco, read_image
@@ -177,7 +178,7 @@ def test_json_bombs(tmp_path, text):
 # ------------------------------------------------------------------------------------------------------------ archives
 
 
-def test_archives_that_lie_about_their_size(coco, tmp_path):
+def test_archives_that_lie_about_their_size(tmp_path):
     """No more than the declared bytes are written, and their checksum does not fit."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
@@ -188,24 +189,24 @@ def test_archives_that_lie_about_their_size(coco, tmp_path):
         data[place : place + 4] = struct.pack("<I", 10)
     (tmp_path / "liar.zip").write_bytes(data)
     with pytest.raises(zipfile.BadZipFile, match="CRC"):
-        coco.extract(tmp_path / "liar.zip", tmp_path / "out", max_bytes=100)
+        prepare_coco.extract(tmp_path / "liar.zip", tmp_path / "out", max_bytes=100)
     assert not (tmp_path / "out" / "a.jpg").exists()
     assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) <= 10
 
 
-def test_the_limit_of_archives_can_be_set(coco, tmp_path, monkeypatch, capsys):
+def test_the_limit_of_archives_can_be_set(tmp_path, monkeypatch, capsys):
     (tmp_path / "coco" / "archives").mkdir(parents=True)
     archive = tmp_path / "coco" / "archives" / "train2017.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as target:
         target.writestr("a.jpg", bytes(3 << 20))
-    monkeypatch.setattr(coco, "verify", lambda *_: None)
+    monkeypatch.setattr(prepare_coco, "verify", lambda *_: None)
     arguments = ["prepare_coco", "--out", str(tmp_path / "coco"), "--max-unpacked"]
     monkeypatch.setattr(sys, "argv", [*arguments, "0.001"])
     with pytest.raises(SystemExit, match=r"unpacks to 3145728 bytes, more than 1073741 \(--max-unpacked\)"):
-        coco.main()
+        prepare_coco.main()
     assert not (tmp_path / "coco" / "a.jpg").exists()
     monkeypatch.setattr(sys, "argv", [*arguments, "1", "--source", "http://127.0.0.1:9/nowhere"])
-    monkeypatch.setattr(coco, "download", lambda url, target: target.exists() or sys.exit("the next one"))
+    monkeypatch.setattr(prepare_coco, "download", lambda url, target: target.exists() or sys.exit("the next one"))
     with pytest.raises(SystemExit, match="the next one"):
-        coco.main()
+        prepare_coco.main()
     assert (tmp_path / "coco" / "a.jpg").stat().st_size == 3 << 20

@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from detector.commands.programs import TrainKeys
 from detector.config import ConfigError, check, compose, explain
 from detector.config.suggest import leaves
 from detector.data import CocoDataset, collate
 from tests.data.coco_files import minimal, write
 from tests.data.test_annotations import JUNK
-from train import Keys
 
 RECORDS = [(kind, index) for kind in ("images", "annotations", "categories") for index in range(2)]
 
@@ -89,6 +89,6 @@ def test_overrides_end_in_one_line_or_in_a_checked_configuration(overrides):
         assert words.strip() and "\n" not in words.split(" There are:")[0]
         return
     try:
-        check(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), Keys)
+        check(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), TrainKeys)
     except ConfigError as error:
         assert str(error).strip()

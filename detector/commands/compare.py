@@ -45,7 +45,7 @@ def compare_runs(cfg: DictConfig) -> dict:
     def evaluate(weights: Path) -> None:
         settings = OmegaConf.load(CONFIGS / "eval.yaml")  # Hydra runs this program and cannot compose another
         del settings["defaults"], settings["hydra"]
-        changes = {key: cfg[key] for key in ("device", "batch_size", "workers")}
+        changes = {key: cfg[key] for key in ("device", "batch_size", "workers", "trust")}
         evaluate_checkpoint(OmegaConf.merge(settings, changes, {"checkpoint": literal(str(weights))}))
 
     for folder in find_folders(cfg.runs if isinstance(cfg.runs, str) else list(cfg.runs)):
@@ -69,7 +69,9 @@ def compare_runs(cfg: DictConfig) -> dict:
     with tqdm(total=sum(len(m.runs) for m in methods), desc="compare", unit="run", leave=False, disable=None) as bar:
         report = compare(methods, cfg.samples, cfg.seed, cfg.boundary, bar.update)
     report["left_out"] = {str(k): v for k, v in (left_out | others | wrong | repeated).items()}
-    probed = {m.label: probe(m.runs[0], device, cfg.probe_images) for m in methods} if cfg.probe_images else {}
+    probed = (
+        {m.label: probe(m.runs[0], device, cfg.probe_images, cfg.trust) for m in methods} if cfg.probe_images else {}
+    )
     for name in ("cost", "alignment", "offsets"):
         report[name] = {label: found[name] for label, found in probed.items() if found.get(name)}
     pictures = disagreements(methods, report, cfg.pictures) if len(methods) > 1 else []
@@ -85,10 +87,10 @@ def compare_runs(cfg: DictConfig) -> dict:
     return report
 
 
-def probe(run: Run, device, images: int) -> dict[str, dict]:
+def probe(run: Run, device, images: int, trust: str | Sequence[str] | None = ()) -> dict[str, dict]:
     """Cost, alignment and offsets of a run's model on some validation images; {} if its checkpoint cannot be used."""
     try:
-        model = load(run.checkpoint, device)
+        model = load(run.checkpoint, device, trust=trust)
         dataset = build_dataset(run.config["data"], "val", run.config["augment"], categories=model.categories)
         samples = [dataset[i] for i in range(min(images, len(dataset)))]
     except (ValueError, OSError, KeyError) as error:

@@ -37,7 +37,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     with config_errors("runtime"):
         runtime = Runtime(device=cfg.device, precision=cfg.precision, workers=cfg.workers, threads=cfg.threads)
     world = start_ranks(runtime)
-    model = load(cfg.checkpoint, world.device, changes["model"])
+    model = load(cfg.checkpoint, world.device, changes["model"], changes["trust"])
     data = merge(model.config["data"], changes["data"])
     proposals_only = model.box_head is None
     sigmas = changes["sigmas"] or (model.config.get("evaluation") or {}).get("sigmas")

@@ -89,7 +89,7 @@ def predict_files(cfg: DictConfig) -> int:
     paths = find_images(cfg.images if isinstance(cfg.images, str) else list(cfg.images))
     with config_errors("device"):
         device = start_ranks(Runtime(device=cfg.device)).device
-    model = load(cfg.checkpoint, device, OmegaConf.to_container(cfg.model, resolve=True))
+    model = load(cfg.checkpoint, device, OmegaConf.to_container(cfg.model, resolve=True), cfg.trust)
     head = model.box_head and getattr(model.box_head, "stages", [model.box_head])[-1]
     if head is not None and cfg.threshold < head.score_threshold:
         log.warning(

@@ -1,10 +1,10 @@
 """Look a data set over before time is spent on it.
 
-    python -m detector.commands.validate data=custom data.root=my_data
+    detector validate data=custom data.root=my_data
 
-Takes what train.py takes and looks at the data that it would train on, with its image sizes and anchors. Prints what it
-finds, and writes report.json and report.html with pictures. Exit codes: 0 nothing that would stop a run, 1 errors, 2
-a setting cannot work or there is no data set to look at.
+Takes what `detector train` takes and looks at the data that it would train on, with its image sizes and anchors. Prints
+what it finds, and writes report.json and report.html with pictures. Exit codes: 0 nothing that would stop a run, 1
+errors, 2 a setting cannot work or there is no data set to look at.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
+from detector.commands.programs import TrainKeys
 from detector.config import ConfigError, as_typed, build, compose, config_errors, explain, make_folder
-from detector.config.program import TrainKeys, prepare
+from detector.config.program import prepare
+from detector.config.suggest import hydra_options
 from detector.data import Annotations, CocoDataset, Pipeline, build_dataset
 from detector.data.loader import build_transforms
 from detector.data.read_coco import Problems
@@ -363,16 +365,18 @@ def as_html(report: Report) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="as for train.py: data=..., data.root=..., experiment=...")
+    parser.add_argument("overrides", nargs="*", help="as for `detector train`: data=..., data.root=..., experiment=...")
+    parser.add_argument("--config-dir", type=Path, help="a folder with config options of your own")
     parser.add_argument("--output", type=Path, default=Path("runs/validation"), help="folder of the report")
     parser.add_argument("--no-images", action="store_true", help="do not read the image files")
     options = parser.parse_intermixed_args()  # options may stand between overrides
     readable_streams()
     overrides = as_typed(options.overrides)
+    arguments = overrides + (["--config-dir", str(options.config_dir)] if options.config_dir else [])
     try:
-        cfg = compose("train", overrides)
+        cfg = compose("train", overrides, hydra_options(arguments)[1])
     except Exception as error:
-        print(f"error: {explain(error, 'train', overrides)}", file=sys.stderr)
+        print(f"error: {explain(error, 'train', arguments)}", file=sys.stderr)
         sys.exit(2)
     try:
         hydras, cfg = cfg.hydra, OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])

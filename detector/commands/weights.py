@@ -1,7 +1,8 @@
 """Weights in and out.
 
-python -m detector.commands.weights convert SOURCE OUT      a foreign detector's weights as a checkpoint of ours
-python -m detector.commands.weights export CHECKPOINT OUT   a checkpoint as .safetensors, .pt2 (torch.export) or .onnx
+detector weights convert SOURCE OUT      a foreign detector's weights as a checkpoint of ours
+detector weights export CHECKPOINT OUT   a checkpoint of ours as .safetensors, .pt2 (torch.export) or .onnx; also
+detector export CHECKPOINT OUT
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from detector.weights.loading import SOURCES
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0: written; 2: it cannot be, and why."""
     parser = argparse.ArgumentParser(
-        prog="python -m detector.commands.weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="detector weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(required=True, dest="command", metavar="convert|export")
     command = commands.add_parser("export", help="write CHECKPOINT for other programs")
@@ -29,9 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="fix the canvas of .pt2 and .onnx; else any"
     )
     command.add_argument("--precision", default="fp32", help="of the layers in .pt2 and .onnx: fp32, bf16 or fp16")
+    command.add_argument("--trust", nargs="+", default=(), metavar="MODULE", help="your own modules that it may name")
     command = commands.add_parser("convert", help="write SOURCE's weights, with a complete config, to OUT")
     command.add_argument("source", help="a .pth, .pt, .pkl or .safetensors file")
-    command.add_argument("out", help="the checkpoint to write; detector.load, eval.py and predict.py take it")
+    command.add_argument("out", help="the checkpoint to write; detector.load, eval and predict take it")
     command.add_argument(
         "--framework", choices=SOURCES[:-1], help="where the weights are from; else recognised by the keys"
     )
@@ -45,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "export":
             from detector.export.export import export
 
-            export(args.checkpoint, args.out, args.size and tuple(args.size), args.precision)
+            export(args.checkpoint, args.out, args.size and tuple(args.size), args.precision, args.trust)
             print(args.out)
             return 0
         names = args.categories.read_text(encoding="utf-8").split("\n") if args.categories else None

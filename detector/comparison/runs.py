@@ -97,7 +97,7 @@ def read_run(folder: Path, checkpoint: str, evaluate=None) -> Run:
         if not weights.exists():
             raise Unusable(f"it has neither {results.name}/predictions.json nor {weights.name} to make it from")
         if evaluate is None:
-            raise Unusable(f"it has no {results.name}/predictions.json: run eval.py checkpoint={weights}")
+            raise Unusable(f"it has no {results.name}/predictions.json: run: detector eval checkpoint={weights}")
         try:
             evaluate(weights)
         except (ValueError, OSError, RuntimeError) as error:
@@ -201,7 +201,8 @@ def lookup(config: Mapping, path: str) -> Any:
 
 
 def roi_name(node: Mapping | None) -> str:
-    """The file of configs/roi that says the same as this node, else the nearest with what differs from it."""
+    """The file of configs/roi that says the same as this node, else the nearest with what differs from it; of a method
+    that has none there, its class with all settings."""
     if not isinstance(node, Mapping):
         return "none"
     known = {
@@ -209,7 +210,9 @@ def roi_name(node: Mapping | None) -> str:
     }
     same_class = {name: other for name, other in known.items() if other.get("_target_") == node.get("_target_")}
     if not same_class:
-        return str(node.get("_target_")).rpartition(".")[2]
+        name = str(node.get("_target_")).rpartition(".")[2]
+        text = ", ".join(f"{key}={value}" for key, value in sorted(node.items()) if not key.startswith("_"))
+        return f"{name}({text})" if text else name
 
     def changes(name: str) -> dict:
         other = same_class[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import inspect
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from detector.checkpoint import new_name
 from detector.config.multirun import Multirun
 from detector.config.schema import check
-from detector.config.suggest import CONFIGS, compose, explain, leaves
+from detector.config.suggest import CONFIGS, choices, compose, explain, hydra_options, leaves
 from detector.config.typed import MULTIRUN, as_typed
 from detector.ops.checks import ConfigError, RunError
 from detector.text import readable_streams
@@ -58,28 +59,8 @@ class Data:
     pad_to: tuple[int, int] | None
 
 
-@dataclass
-class TrainKeys:
-    """The top level of configs/train.yaml."""
-
-    name: str
-    run_dir: str
-    resume: str
-    seed: int
-    model: dict
-    weights: dict
-    roi: dict
-    data: Data
-    augment: dict
-    optimizer: dict
-    schedule: dict
-    training: dict
-    evaluation: dict
-    runtime: dict
-
-
 def entry_point(config_name: str, keys: type) -> Callable:
-    """Decorator: a function of the checked config becomes a Hydra program.
+    """Decorator: a function of the checked config becomes a Hydra program, whose --help is the function's docstring.
 
     Args:
         config_name: the primary config in configs/.
@@ -117,12 +98,15 @@ def entry_point(config_name: str, keys: type) -> Callable:
             nonlocal started
             started = False
             readable_streams()
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                return print(f"{inspect.getdoc(task)}\n{choices(config_name, sys.argv[1:])}")
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out as they are: Hydra's own report exits with 1
             sys.argv[1:] = as_typed(sys.argv[1:])
             try:
                 if MULTIRUN & set(sys.argv):
                     hydras = [text for text in sys.argv[1:] if text.startswith("hydra")]
-                    multirun.open(compose(config_name, hydras).hydra.sweep.dir)
+                    name, folders = hydra_options(sys.argv[1:])
+                    multirun.open(compose(name or config_name, hydras, folders).hydra.sweep.dir)
                 app()
             except Exception as error:
                 if not (started or multirun.jobs):  # the jobs of a cluster start elsewhere

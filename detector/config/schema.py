@@ -30,12 +30,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from detector.checkpoint import flatten
 from detector.ops.checks import ConfigError
 
 SPECIAL = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 LATER = ("model.num_classes",)  # `???` until the data set's categories are known
 # what a checkpoint's config may build: modules of the model, nothing that could act on the machine
 MODEL_CODE = ("model", "ops", "backbone", "rpn", "roi", "heads")
+NOT_THE_USERS = {"detector", "torch", "torchvision", "timm", "albumentations", "numpy", *sys.stdlib_module_names}
 
 
 def build(node: Any, path: str, **arguments: Any) -> Any:
@@ -97,7 +99,9 @@ def find_target(name: Any, path: str) -> Callable:
     except Exception as error:
         module, _, leaf = str(name).rpartition(".")
         names = vars(sys.modules[module]) if module in sys.modules else ()
-        raise ConfigError(f"{path}._target_ = {name!r}: cannot be imported ({error}){near(leaf, names)}") from error
+        missing = isinstance(error, ModuleNotFoundError) and error.name == str(name).partition(".")[0]
+        hint = "; install its project, or put its folder into PYTHONPATH" if missing else near(leaf, names)
+        raise ConfigError(f"{path}._target_ = {name!r}: cannot be imported ({error}){hint}") from error
     if not callable(target):
         raise ConfigError(f"{path}._target_ = {name!r}: is not callable")
     return target
@@ -172,38 +176,70 @@ def near(name: Any, options: Iterable[Any]) -> str:
     return f"; did you mean {' or '.join(matches)}?" if matches else "."
 
 
-def check_model_config(node: Any, path: str = "model") -> None:
+def check_model_config(node: Any, path: str = "model", trust: str | Sequence[str] | None = ()) -> None:
     """Refuse a stored model config whose `_target_`s reach beyond model code, before anything of it is imported.
 
-    Allowed are callables of the detector's model packages, and nn.Module classes of torch, torchvision and timm.
+    Allowed are callables of the detector's model packages, and nn.Module classes of torch, torchvision, timm and of the
+    modules in `trust`.
     """
     ours = tuple(f"detector.{part}." for part in MODEL_CODE)
-    check_stored(node, path, "a part of a model", ours, ("torch.nn.", "torchvision.", "timm."), nn.Module)
+    check_stored(node, path, "a part of a model", ours, ("torch.nn.", "torchvision.", "timm."), nn.Module, trust)
 
 
-def check_transforms_config(node: Any, path: str = "augment.val") -> None:
-    """Refuse stored transforms that are anything else than the detector's or albumentations' transform classes."""
+def check_transforms_config(node: Any, path: str = "augment.val", trust: str | Sequence[str] | None = ()) -> None:
+    """Refuse stored transforms that are anything else than transform classes of the detector, of albumentations, or of
+    the modules in `trust`."""
     import albumentations
 
     kinds = (albumentations.BasicTransform, albumentations.BaseCompose)
-    check_stored(node, path, "a transform", (), ("detector.data.", "albumentations."), kinds)
+    check_stored(node, path, "a transform", (), ("detector.data.", "albumentations."), kinds, trust)
 
 
-def check_stored(node: Any, path: str, what: str, ours: tuple, others: tuple, kinds: type | tuple) -> None:
+def check_stored(
+    node: Any,
+    path: str,
+    what: str,
+    ours: tuple[str, ...],
+    others: tuple[str, ...],
+    kinds: type | tuple[type, ...],
+    trust: str | Sequence[str] | None = (),
+) -> None:
     """Refuse every `_target_` that is neither a callable defined in the detector under a name that starts with one of
-    `ours`, nor a class of `kinds` under one of `others`; and interpolations, which could make targets later."""
+    `ours`, nor a class of `kinds` under one of `others`, nor a class of `kinds` that is defined in a module named in
+    `trust` or below it; and interpolations, which could make targets later."""
+    trusted = tuple(f"{name}." for name in ([trust] if isinstance(trust, str) else trust or ()))
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     if isinstance(node, dict) and "_target_" in node:
         name = str(node["_target_"])
-        target = find_target(name, path) if name.startswith(ours + others) else None
+        target = find_target(name, path) if name.startswith(ours + others + trusted) else None
+        home = f"{getattr(target, '__module__', '')}."
         is_kind = inspect.isclass(target) and issubclass(target, kinds)
-        is_ours = name.startswith(ours) and str(getattr(target, "__module__", "")).startswith("detector.")
-        if not (is_kind or is_ours):
-            raise ConfigError(f"{path}._target_ = {name!r}: not {what}; this config is not trusted")
+        is_ours = name.startswith(ours) and home.startswith("detector.")
+        if not (is_ours or (is_kind and (name.startswith(others) or home.startswith(trusted)))):
+            hint = "" if name.startswith(trusted) else how_to_trust(name)
+            raise ConfigError(f"{path}._target_ = {name!r}: not {what}; this config is not trusted{hint}")
     if isinstance(node, str) and "${" in node:
         raise ConfigError(f"{path} = {node!r}: a stored config holds values only; this one is not trusted")
     for key, value in children:
-        check_stored(value, f"{path}.{key}", what, ours, others, kinds)
+        check_stored(value, f"{path}.{key}", what, ours, others, kinds, trust)
+
+
+def needed_trust(config: Mapping[str, Any]) -> list[str]:
+    """The modules that `trust` must name for a checkpoint of a run with this config."""
+    stored = flatten({"model": config["model"], "val": config["augment"]["val"]})
+    modules = {str(value).partition(".")[0] for key, value in stored.items() if key.endswith("._target_")}
+    return sorted(modules - NOT_THE_USERS)
+
+
+def how_to_trust(name: str) -> str:
+    """What to add where `name` may be the user's own class; "" for what is surely none."""
+    module = name.partition(".")[0]
+    if not module.isidentifier() or module in NOT_THE_USERS:
+        return ""
+    return (
+        f". If {module} is yours or of someone whom you trust, say so: trust={module} on the command line (--trust "
+        f'{module} for `detector export`), trust="{module}" in detector.load'
+    )
 
 
 def make_folder(path: str | Path, key: str) -> Path:

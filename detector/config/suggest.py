@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
+import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,55 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from detector.config.schema import find_target, near
+from detector.ops.checks import ConfigError
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = (Path(__file__).parents[1] / "configs").resolve()  # in the wheel; in a checkout a link to configs/
+OPTIONS = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # those of Hydra's that say where configs are
+OPTIONS.add_argument("--config-dir", "-cd")
+OPTIONS.add_argument("--config-name", "-cn")
+
+
+def hydra_options(arguments: Sequence[str]) -> tuple[str | None, list[Path]]:
+    """The --config-name of a command line, and the folders whose configs it adds to ours (--config-dir DIR,
+    hydra.searchpath=[file://DIR]).
+
+    Raises ConfigError for a file there that Hydra would pass over, because ours has its name.
+    """
+    options = OPTIONS.parse_known_args(arguments)[0]
+    folders = [options.config_dir] if options.config_dir else []
+    for text in arguments:
+        if text.lstrip("+").startswith("hydra.searchpath="):
+            folders += re.findall(r"file://([^,'\"\]]+)", text)
+    folders = [Path(folder).absolute() for folder in folders]
+    for file in [file for folder in folders for file in sorted(folder.glob("**/*.yaml")) if folder != CONFIGS]:
+        ours = CONFIGS / file.relative_to(next(folder for folder in folders if folder in file.parents))
+        if ours.is_file() and ours.read_bytes() != file.read_bytes():
+            raise ConfigError(
+                f"{file}: the detector has a config of this name, which would be taken; choose another one"
+            )
+    return options.config_name, folders
+
+
+def options_of_groups(folders: Sequence[Path]) -> dict[str, list[str]]:
+    """The options of each config group in configs/ and in further folders."""
+    groups: dict[str, list[str]] = {}
+    for folder in (CONFIGS, *folders):
+        for file in sorted(folder.glob("*/**/*.yaml")):
+            groups.setdefault(file.parent.relative_to(folder).as_posix(), []).append(file.stem)
+    return groups
+
+
+def choices(config_name: str, arguments: Sequence[str]) -> str:
+    """For --help: the groups that a program's config chooses from, with their options; "" if there are none."""
+    name, folders = hydra_options(arguments)
+    slots = [slot.removeprefix("/") for slot in compose(name or config_name, folders=folders).hydra.runtime.choices]
+    slots = [slot for slot in slots if not slot.startswith(("hydra/", "heads/fit", "roi@"))]
+    groups, width = options_of_groups(folders), max(80, min(120, shutil.get_terminal_size().columns))
+    lines = [""]
+    for slot in sorted(slots):
+        names = f"    {slot + '=':24}{', '.join(groups[slot.partition('@')[0]])}"
+        lines += textwrap.wrap(names, width, subsequent_indent=" " * 28, break_on_hyphens=False)
+    return "\n".join(["", "Groups and their options:", *lines[1:]]) if slots else ""
 
 
 def explain(error: Exception, config_name: str, overrides: Sequence[str]) -> str:
@@ -29,10 +79,9 @@ def explain(error: Exception, config_name: str, overrides: Sequence[str]) -> str
 
 def culprit(config_name: str, overrides: Sequence[str]) -> str | None:
     """The first override that names what does not exist."""
-    groups: dict[str, list[str]] = {}
-    for file in sorted(CONFIGS.glob("*/**/*.yaml")):
-        groups.setdefault(file.parent.relative_to(CONFIGS).as_posix(), []).append(file.stem)
-    choices, values = [], []
+    name, folders = hydra_options(overrides)
+    config_name, groups = name or config_name, options_of_groups(folders)
+    chosen, values = [], []
     for text in overrides:
         if text.startswith("-") or not ("=" in text or text.startswith("~")):
             continue  # Hydra's own options
@@ -41,21 +90,21 @@ def culprit(config_name: str, overrides: Sequence[str]) -> str | None:
         except HydraException as problem:
             return f"{text}: {' '.join(str(problem).split())}"
         if not override.key_or_group.startswith("hydra/"):  # has options of plugins beside ours
-            (choices if override.key_or_group in groups else values).append((text, override))
-    for text, override in choices:
+            (chosen if override.key_or_group in groups else values).append((text, override))
+    for text, override in chosen:
         options = groups[override.key_or_group]
         for option in re.split(r"[,\[\]]", text.partition("=")[2].strip("'\"")):
             if option and option not in ("null", "choice") and option.strip() not in options:
-                others = f"{near(option, options)} There are: {', '.join(options)}"
+                others = f"{near(option, options)} There are: {', '.join(options)} (--config-dir DIR adds your own)"
                 return f"{override.key_or_group}={option}: configs/{override.key_or_group} has no {option!r}{others}"
-    known = compose(config_name)
+    known = compose(config_name, folders=folders)
     slots = [slot.removeprefix("/") for slot in known.hydra.runtime.choices if not slot.startswith("hydra/")]
-    for text, _ in choices:
+    for text, _ in chosen:
         slot = text.lstrip("+~").partition("=")[0]
         if "@" in slot and slot not in slots:
             return f"{text}: no {slot!r} in this configuration{near(slot, slots)} There are: {', '.join(slots)}"
-    single = [text for text, _ in choices if "," not in text]
-    known = compose(config_name, single)
+    single = [text for text, _ in chosen if "," not in text]
+    known = compose(config_name, single, folders)
     names = leaves(known) + slots
     for text, override in values:
         key = override.key_or_group
@@ -74,8 +123,11 @@ def arguments_of(cfg: DictConfig, path: str) -> list[str]:
     return list(inspect.signature(find_target(target, path)).parameters) if target else []
 
 
-def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The composed config without running it, Hydra's own node included."""
+def compose(config_name: str, overrides: Sequence[str] = (), folders: Sequence[Path] = ()) -> DictConfig:
+    """The composed config without running it, Hydra's own node included; `folders` have further configs."""
+    if folders:
+        overrides = [text for text in overrides if not text.lstrip("+").startswith("hydra.searchpath=")]
+        overrides.append("hydra.searchpath=[" + ",".join(f"'file://{folder}'" for folder in folders) + "]")
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return hydra.compose(config_name, list(overrides), return_hydra_config=True)
 

@@ -1,11 +1,11 @@
 """Data sets in other formats as COCO annotation files beside their pictures, which stay where they are.
 
-    python -m detector.data.convert voc data/VOCdevkit        then: python train.py experiment=pascal_voc
-    python -m detector.data.convert voc my_data --train trainval --val test
-    python -m detector.data.convert voc data/VOCdevkit --train VOC2012/Segmentation/train --val VOC2012/Segmentation/val
-    python -m detector.data.convert cityscapes data/cityscapes
-    python -m detector.data.convert lvis data/coco
-    python -m detector.data.convert yolo my_data
+    detector convert voc data/VOCdevkit        then: detector train experiment=pascal_voc
+    detector convert voc my_data --train trainval --val test
+    detector convert voc data/VOCdevkit --train VOC2012/Segmentation/train --val VOC2012/Segmentation/val
+    detector convert cityscapes data/cityscapes
+    detector convert lvis data/coco
+    detector convert yolo my_data
 
 Writes ROOT/annotations/FORMAT_train.json and FORMAT_val.json.
 """
@@ -55,7 +55,7 @@ def convert(kind: str, root: str | Path, splits: Sequence[str], notes: Notes | N
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0: written; 2: it cannot be, and why."""
     parser = argparse.ArgumentParser(
-        prog="python -m detector.data.convert", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="detector convert", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("format", choices=READERS)
     parser.add_argument("root", type=Path, help="the folder of the data set")

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from detector.config import ConfigError, build, config_errors, overridden
+from detector.config.schema import needed_trust
 from detector.data import Loader, build_dataset, build_loader, collate
 from detector.data.contents import changes, contents
 from detector.engine import run_folder
@@ -162,13 +163,15 @@ def loaders(
     return train_loader, val_loader, examples
 
 
-def finish(state: State, folder: Path) -> None:
+def finish(cfg: DictConfig, state: State, folder: Path) -> None:
     """The table, and where to look."""
+    own = ",".join(needed_trust(OmegaConf.to_container(cfg, resolve=True)))
+    trust = own and (f" 'trust=[{own}]'" if "," in own else f" trust={own}")
     log.info(
         "finished after %d iterations, the best at %d\n%s\n\n"
         "run          %s  (last.pt, best.pt, metrics.json, log.jsonl)\n"
         "curves       tensorboard --logdir %s\n"
-        "predictions  python predict.py checkpoint=%s images=PATH",
+        "predictions  detector predict checkpoint=%s images=PATH%s",
         *(state.iteration, state.best["iteration"], summary_table(state.metrics)),
-        *(folder, folder / "tensorboard", folder / "best.pt"),
+        *(folder, folder / "tensorboard", folder / "best.pt", trust),
     )

@@ -148,7 +148,7 @@ def train(cfg: DictConfig) -> float | None:
                 raise SystemExit(stop.exit_code)
 
         if world.main:
-            setup.finish(state, folder)
+            setup.finish(cfg, state, folder)
         return chosen(state.metrics, evaluation.metric)
 
 

@@ -53,7 +53,7 @@ def explore(cfg: DictConfig) -> Path:
     """Write the page that `cfg` (configs/explorer.yaml) asks for; returns its path."""
     with config_errors("device"):
         device = start_ranks(Runtime(device=cfg.device)).device
-    model = load(cfg.checkpoint, device)
+    model = load(cfg.checkpoint, device, trust=cfg.trust)
     with config_errors("image"):
         image = read_image(cfg.image, largest(model.config))
     output = write_page(model, image, cfg.output, cfg.image, str(cfg.checkpoint), cfg.head, cfg.max_mb)

@@ -7,7 +7,7 @@ The exported network is the inference path for one image:
     -> masks [D, M, M] of a model with a mask head: probabilities in the box's frame, for evaluation.masks.paste_masks
     -> keypoints [D, P, 3] = (x, y, score) of a model with a keypoint head
 
-    python -m detector.weights export runs/quickstart/best.pt detector.onnx
+    detector export runs/quickstart/best.pt detector.onnx
 
 D is the model's detections_per_image, best first. One program serves canvases of every size, or of one given size.
 
@@ -230,10 +230,15 @@ def export_program(
 
 
 def export(
-    checkpoint: str | Path, out: str | Path, size: tuple[int, int] | None = None, precision: str = "fp32"
+    checkpoint: str | Path,
+    out: str | Path,
+    size: tuple[int, int] | None = None,
+    precision: str = "fp32",
+    trust: str | Sequence[str] | None = (),
 ) -> None:
     """Write a checkpoint in the format that the suffix of `out` names: .safetensors, which detector.load reads, .pt2
     (torch.export) or .onnx; the latter two for canvases of every size, or of `size` (height, width) alone.
+    trust: see detector.inference.load.load.
 
     Raises ValueError for another suffix, and what the functions of this module raise.
     """
@@ -242,7 +247,7 @@ def export(
         raise ValueError(f"{out}: the name must end in .safetensors, .pt2 or .onnx")
     if suffix == ".safetensors":
         return save_safetensors(checkpoints.load(checkpoint), out)
-    model = load(checkpoint)
+    model = load(checkpoint, trust=trust)
     program = export_program(model, size, precision)
     return torch.export.save(program, out) if suffix == ".pt2" else save_onnx(program, output_names(model), out)
 

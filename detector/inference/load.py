@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +21,17 @@ from detector.inference.predict import predict
 
 
 def load(
-    checkpoint: str | Path | Mapping, device: str | torch.device = "cpu", changes: Mapping | None = None
+    checkpoint: str | Path | Mapping,
+    device: str | torch.device = "cpu",
+    changes: Mapping | None = None,
+    trust: str | Sequence[str] | None = (),
 ) -> nn.Module:
     """The model of a checkpoint (path, or what checkpoint.load returned) in evaluation mode.
 
     The averaged weights are taken if the run kept any. changes: nested dict of settings of the model that differ from
-    the checkpoint's, such as {"box_head": {"score_threshold": 0.01}}.
+    the checkpoint's, such as {"box_head": {"score_threshold": 0.01}}. trust: names of modules, beyond the detector's,
+    whose classes the checkpoint may name as parts of the model: they are imported. What a checkpoint itself says of
+    trust is never asked.
 
     It has, beyond the model that was trained: `categories` (names of label 1, 2, ...), `category_ids` (their COCO ids
     in the training set; of a model without a box head only "object"), `keypoint_names` and `contents` (what its data
@@ -40,7 +45,7 @@ def load(
     config, categories = state["config"], list(state["categories"])
     node = merge(config["model"], {"backbone": {"weights": None}} if "weights" in config["model"]["backbone"] else {})
     node = merge(node, changes or {})
-    check_model_config(node)
+    check_model_config(node, trust=trust)
     model = build(node, "model", num_classes=len(categories))
     try:
         model.load_state_dict(state["ema"] or state["model"])
@@ -53,20 +58,23 @@ def load(
         model.categories, model.category_ids = categories, list(state["category_ids"])
     model.config, model.contents = config, state.get("contents")
     model.keypoint_names = state.get("keypoint_names")
-    model.preprocess = validation_transforms(config)
+    model.preprocess = validation_transforms(config, trust)
     model.predict = partial(predict, model)
     return model
 
 
 def read(path: str | Path) -> dict:
-    """A checkpoint, or a safetensors file that `python -m detector.commands.weights export` wrote."""
+    """A checkpoint, or a safetensors file that `detector export` wrote."""
     return load_safetensors(path) if Path(path).suffix == ".safetensors" else load_checkpoint(path)
 
 
-def validation_transforms(config: Mapping) -> Pipeline:
-    """The pipeline that a run's config prescribes for evaluation, checked to do no more than resize."""
+def validation_transforms(config: Mapping, trust: str | Sequence[str] | None = ()) -> Pipeline:
+    """The pipeline that a run's config prescribes for evaluation, checked to do no more than resize.
+
+    trust: see `load`.
+    """
     steps = (config.get("augment") or {}).get("val") or []
-    check_transforms_config(steps)
+    check_transforms_config(steps, trust=trust)
     with config_errors("augment.val"):
         pipeline = Pipeline([instantiate(step, _convert_="all") for step in steps])
     probe = np.array([[0, 0, 96, 64], [12, 8, 72, 40]], np.float32)

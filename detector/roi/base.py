@@ -39,6 +39,8 @@ class RoIOp(nn.Module, ABC):
         output_size: bins of the output, an int or (h, w).
     """
 
+    gamma: float = 1.0  # scale of the offsets that a method returns, if any: parts of the RoI's width and height
+
     def __init__(self, output_size: int | Sequence[int]):
         super().__init__()
         self.output_size = pair(output_size)

@@ -15,12 +15,12 @@ from omegaconf import OmegaConf
 import detector
 from detector.checkpoint import save
 from detector.commands.evaluate import evaluate_checkpoint, usual_folder
+from detector.commands.programs import evaluate
 from detector.config import CONFIGS, ConfigError, compose
 from detector.data import build_dataset
 from detector.data.contents import contents
 from detector.evaluation import coco_metrics
 from detector.inference.load import merge
-from eval import main
 from tests.untrained import configured, untrained
 
 
@@ -146,7 +146,7 @@ def test_another_data_set_has_its_own_folder(state, shapes_tiny, tmp_path):
     ],
 )
 def test_mistakes_end_with_one_line_and_code_2(call, checkpoint, change, message):
-    code, _, errors = call(main, *options(checkpoint), change)
+    code, _, errors = call(evaluate, *options(checkpoint), change)
     assert code == 2 and message in errors and "Traceback" not in errors
 
 

@@ -19,10 +19,10 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from detector import config
+from detector.commands.programs import TrainKeys, train
 from detector.config import CONFIGS, ConfigError, build, check, explain
 from detector.config.program import check_heads, share_roi
 from detector.config.schema import check_model_config, fits, near
-from train import Keys, main
 
 
 def compose(*overrides: str):
@@ -135,7 +135,9 @@ def test_build_names_the_nested_node():
         build({"_target_": "tests.config.test_config.Shelf", "box": bad}, "shelf")
     good = {**bad, "size": 1}
     with pytest.raises(ConfigError, match=r"^shelf: size = 0"):
-        build({"_target_": "tests.config.test_config.Shelf", "box": good, "factory": {**bad, "_partial_": True}}, "shelf")
+        build(
+            {"_target_": "tests.config.test_config.Shelf", "box": good, "factory": {**bad, "_partial_": True}}, "shelf"
+        )
 
 
 def offline():
@@ -192,7 +194,7 @@ def test_no_value_crashes_the_check(value):
         node, key = path.split(".")
         cfg = {node: {**COMPOSED[node], key: value}}
         try:
-            check(OmegaConf.create(cfg), Keys)
+            check(OmegaConf.create(cfg), TrainKeys)
         except ConfigError as error:
             assert path in str(error)
 
@@ -252,7 +254,7 @@ def test_run_folders():
     "override", ["optimizer.lrr=1", "roi=deformabel", "optimizer.lr=fast", "data.root=nowhere", "training.batch_size=0"]
 )
 def test_program_ends_with_code_2_and_no_traceback(call, override):
-    code, shown, errors = call(main, override, "runtime.device=cpu", "run_dir=runs/never")
+    code, shown, errors = call(train, override, "runtime.device=cpu", "run_dir=runs/never")
     assert code == 2 and not shown
     assert errors.startswith("error: ") and "Traceback" not in errors
     assert override.split("=")[0].split(".")[-1] in errors
@@ -264,7 +266,7 @@ def test_missing_data_set_names_the_command():
     command = [sys.executable, "train.py", "data.root=nowhere/shapes", "runtime.device=cpu", "run_dir=runs/never"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
-    assert "make it with: python data/make_shapes.py --out nowhere/shapes" in done.stderr
+    assert "make it with: detector shapes --out nowhere/shapes" in done.stderr
     assert not (CONFIGS.parent / "runs" / "never").exists()
 
 

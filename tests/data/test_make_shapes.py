@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 
 import cv2
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
+from detector.commands.make_shapes import make_shapes
 from detector.data import CocoDataset
-from tests.conftest import ROOT
-
-
-@pytest.fixture(scope="module")
-def make_shapes():
-    spec = importlib.util.spec_from_file_location("make_shapes", ROOT / "data" / "make_shapes.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_shapes"] = module  # its processes ask for it by name
-    spec.loader.exec_module(module)
-    return module.make_shapes
 
 
 def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_the_same_whatever_the_number_of_processes(make_shapes, tmp_path):
+def test_the_same_whatever_the_number_of_processes(tmp_path):
     for name, options in {"a": {"processes": 1}, "b": {"processes": 3}, "c": {"seed": 1}}.items():
         make_shapes(tmp_path / name, train=20, val=3, size=64, **options)
     assert contents(tmp_path / "a") == contents(tmp_path / "b") != contents(tmp_path / "c")
@@ -36,13 +25,13 @@ def test_the_same_whatever_the_number_of_processes(make_shapes, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["train", "val", "size"])
-def test_wrong_options(make_shapes, tmp_path, option):
+def test_wrong_options(tmp_path, option):
     with pytest.raises(ValueError, match=f"{option}=0"):
         make_shapes(tmp_path, **{option: 0})
 
 
 @pytest.fixture(scope="module")
-def sample(make_shapes, tmp_path_factory):
+def sample(tmp_path_factory):
     """300 images: enough for every rare thing."""
     out = tmp_path_factory.mktemp("shapes")
     make_shapes(out, train=300, val=1, size=96)

@@ -12,6 +12,7 @@ import zipfile
 
 import pytest
 
+from detector.commands import prepare_coco as coco
 from tests.conftest import ROOT
 
 
@@ -58,7 +59,7 @@ def server():
 CONTENT = bytes(range(256)) * 40
 
 
-def test_plain_download(coco, server, tmp_path):
+def test_plain_download(server, tmp_path):
     server.files["/x"] = CONTENT
     coco.download(f"{server.url}/x", tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == CONTENT and not (tmp_path / "x.part").exists()
@@ -66,35 +67,35 @@ def test_plain_download(coco, server, tmp_path):
     assert len(server.requests) == 1  # what is there is not fetched again
 
 
-def test_goes_on_after_lost_connections(coco, server, tmp_path):
+def test_goes_on_after_lost_connections(server, tmp_path):
     server.files["/x"], server.drop_after = CONTENT, [1000, 3000]
     coco.download(f"{server.url}/x", tmp_path / "x", pause=0)
     assert (tmp_path / "x").read_bytes() == CONTENT
     assert [start for _, start in server.requests] == [0, 1000, 4000]
 
 
-def test_goes_on_where_an_earlier_run_was_killed(coco, server, tmp_path):
+def test_goes_on_where_an_earlier_run_was_killed(server, tmp_path):
     server.files["/x"] = CONTENT
     (tmp_path / "x.part").write_bytes(CONTENT[:500])
     coco.download(f"{server.url}/x", tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == CONTENT and server.requests == [("/x", 500)]
 
 
-def test_complete_part_is_taken(coco, server, tmp_path):
+def test_complete_part_is_taken(server, tmp_path):
     server.files["/x"] = CONTENT
     (tmp_path / "x.part").write_bytes(CONTENT)
     coco.download(f"{server.url}/x", tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == CONTENT
 
 
-def test_server_without_ranges_starts_again(coco, server, tmp_path):
+def test_server_without_ranges_starts_again(server, tmp_path):
     server.files["/x"], server.ranges = CONTENT, False
     (tmp_path / "x.part").write_bytes(b"something else")
     coco.download(f"{server.url}/x", tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == CONTENT
 
 
-def test_server_errors_are_tried_again_but_not_for_ever(coco, server, tmp_path):
+def test_server_errors_are_tried_again_but_not_for_ever(server, tmp_path):
     server.files["/x"], server.failures = CONTENT, [503, 500]
     coco.download(f"{server.url}/x", tmp_path / "x", pause=0)
     assert (tmp_path / "x").read_bytes() == CONTENT
@@ -103,13 +104,13 @@ def test_server_errors_are_tried_again_but_not_for_ever(coco, server, tmp_path):
         coco.download(f"{server.url}/x", tmp_path / "y", attempts=3, pause=0)
 
 
-def test_missing_file_is_no_reason_to_try_again(coco, server, tmp_path):
+def test_missing_file_is_no_reason_to_try_again(server, tmp_path):
     with pytest.raises(ValueError, match="404"):
         coco.download(f"{server.url}/nothing", tmp_path / "x")
     assert len(server.requests) == 1
 
 
-def test_wrong_checksum_removes_the_file(coco, tmp_path):
+def test_wrong_checksum_removes_the_file(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(CONTENT)
     coco.verify(path, hashlib.md5(CONTENT).hexdigest())
@@ -126,14 +127,14 @@ def archive(path, files):
 
 
 @pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", "..\\evil", "C:/evil"])
-def test_names_that_lead_out_are_refused(coco, tmp_path, name):
+def test_names_that_lead_out_are_refused(tmp_path, name):
     path = archive(tmp_path / "x.zip", {"good": b"1", name: b"2"})
     with pytest.raises(ValueError, match="leads out"):
         coco.extract(path, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["x.zip"]  # nothing was written at all
 
 
-def test_links_and_bombs_are_refused(coco, tmp_path):
+def test_links_and_bombs_are_refused(tmp_path):
     link = zipfile.ZipInfo("link")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as target:
@@ -144,7 +145,7 @@ def test_links_and_bombs_are_refused(coco, tmp_path):
         coco.extract(archive(tmp_path / "y.zip", {"a": b"0" * 100}), tmp_path / "out", max_bytes=99)
 
 
-def test_unpacking_goes_on(coco, tmp_path):
+def test_unpacking_goes_on(tmp_path):
     path = archive(tmp_path / "x.zip", {"a": b"first", "d/b": b"second"})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a").write_bytes(b"FIRST")  # of the right size: taken as done
@@ -176,7 +177,7 @@ def small_coco(server, tmp_path):
     return sums
 
 
-def test_everything(coco, server, tmp_path, small_coco, capsys):
+def test_everything(server, tmp_path, small_coco, capsys):
     out = tmp_path / "coco"
     coco.prepare(out, server.url, small_coco)
     assert (out / "train2017" / "train.jpg").read_bytes() == b"picture"
@@ -189,7 +190,7 @@ def test_everything(coco, server, tmp_path, small_coco, capsys):
         coco.prepare(out, server.url, small_coco)
 
 
-def test_archives_can_be_deleted(coco, server, tmp_path, small_coco):
+def test_archives_can_be_deleted(server, tmp_path, small_coco):
     coco.prepare(tmp_path / "coco", server.url, small_coco, delete_archives=True)
     assert not list((tmp_path / "coco" / "archives").glob("*.zip"))
     coco.prepare(tmp_path / "coco", server.url, small_coco)

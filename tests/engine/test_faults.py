@@ -127,7 +127,7 @@ def test_broken_annotations_end_before_training(run, tmp_path):
 
 def test_missing_annotations_name_the_command_that_makes_them(run, shapes_tiny):
     with pytest.raises(
-        ConfigError, match=r"data.val.annotations: \S*none.json does not exist; make it with: python data/"
+        ConfigError, match=r"data.val.annotations: \S*none.json does not exist; make it with: detector shapes --out "
     ):
         run("data.val.annotations=none.json")
 

@@ -12,11 +12,11 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detector import checkpoint
+from detector.commands.programs import TrainKeys
 from detector.config import CONFIGS, ConfigError, check
 from detector.engine.train import train
 from detector.evaluation import coco_metrics
 from tests.runs import TINY, Program, curve
-from train import Keys
 
 DEFORMABLE = ["roi=deformable", "model.box_head.roi.predictor_width=8", "model.mask_head.roi.predictor_width=8"]
 
@@ -141,7 +141,7 @@ def test_the_quickstart_with_another_model(model):
     """Its settings of the heads apply where the model has them."""
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = hydra.compose("train", [f"model={model}"])
-    check(cfg, Keys)
+    check(cfg, TrainKeys)
     assert cfg.model.box_head is None if model == "rpn" else cfg.model.box_head.batch_size_per_image == 64
     assert ("mask_head" in cfg.model) == ("mask" in model)
     if "mask" in model:
@@ -154,7 +154,7 @@ def test_the_quickstart_of_proposals_alone(shapes_tiny, tmp_path):
         small = ["schedule.max_iterations=2", "training.batch_size=2", "runtime.device=cpu", "runtime.workers=0"]
         small += [f"data.root={shapes_tiny}", f"run_dir={tmp_path}", "runtime.log_every=1", "evaluation.every=null"]
         cfg = hydra.compose("train", ["model=rpn", *small])
-    check(cfg, Keys)
+    check(cfg, TrainKeys)
     train(cfg)
     losses = curve(tmp_path)[2]
     assert {key for key in losses if key.startswith("loss_")} == {"loss_objectness", "loss_rpn_box_reg"}

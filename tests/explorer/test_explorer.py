@@ -549,7 +549,7 @@ def test_head_of_a_cascade():
 
 
 def test_command(checkpoint, photo, tmp_path):
-    script = [sys.executable, "-m", "detector.explorer", f"checkpoint={checkpoint}", "device=cpu"]
+    script = [sys.executable, "-m", "detector", "explore", f"checkpoint={checkpoint}", "device=cpu"]
     image, out = tmp_path / f"<img src=x onerror=alert(1)>{photo.suffix}", tmp_path / "pages" / "page=1.html"
     shutil.copy(photo, image)
     done = subprocess.run(

@@ -2,7 +2,7 @@
 
 Each gives a COCO dict, and counts in `notes` what it read although it is not as the format says.
 
-File names of the images are relative to the root. `python -m detector.data.convert` writes what a reader gives as JSON.
+File names of the images are relative to the root. `detector convert` writes what a reader gives as JSON.
 """
 
 from detector.data.formats.cityscapes import read_cityscapes

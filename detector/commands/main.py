@@ -1,0 +1,70 @@
+"""The command `detector`: one word for each thing that there is to do. Also `python -m detector`."""
+
+from __future__ import annotations
+
+import difflib
+import pkgutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+PROGRAMS = "detector.commands.programs"
+COMMANDS = {  # what the word runs, with which arguments before the user's, and what that is good for
+    "train": (f"{PROGRAMS}:train", [], "train a detector, or go on where a run stopped; -m trains a grid of them"),
+    "eval": (f"{PROGRAMS}:evaluate", [], "COCO's metrics of a checkpoint on a data set"),
+    "predict": (f"{PROGRAMS}:predict", [], "detections in images, as pictures and as COCO's JSON"),
+    "compare": (f"{PROGRAMS}:compare", [], "which of several runs is better, by how much, and how sure that is"),
+    "explore": (f"{PROGRAMS}:explore", [], "an HTML page that shows what each RoI method reads in an image"),
+    "validate": ("detector.commands.validate:main", [], "look over a data set before time is spent on it"),
+    "convert": ("detector.data.convert:main", [], "Pascal VOC, Cityscapes, LVIS or YOLO as COCO annotation files"),
+    "shapes": (
+        "detector.commands.make_shapes:main",
+        [],
+        "generate the shapes data set, on which the quickstart trains",
+    ),
+    "coco": ("detector.commands.prepare_coco:main", [], "download COCO 2017"),
+    "weights": ("detector.commands.weights:main", [], "weights of torchvision, detectron2, mmdetection in; ours out"),
+    "export": ("detector.commands.weights:main", ["export"], "a checkpoint as safetensors, torch.export or ONNX"),
+}
+HELP = """Train and compare two-stage detectors with a swappable RoI feature extractor.
+
+    detector COMMAND ...
+    detector COMMAND --help
+
+{commands}
+
+From nothing to detections:
+
+    detector shapes --out data/shapes
+    detector train
+    detector eval checkpoint=runs/quickstart/best.pt
+    detector predict checkpoint=runs/quickstart/best.pt images=data/shapes/val
+
+On several GPUs:            torchrun --nproc-per-node=2 -m detector train ...
+In Python:                  detector.load("runs/quickstart/best.pt").predict("photo.jpg")
+Without the command itself: python -m detector COMMAND ..."""
+
+
+def main() -> int | None:
+    """Run the command that sys.argv names; its exit code. 2: there is no such command."""
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in ("--help", "-h"):
+        print(HELP.format(commands="\n".join(f"    {name:10}{use}" for name, (_, _, use) in COMMANDS.items())))
+        return 0
+    if name == "--version":
+        print(installed_version())
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        print(f"error: there is no command {name!r}{hint} There are: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    target, first, _ = COMMANDS[name]
+    sys.argv = [f"detector {name}", *first, *rest]
+    return pkgutil.resolve_name(target)()
+
+
+def installed_version() -> str:
+    try:
+        return version("two-stage-detector")
+    except PackageNotFoundError:
+        return "a checkout that is not installed"
