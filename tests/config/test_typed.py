@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -26,18 +27,33 @@ NASTY = [
 ]
 SPLITS = [f"data.{split}.{name}" for split in ("train", "val") for name in ("images", "annotations")]
 TRAINING = ["data.root", "data.cache", *SPLITS, "model.weights", "model.backbone.weights", "resume", "run_dir"]
-PROGRAMS = {  # its module, the function that gets the configuration, and the keys that are paths
-    "train": ("train", "detector.engine.train", "train", TRAINING),
-    "eval": ("eval", "detector.commands.evaluate", "evaluate_checkpoint", ["checkpoint", "output", *SPLITS[2:]]),
-    "predict": ("predict", "detector.commands.predict", "predict_files", ["checkpoint", "images", "output"]),
-    "compare": ("compare", "detector.commands.compare", "compare_runs", ["runs", "output"]),
-    "explorer": ("detector.explorer.__main__", "detector.explorer", "explore", ["checkpoint", "image", "output"]),
-    "validate": ("detector.commands.validate", "detector.commands.validate", "validate", TRAINING),
+PROGRAMS = {  # it, the module and function that gets the configuration, and the keys that are paths
+    "train": ("detector.commands.programs:train", "detector.engine.train", "train", TRAINING),
+    "eval": (
+        "detector.commands.programs:evaluate",
+        "detector.commands.evaluate",
+        "evaluate_checkpoint",
+        ["checkpoint", "output", *SPLITS[2:]],
+    ),
+    "predict": (
+        "detector.commands.programs:predict",
+        "detector.commands.predict",
+        "predict_files",
+        ["checkpoint", "images", "output"],
+    ),
+    "compare": ("detector.commands.programs:compare", "detector.commands.compare", "compare_runs", ["runs", "output"]),
+    "explorer": (
+        "detector.commands.programs:explore",
+        "detector.explorer",
+        "explore",
+        ["checkpoint", "image", "output"],
+    ),
+    "validate": ("detector.commands.validate:main", "detector.commands.validate", "validate", TRAINING),
 }
 CODE = ("augment.", "model.", "optimizer.", "roi.", "runtime.", "schedule.", "training.")  # arguments of constructors
 NO_PATHS = {  # settings that are texts, or may be, and no paths: a new one stands here or in PATHS
     *("baseline", "data.on_error", "data.pad_to", "data.prepare", "device", "evaluation.evaluator", "evaluation.every"),
-    *("evaluation.metric", "evaluator", "head", "iou_types", "name", "paste", "precision", "threads"),
+    *("evaluation.metric", "evaluator", "head", "iou_types", "name", "paste", "precision", "threads", "trust"),
     *("weights.source", "weights.style"),
 }
 
@@ -64,7 +80,7 @@ def received(monkeypatch):
         monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
         monkeypatch.setattr(sys, "argv", ["program", *arguments])
         try:
-            importlib.import_module(module).main()
+            pkgutil.resolve_name(module)()
         except SystemExit as end:
             assert not end.code
         return found
