@@ -100,6 +100,73 @@ def test_a_checkpoints_model_is_a_model_down_to_the_last_argument(tmp_path, make
     assert not (tmp_path / "attacked").exists()
 
 
+# ------------------------------------------------------------------------------------------ modules of the user's own
+
+OWN = """
+import os
+import torch
+from torch import nn
+from torch.nn import Linear
+from detector.checkpoint import save
+marker = open(__file__ + ".imported", "w")
+class Part(nn.Module): pass
+class Other: pass
+def make(): return Part()
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The file that shows that the module safety_own was imported."""
+    (tmp_path / "safety_own.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "safety_own", raising=False)
+    return tmp_path / "safety_own.py.imported"
+
+
+def test_a_module_of_ones_own_is_named_and_only_then_imported(own):
+    node = {"_target_": "safety_own.Part"}
+    with pytest.raises(ConfigError, match=r"not trusted\. If safety_own is yours .*: trust=safety_own on the command"):
+        check_model_config(node)
+    with pytest.raises(ConfigError, match=r"If safety_own is yours"):
+        check_model_config(node, trust=["safety", "safety_own.deeper", ""])
+    assert not own.exists()
+    check_model_config(node, trust="safety_own")
+    check_model_config(node, trust=["other", "safety_own"])
+    with pytest.raises(ConfigError, match="not a transform"):
+        check_transforms_config([node], trust="safety_own")
+
+
+@pytest.mark.parametrize("name", ["os.system", "Other", "make", "Linear", "save", "torch.nn.Linear", "marker.close"])
+def test_trust_is_in_classes_that_the_module_defines(own, name):
+    with pytest.raises(ConfigError, match=r"not trusted|not callable"):
+        check_model_config({"_target_": f"safety_own.{name}"}, trust="safety_own")
+
+
+@pytest.mark.parametrize("name", ["os.system", "builtins.exec", "detector.checkpoint.save", "numpy.load"])
+def test_nobody_is_asked_to_trust_what_is_no_ones_own(name):
+    with pytest.raises(ConfigError, match=r"not trusted$"):
+        check_model_config({"_target_": name})
+    with pytest.raises(ConfigError, match=r"not trusted$"):
+        check_model_config({"_target_": name}, trust=name.partition(".")[0])
+
+
+def test_a_checkpoint_cannot_name_its_own_trust(own):
+    node = {"_target_": "safety_own.Part", "backbone": {}, "trust": "safety_own"}
+    config = {"model": node, "trust": "safety_own", "augment": {"trust": ["safety_own"]}}
+    state = {
+        "config": config,
+        "trust": ["safety_own"],
+        "categories": ["a"],
+        "category_ids": [1],
+        "ema": None,
+        "model": {},
+    }
+    with pytest.raises(ConfigError, match="If safety_own is yours"):
+        load(state | {"model": {}})
+    assert not own.exists()
+
+
 class Evil:
     def __reduce__(self):
         return (open, ("attacked", "w"))

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from detector.checkpoint import new_name
 from detector.config.multirun import Multirun
 from detector.config.schema import check
-from detector.config.suggest import CONFIGS, choices, compose, explain, hydra_options, leaves
+from detector.config.suggest import CONFIGS, compose, explain, hydra_options, leaves, list_options
 from detector.config.typed import MULTIRUN, as_typed
 from detector.ops.checks import ConfigError, RunError
 from detector.text import readable_streams
@@ -99,13 +99,13 @@ def entry_point(config_name: str, keys: type) -> Callable:
             started = False
             readable_streams()
             if {"--help", "-h"} & set(sys.argv[1:]):
-                return print(f"{inspect.getdoc(task)}\n{choices(config_name, sys.argv[1:])}")
+                return print(f"{inspect.getdoc(task)}\n{list_options(config_name, sys.argv[1:])}")
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out as they are: Hydra's own report exits with 1
             sys.argv[1:] = as_typed(sys.argv[1:])
             try:
+                name, folders = hydra_options(sys.argv[1:])
                 if MULTIRUN & set(sys.argv):
                     hydras = [text for text in sys.argv[1:] if text.startswith("hydra")]
-                    name, folders = hydra_options(sys.argv[1:])
                     multirun.open(compose(name or config_name, hydras, folders).hydra.sweep.dir)
                 app()
             except Exception as error:

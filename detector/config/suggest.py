@@ -36,13 +36,14 @@ def hydra_options(arguments: Sequence[str]) -> tuple[str | None, list[Path]]:
     for text in arguments:
         if text.lstrip("+").startswith("hydra.searchpath="):
             folders += re.findall(r"file://([^,'\"\]]+)", text)
-    folders = [Path(folder).absolute() for folder in folders]
-    for file in [file for folder in folders for file in sorted(folder.glob("**/*.yaml")) if folder != CONFIGS]:
-        ours = CONFIGS / file.relative_to(next(folder for folder in folders if folder in file.parents))
-        if ours.is_file() and ours.read_bytes() != file.read_bytes():
-            raise ConfigError(
-                f"{file}: the detector has a config of this name, which would be taken; choose another one"
-            )
+    folders = [Path(folder).absolute() for folder in folders if Path(folder).is_dir()]  # Hydra names the others
+    for folder in folders:
+        for ours in sorted(CONFIGS.glob("**/*.yaml")):
+            file = folder / ours.relative_to(CONFIGS)
+            if file.is_file() and file.read_bytes() != ours.read_bytes():
+                raise ConfigError(
+                    f"{file}: the detector has a config of this name and would take its own; rename yours"
+                )
     return options.config_name, folders
 
 
@@ -55,12 +56,12 @@ def options_of_groups(folders: Sequence[Path]) -> dict[str, list[str]]:
     return groups
 
 
-def choices(config_name: str, arguments: Sequence[str]) -> str:
+def list_options(config_name: str, arguments: Sequence[str]) -> str:
     """For --help: the groups that a program's config chooses from, with their options; "" if there are none."""
     name, folders = hydra_options(arguments)
     slots = [slot.removeprefix("/") for slot in compose(name or config_name, folders=folders).hydra.runtime.choices]
     slots = [slot for slot in slots if not slot.startswith(("hydra/", "heads/fit", "roi@"))]
-    groups, width = options_of_groups(folders), max(80, min(120, shutil.get_terminal_size().columns))
+    groups, width = options_of_groups(folders), max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
     lines = [""]
     for slot in sorted(slots):
         names = f"    {slot + '=':24}{', '.join(groups[slot.partition('@')[0]])}"

@@ -19,10 +19,13 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from detector import config
+from detector.commands import programs
+from detector.commands.main import COMMANDS, main
 from detector.commands.programs import TrainKeys, train
 from detector.config import CONFIGS, ConfigError, build, check, explain
 from detector.config.program import check_heads, share_roi
 from detector.config.schema import check_model_config, fits, near
+from detector.config.suggest import leaves, list_options
 
 
 def compose(*overrides: str):
@@ -310,3 +313,63 @@ def test_train_gives_settings_of_roi_to_the_heads(arguments, tmp_path):
     command = [sys.executable, "train.py", *arguments, "roi.sampling_ratio=many", f"run_dir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent)
     assert done.returncode and "model.box_head.roi.sampling_ratio" in done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- a project of its own
+
+EXAMPLE = CONFIGS.parent / "examples" / "own_roi_method"
+
+
+def test_options_of_a_folder_of_ones_own(call, monkeypatch):
+    """--config-dir and hydra.searchpath: found, suggested, listed by --help."""
+    monkeypatch.syspath_prepend(EXAMPLE)
+    for folder in (["--config-dir", EXAMPLE / "configs"], [f"hydra.searchpath=[file://{EXAMPLE / 'configs'}]"]):
+        code, _, errors = call(train, *folder, "experiment=shifted_shapes", "roi.gama=1")
+        assert code == 2 and "there is no 'roi.gama'; did you mean roi.gamma" in errors
+        code, _, errors = call(train, *folder, "roi=shiftd")
+        assert code == 2 and "did you mean shifted?" in errors
+    code, _, errors = call(train, "roi=shifted")
+    assert code == 2 and "configs/roi has no 'shifted'" in errors and "(--config-dir DIR adds your own)" in errors
+    assert "shifted_shapes" in list_options("train", ["--config-dir", str(EXAMPLE / "configs")])
+
+
+def test_a_file_of_ones_own_under_a_name_of_ours_is_refused(call, tmp_path):
+    """Hydra takes the first that it finds, which is ours."""
+    (tmp_path / "roi").mkdir()
+    (tmp_path / "roi" / "align.yaml").write_text("_target_: mine.Align\n")
+    code, _, errors = call(train, "--config-dir", tmp_path, "roi=align")
+    assert code == 2 and f"{tmp_path / 'roi' / 'align.yaml'}: the detector has a config of this name" in errors
+
+
+@pytest.mark.parametrize("program", [train, programs.evaluate, programs.predict, programs.compare, programs.explore])
+def test_help_fits_a_screen(program, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["detector", "--help"])
+    monkeypatch.setenv("COLUMNS", "120")
+    program()
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 60 and max(map(len, shown.splitlines())) <= 120
+    assert shown.startswith(program.__doc__.splitlines()[0]) and "Exit codes" in shown
+
+
+def test_keys_and_options_that_help_names_exist():
+    shown = train.__doc__
+    keys = re.findall(r"^ {8}([a-z_.]+)=", shown, re.MULTILINE)
+    assert len(keys) == 10
+    others = ["schedule.max_iterations", "runtime.device", "runtime.workers", "run_dir", "name", "resume"]
+    assert {*keys, *others} <= {*leaves(compose())}
+    listed = list_options("train", [])
+    for group in ("experiment", "data", "model", "roi", "augment", "optimizer", "schedule", "heads"):
+        options = re.search(rf"^    {group}= (.*?)(?=^    \S|\Z)", listed, re.MULTILINE | re.DOTALL)[1]
+        assert re.findall(r"[\w-]+", options) == sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def test_every_command_that_makes_a_data_set_is_a_command():
+    for path in (CONFIGS / "data").glob("*.yaml"):
+        command = (OmegaConf.to_container(OmegaConf.load(path)).get("prepare") or "detector shapes").split()
+        assert command[0] == "detector" and command[1] in COMMANDS, path
+
+
+def test_a_command_that_there_is_not(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["detector", "trian"])
+    assert main() == 2
+    assert "there is no command 'trian'; did you mean train?" in capsys.readouterr().err
