@@ -288,6 +288,7 @@ class Mask(NamedTuple):
 
     size: tuple[int, int]  # height, width; 0, 0 where nothing tells
     polygons: list[np.ndarray]
+    extent: np.ndarray | None = None  # x1, y1, x2, y2 of the polygons
     runs: np.ndarray | None = None
     counts: bytes = b""
 
@@ -295,9 +296,8 @@ class Mask(NamedTuple):
         """x, y, width, height."""
         if self.runs is not None:
             return tuple(rle_tools.toBbox(self.rle()).tolist())
-        low = np.min([polygon.min(0) for polygon in self.polygons], axis=0)
-        high = np.max([polygon.max(0) for polygon in self.polygons], axis=0)
-        return (*low.tolist(), *(high - low).tolist())
+        x1, y1, x2, y2 = self.extent.tolist()
+        return x1, y1, x2 - x1, y2 - y1
 
     def area(self) -> float:
         """Number of pixels; 0 for polygons on an image of unknown size."""
@@ -482,8 +482,7 @@ class _Reader:
         if keypoints is None:
             return None
         mask = mask if self.masks else None
-        shown = _short([round(value, 3) for value in box] if no_box else bbox)
-        learnt = self._learnt(box, mask, crowd, image, where, shown) if self.learning else None
+        learnt = self._learnt(box, mask, crowd, image, where, box if no_box else bbox) if self.learning else None
         ignored = bool(flag(record.get("ignore")))
         item = _Object(
             own, self.label_of[category_id], box, area, crowd, ignored, mask, keypoints, num_keypoints, learnt
@@ -530,27 +529,26 @@ class _Reader:
         return list(points), sum(v > 0 for v in points[2::3]) if count is None or count < 0 else count
 
     def _learnt(
-        self, box: tuple, mask: Mask | None, crowd: bool, image: _Image, where: str, shown: str
+        self, box: tuple, mask: Mask | None, crowd: bool, image: _Image, where: str, bbox: Any
     ) -> _Learnt | None:
         """What is learnt from an object; None where its box holds nothing of the image."""
         x1, y1, w, h = box
         x2, y2, (_, height, width, *_) = x1 + w, y1 + h, image
         if w < 1e-2 or h < 1e-2:
-            return self.problems.notice(f"bbox of no size: {NOT_LEARNT}", f"{where} bbox={shown}")
+            return self.problems.notice(f"bbox of no size: {NOT_LEARNT}", f"{where} bbox={_short(bbox)}")
         if x1 > width - 1e-2 or y1 > height - 1e-2 or x2 < 1e-2 or y2 < 1e-2:
-            return self.problems.notice(f"bbox outside the image: {NOT_LEARNT}", f"{where} bbox={shown}")
+            return self.problems.notice(f"bbox outside the image: {NOT_LEARNT}", f"{where} bbox={_short(bbox)}")
         if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1:  # less is rounding
-            where = f"{where} bbox={shown} of {width} x {height}"
+            where = f"{where} bbox={_short(bbox)} of {width} x {height}"
             self.problems.notice("bbox reaches out of the image, clipped", where)
         rings, even_odd = [], False
         if mask is not None and not crowd:
             if mask.runs is not None:
                 rings, even_odd = run_rings(mask.runs, height), True
             else:
-                rings = [polygon.astype(np.float32) for polygon in mask.polygons]
-                points = np.concatenate(rings)
-                inside = np.minimum(points.max(0), (width, height)) > np.maximum(points.min(0), 0)
-                rings = rings if inside.all() else []
+                left, top, right, bottom = mask.extent.astype(np.float32).tolist()
+                if min(right, width) > max(left, 0) and min(bottom, height) > max(top, 0):
+                    rings = [polygon.astype(np.float32) for polygon in mask.polygons]
             if not rings:
                 self.problems.notice("segmentation without an area, box kept", where)
         return _Learnt((max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)), rings, even_odd)
@@ -591,23 +589,25 @@ def _read_runs(counts: Any, size: tuple[int, int], notice: Callable[[str], None]
         except (SyntaxError, MemoryError, RecursionError):
             raise ValueError("counts is no compressed run-length string") from None
     if isinstance(counts, (list, tuple, np.ndarray)):
-        read = [whole(value) for value in counts]
-        if None in read:
+        kinds = set(map(type, counts))
+        if kinds != {int}:
+            counts = [whole(value) for value in counts]
+        if None in counts:
             raise ValueError("counts must be a list of integers")
-        if not all(isinstance(value, (int, np.integer)) for value in counts):
+        if not all(issubclass(kind, (int, np.integer)) for kind in kinds):
             notice("run lengths that are not written as whole numbers, read as such")
-        counts = read
+        counts = list(counts)
     runs = rle_counts(counts, *size)
     if isinstance(counts, list):
         counts = rle_tools.frPyObjects({"size": list(size), "counts": counts}, *size)["counts"]
-    return Mask(size, [], runs, counts.encode() if isinstance(counts, str) else counts)
+    return Mask(size, [], None, runs, counts.encode() if isinstance(counts, str) else counts)
 
 
 def _read_polygons(segmentation: Sequence, size: tuple[int, int], notice: Callable[[str], None]) -> Mask | None:
     lists = (list, tuple, np.ndarray)
-    nested = [isinstance(value, lists) for value in segmentation]
-    pairs = all(nested) and all(len(v) == 2 and not any(isinstance(x, lists) for x in v) for v in segmentation)
-    if pairs or not any(nested):
+    nested = any(isinstance(value, lists) for value in segmentation)
+    pairs = nested and all(isinstance(v, lists) and len(v) == 2 and not isinstance(v[0], lists) for v in segmentation)
+    if pairs or not nested:
         notice("polygon that is not in a list, read as one")
         segmentation = [segmentation]
     polygons = []
@@ -623,9 +623,11 @@ def _read_polygons(segmentation: Sequence, size: tuple[int, int], notice: Callab
         notice(LESS_MASK if polygons else NO_MASK)
     if not polygons:
         return None
-    if size[0] and max(abs(polygon).max() for polygon in polygons) > FAR * max(size):  # takes the rasteriser's memory
+    points = polygons[0] if len(polygons) == 1 else np.concatenate(polygons)
+    extent = np.concatenate([points.min(0), points.max(0)])
+    if size[0] and abs(extent).max() > FAR * max(size):  # takes the rasteriser's memory
         raise ValueError(f"polygons reach out of the image by more than {FAR} times its size")
-    return Mask(size, polygons)
+    return Mask(size, polygons, extent)
 
 
 # --------------------------------------------------------------------------------------------------------------- arrays
@@ -707,6 +709,8 @@ def _starts(groups: Sequence) -> np.ndarray:
 
 def whole(value: Any) -> int | None:
     """The whole number of 64 bits that a value stands for: 7, 7.0, "7" and "7.0"; None where it is none."""
+    if type(value) is int:  # nearly always
+        return value if -(2**63) <= value < 2**63 else None
     if isinstance(value, (bool, np.bool_)):
         return None
     if isinstance(value, str):
@@ -723,6 +727,8 @@ def whole(value: Any) -> int | None:
 
 def number(value: Any) -> float | None:
     """The finite number that a value stands for, text too; None where it is none."""
+    if type(value) is float:  # nearly always
+        return value if math.isfinite(value) else None
     if isinstance(value, str) and NUMBER.fullmatch(value):
         value = float(value)
     return float(value) if _is_finite(value) else None
