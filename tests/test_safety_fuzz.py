@@ -49,7 +49,7 @@ def test_damaged_annotations_never_change_what_is_sound(tmp_path, data):
                 continue
             row = found.object_ids.tolist().index(original["id"])
             x, y, width, height = original["bbox"]
-            names = [record["name"] for record in coco["categories"] if record["id"] == original["category_id"]]
+            names = [str(record["name"]) for record in coco["categories"] if record["id"] == original["category_id"]]
             assert [found.categories[found.labels[row] - 1]] == names
             np.testing.assert_allclose(found.boxes[row], [x, y, x + width, y + height])
 

@@ -5,23 +5,34 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from hotcoco import COCO
 from omegaconf import DictConfig, OmegaConf
+from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
 from detector.commands.evaluate import evaluate_checkpoint
 from detector.comparison.alignment import measure_alignment, measure_offsets
 from detector.comparison.cost import measure_cost
 from detector.comparison.report import verdicts, write_report
-from detector.comparison.runs import Method, Run, Unusable, find_folders, fitting, group, read_run, same_validation_set
+from detector.comparison.runs import (
+    Method,
+    Run,
+    Unusable,
+    find_folders,
+    fitting,
+    group,
+    read_run,
+    same_validation_set,
+    validation_truth,
+)
 from detector.comparison.statistics import match
 from detector.comparison.summary import compare, without_nan
 from detector.config import CONFIGS, ConfigError, config_errors, literal, make_folder
 from detector.data import build_dataset, collate, read_image
+from detector.data.annotations import Truth
 from detector.data.read_coco import leads_out
+from detector.evaluation.coco import check_annotations, check_predictions
 from detector.inference.draw import draw, panel
 from detector.inference.load import load
 from detector.inference.predict import largest
@@ -57,7 +68,8 @@ def compare_runs(cfg: DictConfig) -> dict:
     if not runs:
         raise ConfigError("runs: none can be used: " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))
     runs, others = same_validation_set(runs)
-    runs, wrong = fitting(runs)
+    truth = validation_truth(runs[0])
+    runs, wrong = fitting(runs, truth)
     if not runs:
         raise ConfigError("runs: none can be used: " + "; ".join(f"{k}: {v}" for k, v in (left_out | wrong).items()))
     methods, repeated = group(runs)
@@ -67,14 +79,14 @@ def compare_runs(cfg: DictConfig) -> dict:
         methods.sort(key=lambda method: method.label != cfg.baseline)
     output = make_folder(cfg.output, "output")
     with tqdm(total=sum(len(m.runs) for m in methods), desc="compare", unit="run", leave=False, disable=None) as bar:
-        report = compare(methods, cfg.samples, cfg.seed, cfg.boundary, bar.update)
+        report = compare(methods, truth, cfg.samples, cfg.seed, cfg.boundary, bar.update)
     report["left_out"] = {str(k): v for k, v in (left_out | others | wrong | repeated).items()}
     probed = (
         {m.label: probe(m.runs[0], device, cfg.probe_images, cfg.trust) for m in methods} if cfg.probe_images else {}
     )
     for name in ("cost", "alignment", "offsets"):
         report[name] = {label: found[name] for label, found in probed.items() if found.get(name)}
-    pictures = disagreements(methods, report, cfg.pictures) if len(methods) > 1 else []
+    pictures = disagreements(methods, truth, report, cfg.pictures) if len(methods) > 1 else []
     report = without_nan(report)
     write_report(report, output, pictures)
     for text, _ in verdicts(report):
@@ -103,7 +115,7 @@ def probe(run: Run, device, images: int, trust: str | Sequence[str] | None = ())
     return found
 
 
-def disagreements(methods: Sequence[Method], report: Mapping, count: int) -> list[tuple[str, np.ndarray]]:
+def disagreements(methods: Sequence[Method], truth: Truth, report: Mapping, count: int) -> list[tuple[str, np.ndarray]]:
     """Pictures of the images on which the best and the worst method differ most in F1 at IoU 0.5.
 
     Of each method the detections are those above the score that makes its F1 over all images largest.
@@ -114,38 +126,38 @@ def disagreements(methods: Sequence[Method], report: Mapping, count: int) -> lis
     if best is worst:
         best, worst = methods[:2]
     runs = [worst.runs[0], best.runs[0]]
-    truth = COCO(str(runs[0].truth))
-    limits, scores = zip(*(f1_by_image(run, kind) for run in runs))
+    results = [check_predictions(run.predictions, check_annotations(truth, kind), kind) for run in runs]
+    limits, scores = zip(*(f1_by_image(truth, found, kind) for found in results))
     gap = scores[1] - scores[0]
+    by_id = np.argsort(truth.image_ids)  # the order of the scores
     pictures = []
     for index in np.argsort(-np.abs(gap), kind="stable")[:count]:
-        image_id = sorted(truth.imgs)[index]
         if gap[index] == 0:
             break
+        own = truth.select(by_id[[index]])
+        image_id, name = int(own.image_ids[0]), own.file_name(0)
         try:
-            name = truth.imgs[image_id]["file_name"]
             if leads_out(name):
                 raise ValueError(f"image {image_id}: {name!r} leads out of the image folder")
             image = read_image(runs[0].images / name, largest(runs[0].config))
         except (ValueError, OSError) as error:
             log.warning("no picture: %s", error)
             continue
-        real = [a for a in truth.dataset["annotations"] if a["image_id"] == image_id]
-        views = [picture_of(image, truth, real, False)]
-        for run, limit in zip(runs, limits):
-            found = [p for p in run.predictions if p["image_id"] == image_id and p["score"] >= limit]
+        views = [picture_of(image, truth, own.to_coco()["annotations"], False)]
+        for entries, limit in zip(results, limits):
+            found = [p for p in entries if p["image_id"] == image_id and p["score"] >= limit]
             views.append(picture_of(image, truth, found, True))
         names = [f"{m.label}: F1 {s[index]:.2f}" for m, s in zip((worst, best), scores)]
         shown = " and ".join(f"{limit:.2f}" for limit in limits)
-        caption = f"{truth.imgs[image_id]['file_name']}: {', '.join(names)} (IoU 0.5; scores of at least {shown})"
+        caption = f"{name}: {', '.join(names)} (IoU 0.5; scores of at least {shown})"
         pictures.append((caption, panel(views, ["ground truth", *names])))
     return pictures
 
 
-def f1_by_image(run: Run, kind: str) -> tuple[float, np.ndarray]:
-    """The least score that gives the largest F1 at IoU 0.5 over all images, and the F1 [I] of each image with it; 1
-    where there is nothing and nothing is found."""
-    matches = match(run.truth, run.predictions, kind)
+def f1_by_image(truth: Truth, results: list[dict], kind: str) -> tuple[float, np.ndarray]:
+    """The least score that gives the largest F1 at IoU 0.5 over all images, and the F1 [I] of each image with it, in
+    the order of their ids; 1 where there is nothing and nothing is found."""
+    matches = match(truth, results, kind)
     true, false = matches.true[:, 0, 0], matches.false[:, 0, 0]
     objects = matches.objects[:, :, 0].sum(1)
     order = np.argsort(-matches.score, kind="stable")
@@ -157,15 +169,22 @@ def f1_by_image(run: Run, kind: str) -> tuple[float, np.ndarray]:
     return float(limit), np.where(count > 0, 2 * found / np.maximum(count, 1), 1.0)
 
 
-def picture_of(image: np.ndarray, truth: Any, entries: Sequence[dict], with_scores: bool) -> np.ndarray:
-    """An image with COCO annotations or results."""
+def picture_of(image: np.ndarray, truth: Truth, entries: Sequence[dict], with_scores: bool) -> np.ndarray:
+    """An image with checked COCO annotations or results."""
     entries = [entry for entry in entries if not entry.get("iscrowd")]
-    ids = sorted(truth.cats)
-    boxes = np.array([entry["bbox"] for entry in entries], float).reshape(-1, 4)
+    boxes = [entry.get("bbox") or rle_tools.toBbox(entry["segmentation"]) for entry in entries]  # results may have none
+    boxes = np.array(boxes, float).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     masks = None
     if entries and all(entry.get("segmentation") for entry in entries):
-        masks = np.array([truth.ann_to_mask(entry) for entry in entries], bool)
+        masks = np.array([mask_of(entry["segmentation"], *image.shape[:2]) for entry in entries], bool)
     scores = np.array([entry["score"] for entry in entries]) if with_scores else None
-    labels = [ids.index(entry["category_id"]) + 1 for entry in entries]
-    return draw(image, boxes, labels, [truth.cats[i]["name"] for i in ids], scores, masks)
+    labels = [truth.category_ids.index(entry["category_id"]) + 1 for entry in entries]
+    return draw(image, boxes, labels, truth.categories, scores, masks)
+
+
+def mask_of(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+    """The mask [H, W] uint8 of checked polygons or run lengths."""
+    if isinstance(segmentation, list):
+        segmentation = rle_tools.merge(rle_tools.frPyObjects(segmentation, height, width))
+    return rle_tools.decode(segmentation)

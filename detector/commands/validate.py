@@ -38,9 +38,11 @@ from detector.config import ConfigError, as_typed, build, compose, config_errors
 from detector.config.program import prepare
 from detector.config.suggest import hydra_options
 from detector.data import Annotations, CocoDataset, Pipeline, build_dataset
+from detector.data.annotations import Truth
 from detector.data.loader import build_transforms
 from detector.data.read_coco import Problems
 from detector.engine import setup
+from detector.evaluation.coco import for_backend
 from detector.inference.draw import draw
 from detector.roi import RoIExtractor, assign_levels
 from detector.text import one_line, readable_streams
@@ -64,10 +66,11 @@ class Report:
     statistics: dict[str, Any] = field(default_factory=dict)
     pictures: list[tuple[str, np.ndarray]] = field(default_factory=list)
 
-    def add(self, severity: str, split: str, what: str, examples: Iterable[Any]) -> None:
+    def add(self, severity: str, split: str, what: str, examples: Iterable[Any], count: int | None = None) -> None:
+        """count: how many there are, where `examples` are not all of them."""
         examples = list(map(str, examples))
         if examples:
-            self.findings.append(Finding(severity, split, what, len(examples), examples[:SHOWN]))
+            self.findings.append(Finding(severity, split, what, count or len(examples), examples[:SHOWN]))
 
     def has_errors(self) -> bool:
         return any(finding.severity == "error" for finding in self.findings)
@@ -86,17 +89,15 @@ def validate(cfg: DictConfig, images: bool = True, pictures: int = 6) -> Report:
     report, sets = Report(), {}
     wrong = "error" if cfg.data.on_error == "raise" else "warning"
     for split in ("train", "val"):
-        problems = Problems(Path(cfg.data.root) / cfg.data[split].annotations, "skip")
-        categories = sets["train"].categories if "train" in sets else None
+        problems = Problems(Path(cfg.data.root) / cfg.data[split].annotations)
+        options = {"categories": sets["train"].categories if "train" in sets else None, "problems": problems}
         try:
             with config_errors("data"):
-                sets[split] = build_dataset(
-                    cfg.data, split, cfg.augment, seed=cfg.seed, categories=categories, problems=problems
-                )
+                sets[split] = build_dataset(cfg.data, split, cfg.augment, seed=cfg.seed, truth=True, **options)
         except ConfigError as error:
             report.add("error", split, "the data set cannot be used", [error])
         for (is_error, kind), places in problems.found.items():
-            report.add(wrong if is_error else "warning", split, kind, places)
+            report.add(wrong if is_error else "warning", split, kind, places.examples, places.count)
     if len(sets) == 2 and not report.has_errors():
         try:
             setup.fit(cfg, sets["train"], sets["val"], evaluation)
@@ -104,7 +105,7 @@ def validate(cfg: DictConfig, images: bool = True, pictures: int = 6) -> Report:
             report.add("error", "both", "model, settings and data do not fit", [error])
     for split, dataset in sets.items():
         look_at_objects(report, split, dataset.annotations)
-        look_with_hotcoco(report, split, dataset.annotation_file)
+        look_with_hotcoco(report, split, dataset.annotations.truth)
     if sets:
         look_at_sizes(report, cfg, {split: dataset.annotations for split, dataset in sets.items()})
     digests = {}
@@ -178,14 +179,21 @@ def look_at_objects(report: Report, split: str, found: Annotations) -> None:
     )
 
 
-def look_with_hotcoco(report: Report, split: str, path: Path) -> None:
-    """hotcoco's own health check; what it cannot load has been reported already."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, OSError), contextlib.redirect_stdout(io.StringIO()):
-        checked = hotcoco.COCO(str(path)).healthcheck()
-        for severity in ("error", "warning"):
-            for item in checked[f"{severity}s"]:
-                what = f"{item['code'].replace('_', ' ')} (hotcoco: {item['message']})"
-                report.add("warning", split, what, item["affected_ids"])
+def look_with_hotcoco(report: Report, split: str, truth: Truth) -> None:
+    """hotcoco's own health check of what evaluation compares with. What it finds wrong does not stop a run."""
+    content, _ = for_backend(truth, [])
+    with contextlib.redirect_stdout(io.StringIO()):
+        checked = hotcoco.COCO(content).healthcheck()
+    images, objects = np.sort(truth.image_ids), truth.object_ids
+    for item in [*checked["errors"], *checked["warnings"]]:
+        code, ids = item["code"], np.array(item["affected_ids"], int) - 1
+        if "category" in code:
+            named = (f"category {truth.categories[i]!r}" for i in ids)
+        elif "image" in code or "dimensions" in code:
+            named = (f"image {images[i]}" for i in ids)
+        else:
+            named = (f"annotation {objects[i]}" for i in ids)
+        report.add("warning", split, f"{code.replace('_', ' ')} (hotcoco: {item['message']})", named)
 
 
 def look_at_sizes(report: Report, cfg: DictConfig, sets: Mapping[str, Annotations]) -> None:

@@ -11,11 +11,15 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from detector.checkpoint import flatten, with_new_names
 from detector.config import CONFIGS, ConfigError
-from detector.evaluation.coco import check_annotations, check_predictions, read_json
+from detector.data.annotations import Truth
+from detector.data.dataset import present
+from detector.data.read_coco import read_coco, read_json, read_truth
+from detector.evaluation.coco import check_predictions
 
 # what may differ between the runs of one method, and says nothing about it
 IRRELEVANT = ("seed", "name", "run_dir", "resume", "runtime", "evaluation")
@@ -38,6 +42,7 @@ class Run:
     images: Path
     predictions: list[dict] = field(repr=False)
     log: list[dict] = field(repr=False)
+    data: dict = field(default_factory=dict, repr=False)  # the settings that the validation set was read with
 
     @property
     def seed(self) -> Any:
@@ -103,18 +108,20 @@ def read_run(folder: Path, checkpoint: str, evaluate=None) -> Run:
         except (ValueError, OSError, RuntimeError) as error:
             raise Unusable(f"{weights.name} cannot be evaluated: {error}") from error
     try:
+        data = config.get("data") or {}
         if by_eval or not by_training:
             about = read_json(results / "about.json", "evaluation")
+            data = data | (about.get("settings", {}).get("data") or {})
             truth, images = Path(about["annotations"]), Path(about["images"])
         else:
-            results, data = folder, config["data"]
+            results = folder
             truth, images = (Path(data["root"]) / data["val"][key] for key in ("annotations", "images"))
         predictions = read_json(results / "predictions.json", "prediction")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise Unusable(f"its evaluation cannot be read: {error}") from None
     if not truth.exists():
         raise Unusable(f"its validation annotations {truth} are gone")
-    return Run(folder, config, weights, truth, images, predictions, log)
+    return Run(folder, config, weights, truth, images, predictions, log, data)
 
 
 def same_validation_set(runs: Sequence[Run]) -> tuple[list[Run], dict[Path, str]]:
@@ -126,15 +133,22 @@ def same_validation_set(runs: Sequence[Run]) -> tuple[list[Run], dict[Path, str]
     return kept, {run.folder: others[run.folder] for run, digest in zip(runs, digests) if digest != usual}
 
 
-def fitting(runs: Sequence[Run]) -> tuple[list[Run], dict[Path, str]]:
-    """The runs whose predictions are COCO results for their validation set, and what is wrong with the others.
-
-    Raises ConfigError if the annotations themselves, the same for all, cannot be used.
-    """
+def validation_truth(run: Run) -> Truth:
+    """The truth of a run's validation set as its evaluation saw it: with data.on_error=skip without the records that
+    were wrong and the images that are missing. Raises ConfigError if it cannot be used."""
+    masks, skip = run.data.get("masks", True), run.data.get("on_error") == "skip"
     try:
-        truth = check_annotations(runs[0].truth)
-    except (ValueError, TypeError) as error:
+        if not skip:  # a run that ends where something is wrong has seen all of it
+            return read_truth(run.truth, masks)
+        truth = read_coco(run.truth, None, masks, "skip", run.data.get("max_pixels", 100_000_000)).truth
+    except ValueError as error:
         raise ConfigError(f"runs: their validation set cannot be used: {error}") from error
+    names = truth.all_file_names()
+    return truth.select(np.flatnonzero(present(run.images, names))) if run.images.is_dir() else truth
+
+
+def fitting(runs: Sequence[Run], truth: Truth) -> tuple[list[Run], dict[Path, str]]:
+    """The runs whose predictions are COCO results for their validation set, and what is wrong with the others."""
     kept, wrong = [], {}
     for run in runs:
         try:

@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 from hotcoco import mask as rle_tools
+from pycocotools import mask as polygon_tools
 from scipy import stats
 
 from detector.evaluation.boundary import with_boundaries
-from detector.evaluation.coco import FIELD, as_rle, check_annotations, check_predictions
+from detector.evaluation.coco import FIELD, check_annotations, check_predictions, for_backend
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
@@ -54,11 +55,11 @@ def match(annotations, predictions, iou_type: str = "bbox") -> Matches:
     """COCO's greedy matching. annotations, predictions, iou_type (bbox, segm, boundary): as in coco_metrics."""
     if iou_type not in ("bbox", "segm", "boundary"):
         raise ValueError(f"iou_type is {iou_type!r}; choose bbox, segm or boundary")
-    truth = check_annotations(annotations, iou_type)
-    results = check_predictions(predictions, truth, iou_type)
-    image_of = {image: i for i, image in enumerate(sorted(image["id"] for image in truth["images"]))}
+    checked = check_annotations(annotations, iou_type)
+    truth, results = for_backend(checked, check_predictions(predictions, checked, iou_type), iou_type)
+    image_of = {image["id"]: i for i, image in enumerate(truth["images"])}
     category_of = {category["id"]: k for k, category in enumerate(truth["categories"])}
-    sizes = {image["id"]: image for image in truth["images"]}
+    sizes = {image["id"]: (image.get("height", 0), image.get("width", 0)) for image in truth["images"]}
     real, found = defaultdict(list), defaultdict(list)
     for group, entries in ((real, truth["annotations"]), (found, results)):
         for entry in entries:
@@ -80,7 +81,7 @@ def match(annotations, predictions, iou_type: str = "bbox") -> Matches:
     image, category, score = np.array(rows, float).reshape(-1, 3).T
     shape = (0, len(AREAS), len(THRESHOLDS))
     return Matches(
-        np.array(sorted(image_of)),
+        np.sort(checked.image_ids),
         [category["name"] for category in truth["categories"]],
         image.astype(np.int32),
         category.astype(np.int32),
@@ -112,11 +113,18 @@ def _ious(detections: list[dict], real: list[dict], iou_type: str, sizes: dict) 
     crowd = [entry["iscrowd"] for entry in real]
     if iou_type == "bbox":
         return rle_tools.iou([d["bbox"] for d in detections], [g["bbox"] for g in real], crowd)
-    masks = [[as_rle(e["segmentation"], sizes[e["image_id"]], "") for e in group] for group in (detections, real)]
+    masks = [[_drawn(e["segmentation"], sizes[e["image_id"]]) for e in group] for group in (detections, real)]
     ious = rle_tools.iou(*masks, crowd)
     if iou_type == "boundary":
         ious = with_boundaries(ious, *masks, crowd)
     return ious
+
+
+def _drawn(segmentation: list | dict, size: tuple[int, int]) -> dict:
+    """Checked polygons or compressed run lengths as the latter."""
+    if isinstance(segmentation, dict):
+        return segmentation
+    return polygon_tools.merge(polygon_tools.frPyObjects(segmentation, *size))
 
 
 def _assign(ious: np.ndarray, ignored: np.ndarray, real: list[dict]) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from detector.comparison.runs import Method, Run
 from detector.comparison.statistics import THRESHOLDS, Difference, Table, difference, draws, match, metrics, resample
-from detector.evaluation.coco import BOX_METRICS, read_json, run_coco_eval
+from detector.data.annotations import Truth
+from detector.evaluation.coco import BOX_METRICS, check_annotations, check_predictions, run_coco_eval
 from detector.evaluation.evaluator import measurable
 from detector.evaluation.tables import TITLES
 
@@ -19,15 +20,21 @@ TIDE = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")
 FEW_IMAGES, FEW_SEEDS = 100, 3
 
 
-def compare(methods: Sequence[Method], samples: int = 1000, seed: int = 0, boundary: bool = True, tick=lambda: None):
-    """Compare methods evaluated on one validation set. tick() is called after each run.
+def compare(
+    methods: Sequence[Method],
+    truth: Truth,
+    samples: int = 1000,
+    seed: int = 0,
+    boundary: bool = True,
+    tick=lambda: None,
+):
+    """Compare methods evaluated on one validation set, that of `truth`. tick() is called after each run.
 
     Returns a dict: validation, methods, warnings, kinds, metrics, curves, precision_recall, differences,
     curve_differences, per_class, tide, training. Fractions of 1; None where COCO has no number.
     """
-    truth = read_json(methods[0].runs[0].truth, "annotation")
     kinds = kinds_of(methods, truth, boundary)
-    weights = draws(len(truth["images"]), samples, seed)
+    weights = draws(len(truth), samples, seed)
     measured = {}
     for run in (run for method in methods for run in method.runs):
         measured[run.folder] = {kind: measure(run, truth, kind, weights) for kind in kinds}
@@ -35,9 +42,9 @@ def compare(methods: Sequence[Method], samples: int = 1000, seed: int = 0, bound
     report: dict[str, Any] = {
         "validation": {
             "annotations": str(methods[0].runs[0].truth),
-            "images": len(truth["images"]),
-            "objects": sum(not a.get("iscrowd") for a in truth["annotations"]),
-            "categories": [c["name"] for c in sorted(truth["categories"], key=lambda c: c["id"])],
+            "images": len(truth),
+            "objects": int((~truth.crowd).sum()),
+            "categories": truth.categories,
         },
         "methods": [
             {"label": m.label, "settings": m.settings, "seeds": m.seeds, "runs": [str(r.folder) for r in m.runs]}
@@ -63,7 +70,7 @@ def compare(methods: Sequence[Method], samples: int = 1000, seed: int = 0, bound
     return without_nan(report)
 
 
-def kinds_of(methods: Sequence[Method], truth: dict, boundary: bool) -> list[str]:
+def kinds_of(methods: Sequence[Method], truth: Truth, boundary: bool) -> list[str]:
     """The IoU types that all runs can be compared by: masks if none of them lacks some."""
     predictions = [run.predictions for method in methods for run in method.runs]
     masks = all("segmentation" in entry for entries in predictions for entry in entries[:1])
@@ -72,14 +79,15 @@ def kinds_of(methods: Sequence[Method], truth: dict, boundary: bool) -> list[str
     return kinds + (["boundary"] if boundary and "segm" in kinds else [])
 
 
-def measure(run: Run, truth: dict, kind: str, weights: np.ndarray) -> dict[str, Any]:
+def measure(run: Run, truth: Truth, kind: str, weights: np.ndarray) -> dict[str, Any]:
     """A run's numbers of one IoU type, on the data set and on the draws."""
-    matches = match(truth, run.predictions, kind)
+    results = check_predictions(run.predictions, check_annotations(truth, kind), kind)
+    matches = match(truth, results, kind)
     found: dict[str, Any] = {"full": resample(matches), "drawn": resample(matches, weights, areas=(0,))}
     found["numbers"] = {name: values[0] for name, values in metrics(found["full"]).items() if name != "curve"}
     found["categories"] = matches.categories
     if kind != "boundary":
-        evaluator, _ = run_coco_eval(truth, run.predictions, kind)
+        evaluator, _ = run_coco_eval(truth, results, kind)
         found["numbers"] = {n: np.nan if v < 0 else v for n, v in zip(BOX_METRICS, map(float, evaluator.stats))}
         precision = np.where(evaluator.eval["precision"] < 0, np.nan, evaluator.eval["precision"])[..., 0, -1]
         known = ~np.isnan(precision).all((0, 1))
@@ -203,13 +211,13 @@ def training_curve(run: Run) -> dict[str, Any]:
     return {"seed": run.seed, **curves, **speed}
 
 
-def warnings(methods: Sequence[Method], truth: dict) -> list[str]:
+def warnings(methods: Sequence[Method], truth: Truth) -> list[str]:
     """What limits the conclusions."""
     found = []
     if len(methods) == 1:
         found.append("There is one method only: nothing to compare.")
-    if len(truth["images"]) < FEW_IMAGES:
-        found.append(f"{len(truth['images'])} validation images are few: intervals of AP need about {FEW_IMAGES}.")
+    if len(truth) < FEW_IMAGES:
+        found.append(f"{len(truth)} validation images are few: intervals of AP need about {FEW_IMAGES}.")
     for method in methods:
         count = len(method.runs)
         if count == 1 and len(methods) > 1:
@@ -224,8 +232,8 @@ def warnings(methods: Sequence[Method], truth: dict) -> list[str]:
         empty = [str(run.folder) for run in method.runs if not run.predictions]
         if empty:
             found.append(f"{method.label}: no detections at all in {', '.join(empty)}.")
-    objects = {annotation["category_id"] for annotation in truth["annotations"] if not annotation.get("iscrowd")}
-    absent = [category["name"] for category in truth["categories"] if category["id"] not in objects]
+    objects = set(truth.labels[~truth.crowd].tolist())
+    absent = [name for label, name in enumerate(truth.categories, 1) if label not in objects]
     if absent:
         found.append(f"The validation set has no object of {', '.join(absent)}: left out of every mean.")
     return found

@@ -116,10 +116,11 @@ class CocoDataset(Dataset):
         cache: folder that keeps parsed annotations for the next start; see `open_coco`.
         copy_paste: share of the images that get some objects of another, drawn by chance (see copy_paste.py).
         problems: collects what is wrong instead of reporting it, for those who report by themselves.
+        truth: keep what evaluation compares with.
 
     Attributes:
         categories: name of label 1, 2, ...
-        category_ids: COCO id of label 1, 2, ... in this file; -1 where the file does not have the category.
+        category_ids: COCO id of label 1, 2, ... in this file; None where the file does not have the category.
         image_ids: [I] int64, image_sizes: [I, 2] int32 (height, width).
         annotation_file: path of the JSON.
     """
@@ -142,6 +143,7 @@ class CocoDataset(Dataset):
         cache: str | os.PathLike | None = None,
         copy_paste: float = 0.0,
         problems: Problems | None = None,
+        truth: bool = True,
     ):
         if mask_size < 1:
             raise ValueError(f"mask_size={mask_size}: must be positive")
@@ -158,7 +160,7 @@ class CocoDataset(Dataset):
         self.pipeline = transforms if isinstance(transforms, Pipeline) else Pipeline(transforms)
         self.masks, self.mask_size, self.seed = masks, mask_size, seed
         self.on_error, self.training, self.max_pixels, self.cache = on_error, training, max_pixels, cache
-        options = {"keypoints": keypoints, "cache": cache, "problems": problems}
+        options = {"keypoints": keypoints, "cache": cache, "truth": truth, "problems": problems}
         self.annotations = open_coco(annotations, categories, masks, on_error, max_pixels, **options)
         if masks and not len(self.annotations.points):
             logger.warning("%s: masks are wanted, but no object has a segmentation", self.annotation_file)
@@ -281,6 +283,16 @@ class CocoDataset(Dataset):
         centres = windows[:, :2, None] + (windows[:, 2:] - windows[:, :2])[:, :, None] * cells  # [G, 2, S]
         inside = (centres >= out.boxes[:, :2, None]) & (centres <= out.boxes[:, 2:, None])
         return masks & inside[:, 1, :, None] & inside[:, 0, None, :]
+
+
+def present(folder: Path, names: Sequence[str]) -> np.ndarray:
+    """[names] bool: which files exist below a folder. Each folder is listed once: a look at every file takes minutes on
+    network storage."""
+    found = set()
+    for below in set(map(os.path.dirname, names)):
+        if (folder / below).is_dir():
+            found.update(os.path.join(below, name) for name in os.listdir(folder / below))
+    return np.array([name in found for name in names], bool)
 
 
 def mirrored_keypoints(names: Sequence[str]) -> list[int]:

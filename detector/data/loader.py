@@ -30,6 +30,7 @@ def build_dataset(
     seed: int = 0,
     categories: Sequence[str] | None = None,
     problems: Problems | None = None,
+    truth: bool | None = None,
 ) -> CocoDataset:
     """The data set of one split.
 
@@ -41,6 +42,7 @@ def build_dataset(
         categories: names of labels 1, 2, ...: the training set's when the validation set is built, the checkpoint's in
             evaluation.
         problems: collects what is wrong in the files, instead of `data.on_error`.
+        truth: keep what evaluation compares with; by default for "val".
     """
     files, root = data[split], Path(data["root"])
     return CocoDataset(
@@ -59,6 +61,7 @@ def build_dataset(
         cache=data.get("cache"),
         copy_paste=augment.get("copy_paste", 0.0) if augment and split == "train" else 0.0,
         problems=problems,
+        truth=split != "train" if truth is None else truth,
     )
 
 

@@ -105,14 +105,18 @@ def rle_counts(counts: str | bytes | list[int], height: int, width: int) -> np.n
         runs -= ((text[ends] & 16) > 0) << (5 * lengths)
         runs[1::2] = runs[1::2].cumsum()  # every run but the first three is stored as a difference to the last but one
         runs[2::2] = runs[2::2].cumsum()
-    if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
+    if runs.ndim != 1 or (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
         raise ValueError(f"counts covers {int(runs.sum())} pixels, size {height} x {width} has {height * width}")
     return runs.astype(np.int64)
 
 
 def rle_rings(counts: str | bytes | list[int], height: int, width: int) -> list[np.ndarray]:
     """The rings (even-odd) around the foreground of a run-length mask; none where it is empty. Errors: `rle_counts`."""
-    runs = rle_counts(counts, height, width)
+    return run_rings(rle_counts(counts, height, width), height)
+
+
+def run_rings(runs: np.ndarray, height: int) -> list[np.ndarray]:
+    """The same from checked run lengths [runs]."""
     edges = runs.cumsum()[: len(runs) // 2 * 2]
     filled = runs[1::2] > 0
     starts, ends = edges[0::2][filled], edges[1::2][filled]

@@ -1,163 +1,270 @@
-"""From a COCO annotation file to `Annotations`, every record checked.
+"""From a COCO annotation file to `Annotations`, every record checked: the one reader of training and evaluation.
 
-Whatever is wrong in a file is found here, before training starts, and named by file, record, field and value.
+Whatever is wrong in a file is found here, before training starts, and named by file, record, field and value. What
+tools write in another way than COCO, but can only mean one thing, is read as that, and counted. Fields that detection
+does not need have no say.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pycocotools import mask as rle_tools
 
-from detector.data.annotations import Annotations
-from detector.data.outlines import rle_rings
+from detector.data.annotations import Annotations, Truth, starts_of
+from detector.data.outlines import rle_counts, run_rings
 
 logger = logging.getLogger(__name__)
+
+SHOWN = 10  # examples of each kind of problem that are kept
+FAR = 10  # a polygon that leaves its image by more than ten times its size is none of this image
+MANY_CROWDS = 0.25  # share of crowd regions that is worth a word; COCO has 0.01
+WHOLE = re.compile(r"\s*([+-]?[0-9]{1,19})(?:\.0*)?\s*")
+NUMBER = re.compile(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?\s*")
+
+
+@dataclass
+class Places:
+    """How often something occurs in a file, and where first."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, where: str) -> None:
+        self.count += 1
+        if self.count <= SHOWN:
+            self.examples.append(where)
 
 
 @dataclass
 class Problems:
     """What is wrong in a file, by kind. Errors stop the run unless `on_error` is "skip"; the rest is only reported."""
 
-    path: Path
+    path: str | Path
     on_error: str = "raise"
-    found: dict[tuple[bool, str], list[str]] = field(default_factory=dict)
+    found: dict[tuple[bool, str], Places] = field(default_factory=dict)
+    advice: str = "\nMend the file, or leave these records out with data.on_error=skip"
 
     def __post_init__(self):
         if self.on_error not in ("raise", "skip"):
             raise ValueError(f"on_error={self.on_error!r}: must be 'raise' or 'skip'")
 
     def error(self, kind: str, where: str) -> None:
-        self.found.setdefault((True, kind), []).append(where)
+        self.found.setdefault((True, kind), Places()).add(where)
 
     def notice(self, kind: str, where: str) -> None:
-        self.found.setdefault((False, kind), []).append(where)
+        self.found.setdefault((False, kind), Places()).add(where)
 
     def report(self) -> None:
         """Raise ValueError for errors where they are not to be skipped; one warning for everything else."""
         lines = {True: [], False: []}
         for (is_error, kind), places in self.found.items():
-            shown = "; ".join(places[:5]) + (f"; and {len(places) - 5} more" if len(places) > 5 else "")
-            lines[is_error].append(f"{len(places)} x {kind}: {shown}")
+            more = f"; and {places.count - 5} more" if places.count > 5 else ""
+            lines[is_error].append(f"{places.count} x {kind}: {'; '.join(places.examples[:5])}{more}")
         if lines[True] and self.on_error == "raise":
-            raise ValueError(
-                f"{self.path}: " + "\n  ".join(lines[True]) + "\nMend the file, or leave these records out with "
-                "data.on_error=skip"
-            )
+            raise ValueError(f"{self.path}: " + "\n  ".join(lines[True]) + self.advice)
         if self.found:
             logger.warning("%s:\n  %s", self.path, "\n  ".join(lines[True] + lines[False]))
 
 
 def read_coco(
-    path: str | os.PathLike,
+    source: str | os.PathLike | Mapping,
     categories: Sequence[str] | None = None,
     masks: bool = True,
     on_error: str = "raise",
     max_pixels: int = 100_000_000,
     keypoints: bool = False,
     problems: Problems | None = None,
+    truth: bool = True,
 ) -> Annotations:
-    """Read a COCO instances file.
+    """Read COCO instances to train on or to evaluate a model on.
 
     Args:
+        source: path of a JSON file, or what was loaded from one.
         categories: names of labels 1, 2, ...; by default the file's own, in the order of their ids.
-        masks: keep the outlines. A crowd region's outline is never needed: its box is where nothing is learnt.
-        on_error: "raise" stops at records that cannot be right (unknown ids, duplicate ids, numbers that are none,
-            masks of another size); "skip" leaves them out with a warning. Boxes outside the image or of no size occur
-            in COCO itself: they are left out with a warning either way.
+        masks: read the segmentations. A crowd region's outline is not learnt from: its box is where nothing is learnt.
+        on_error: "raise" stops at records that cannot be right (unknown ids, numbers that are none, masks of another
+            size); "skip" leaves them out with a warning, in training and evaluation. Boxes outside the image or of no
+            size occur in COCO itself: nothing is learnt from them, and they are evaluated as COCO does.
         max_pixels: larger images are refused.
         keypoints: keep the keypoints. All categories that have some must have the same.
         problems: collects what is wrong instead of reporting it, for those who report by themselves.
+        truth: keep what evaluation compares with.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, not COCO, no images or no objects, or wrong records and on_error="raise".
+        ValueError: not JSON, not COCO, no images or nothing to learn from, or wrong records and on_error="raise".
     """
-    path = Path(path)
-    content = _load(path)
-    collected, problems = problems, problems or Problems(path, on_error)
-    names, ids, label_of = _read_categories(path, content["categories"], categories)
-    keypoint_names = _read_keypoint_names(path, content["categories"]) if keypoints else []
-    images = _read_images(content["images"], problems, max_pixels)
-    listed = {record["id"] for record in content["images"] if isinstance(record, dict) and _is_int(record.get("id"))}
-    by_image: dict[int, list[_Object]] = {image_id: [] for image_id in images}
-    seen: set[int] = set()
-    for number, record in enumerate(content["annotations"]):
-        item = _read_object(number, record, images, listed, label_of, seen, masks, len(keypoint_names), problems)
-        if item is not None:
-            by_image[record["image_id"]].append(item)
+    name, content = _load(source)
+    collected, problems = problems, problems or Problems(name, on_error)
+    classes = _read_categories(name, content, problems)
+    names, ids = _labels(name, classes, categories)
+    keypoint_names = _read_keypoint_names(name, content["categories"]) if keypoints else []
+    reader = _Reader(problems, classes, masks, len(keypoint_names), max_pixels)
+    found = reader.read(content)
     if collected is None:
         problems.report()
-    if not images:
-        raise ValueError(f"{path}: no usable images ('images' has {len(content['images'])} records)")
-    if not any(by_image.values()):
-        raise ValueError(f"{path}: no usable objects ('annotations' has {len(content['annotations'])} records)")
-    return _pack(names, ids, keypoint_names, images, by_image)
+    if not reader.images:
+        raise ValueError(f"{name}: no usable images ('images' has {len(content['images'])} records)")
+    learnt = [item for items in found for item in items if item.learnt]
+    if not learnt:
+        raise ValueError(f"{name}: no usable objects ('annotations' has {len(content['annotations'])} records)")
+    if all(item.crowd for item in learnt):
+        raise ValueError(
+            f"{name}: all {len(learnt)} usable objects are crowd regions (iscrowd: 1): nothing is learnt from them, "
+            "and no detection has to find them. Write iscrowd: 0 for single objects"
+        )
+    label_of = {id_: label for label, id_ in enumerate(ids, 1)}
+    arrays = _pack_learnt(reader, found, [label_of[classes.ids[label]] for label in range(len(classes.ids))])
+    return Annotations(
+        **_pack_images(reader),
+        **arrays,
+        categories=names,
+        category_ids=ids,
+        keypoint_names=keypoint_names,
+        truth=_pack_truth(reader, found) if truth else None,
+    )
 
 
-class _Object(NamedTuple):
-    id: int
-    box: tuple[float, float, float, float]
-    label: int
-    crowd: bool
-    even_odd: bool
-    rings: list[np.ndarray]
-    keypoints: list[float]
+def read_truth(source: str | os.PathLike | Mapping | Truth, masks: bool = True, keypoints: bool = False) -> Truth:
+    """Read COCO instances to compare results with: images need no file names, nor sizes where nothing is drawn.
+
+    Raises as `read_coco`. What is a `Truth` already is given back.
+    """
+    if isinstance(source, Truth):
+        return source
+    name, content = _load(source)
+    problems = Problems(name, advice="")
+    classes = _read_categories(name, content, problems)
+    reader = _Reader(problems, classes, masks, _count_keypoints(content) if keypoints else 0, None)
+    found = reader.read(content)
+    problems.report()
+    return _pack_truth(reader, found)
 
 
-def _load(path: Path) -> dict[str, Any]:
+# ---------------------------------------------------------------------------------------------------------- whole files
+
+
+def read_json(path: str | os.PathLike, what: str = "annotation") -> Any:
+    """The content of a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte-order mark."""
+    path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"annotation file {path} does not exist: check data.root and the annotation options")
+        advice = ": check data.root and the annotation options" if what == "annotation" else ""
+        raise FileNotFoundError(f"{what} file {path} does not exist{advice}")
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or a number of thousands of digits
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no Unicode, or a number of thousands of digits
         raise ValueError(f"{path}: not JSON ({error}); the file may be cut short or of another format") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not COCO: the top level is a {type(content).__name__}, not an object")
+
+
+def _load(source: str | os.PathLike | Mapping) -> tuple[str, Mapping]:
+    """What to call it, and its content."""
+    name, content = "annotations", source
+    if isinstance(source, (str, os.PathLike)):
+        name, content = str(source), read_json(source)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{name}: not COCO: the top level is a {type(content).__name__}, not an object")
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list):
             found = f"is a {type(content[key]).__name__}" if key in content else "is missing"
-            raise ValueError(f"{path}: not COCO instances: '{key}' {found}, a list is needed")
-    return content
+            raise ValueError(f"{name}: not COCO instances: '{key}' {found}, a list is needed")
+    return name, content
 
 
-def _read_categories(
-    path: Path, records: list, wanted: Sequence[str] | None
-) -> tuple[list[str], list[int], dict[int, int]]:
-    """Names and ids in the order of labels, and the label of each id."""
-    for record in records:
-        if not (isinstance(record, dict) and _is_int(record.get("id")) and isinstance(record.get("name"), str)):
-            raise ValueError(f"{path}: categories: {record!r} needs an integer 'id' and a text 'name'")
-    id_of = {record["name"]: record["id"] for record in records}
-    if not records or len(id_of) < len(records) or len(set(id_of.values())) < len(records):
-        raise ValueError(f"{path}: categories: ids and names must each occur once, and there must be some: {records!r}")
-    names = sorted(id_of, key=id_of.get) if wanted is None else list(wanted)
-    unknown, missing = sorted(set(id_of) - set(names)), [name for name in names if name not in id_of]
+class _Classes(NamedTuple):
+    """The categories of a file, in the order of their ids."""
+
+    names: list[str]
+    ids: list[int]
+    frequencies: list[str | None]
+
+
+def _read_categories(name: str, content: Mapping, problems: Problems) -> _Classes:
+    found: dict[int, tuple[str, str | None]] = {}
+    for record in content["categories"]:
+        id_ = whole(record.get("id")) if isinstance(record, dict) else None
+        title = record.get("name") if id_ is not None else None
+        if type(title) is int and whole(title) is not None:
+            problems.notice("name of a category that is a number, read as text", f"category {id_} name={title}")
+            title = str(title)
+        if not isinstance(title, str) or not _is_text(title):
+            raise ValueError(f"{name}: categories: {_short(record)} needs an integer 'id' and a text 'name'")
+        if not isinstance(record["id"], int):
+            problems.notice("id that is not written as a whole number, read as one", f"category id={record['id']!r}")
+        if id_ in found:
+            raise ValueError(
+                f"{name}: categories: ids must each occur once; {id_} is that of {found[id_][0]!r} and of {title!r}"
+            )
+        frequency = record.get("frequency")
+        found[id_] = title, frequency if isinstance(frequency, str) and frequency in ("r", "c", "f") else None
+    if not found:
+        raise ValueError(f"{name}: categories: there must be some, and names must each occur once; there are none")
+    by_name = defaultdict(list)
+    for id_ in sorted(found):
+        by_name[found[id_][0]].append(id_)
+    for title, ids in by_name.items():
+        if len(ids) == 1:
+            continue
+        used = Counter(whole(a.get("category_id")) for a in content["annotations"] if isinstance(a, dict))
+        if 0 in ids and not used[0]:  # Roboflow's super-category
+            problems.notice("category 0 repeats a name and no object uses it, left out", f"category 0 name={title!r}")
+            del found[0]
+            ids.remove(0)
+        if len(ids) > 1:
+            counts = " and ".join(f"id {id_} ({used[id_]} objects)" for id_ in ids)
+            raise ValueError(
+                f"{name}: categories: names must each occur once; {title!r} is that of {counts}. If they mean the "
+                f"same, write category_id {ids[-1]} for the objects of {', '.join(map(str, ids[:-1]))} and remove the "
+                "others from 'categories'; if not, rename one"
+            )
+    ids = sorted(found)
+    return _Classes([found[id_][0] for id_ in ids], ids, [found[id_][1] for id_ in ids])
+
+
+def _labels(name: str, classes: _Classes, wanted: Sequence[str] | None) -> tuple[list[str], list[int | None]]:
+    """Names in the order of labels, and the id of each in the file."""
+    if wanted is None:
+        return classes.names, list(classes.ids)
+    id_of, names = dict(zip(classes.names, classes.ids)), list(wanted)
+    unknown, missing = sorted(set(id_of) - set(names)), [title for title in names if title not in id_of]
     if unknown:
         raise ValueError(
-            f"{path}: categories {unknown} are not among those of the training set or model, {names}; "
+            f"{name}: categories {unknown} are not among those of the training set or model, {names}; "
             "categories are matched by name"
         )
     if missing:
-        logger.warning("%s: has no categories %s; nothing of them will be found here", path, missing)
-    return names, [id_of.get(name, -1) for name in names], {id_of[n]: i + 1 for i, n in enumerate(names) if n in id_of}
+        logger.warning("%s: has no categories %s; nothing of them will be found here", name, missing)
+    return names, [id_of.get(title) for title in names]
 
 
-def _read_keypoint_names(path: Path, records: list) -> list[str]:
+def _read_keypoint_names(name: str, records: list) -> list[str]:
     found = [record["keypoints"] for record in records if record.get("keypoints")]
-    if not found or any(names != found[0] for names in found) or not all(isinstance(name, str) for name in found[0]):
+    right = found and all(names == found[0] for names in found) and isinstance(found[0], list)
+    if not right or not all(isinstance(title, str) for title in found[0]):
         raise ValueError(
-            f"{path}: categories: 'keypoints' must be one list of names, there are {found}; "
+            f"{name}: categories: 'keypoints' must be one list of names, there are {found}; "
             "data.keypoints=false leaves keypoints out"
         )
     return found[0]
+
+
+def _count_keypoints(content: Mapping) -> int:
+    """How many keypoints most objects have."""
+    lists = [a.get("keypoints") for a in content["annotations"] if isinstance(a, dict)]
+    counts = Counter(len(points) // 3 for points in lists if isinstance(points, (list, tuple)) and points)
+    return counts.most_common(1)[0][0] if counts else 0
 
 
 def leads_out(name: str) -> bool:
@@ -165,162 +272,494 @@ def leads_out(name: str) -> bool:
     return os.path.isabs(name) or ".." in name.replace("\\", "/").split("/") or "\0" in name
 
 
-def _read_images(records: list, problems: Problems, max_pixels: int) -> dict[int, tuple[str, int, int]]:
-    """File name, height and width by image id."""
-    images: dict[int, tuple[str, int, int]] = {}
-    names: set[str] = set()
-    for number, record in enumerate(records):
-        if not isinstance(record, dict) or not _is_int(record.get("id")):
-            problems.error("image without an integer id", f"images[{number}]={_short(record)}")
-            continue
-        where = f"image {record['id']}"
-        name, height, width = record.get("file_name"), record.get("height"), record.get("width")
-        if not isinstance(name, str) or not name:
-            problems.error("image without a file_name", f"{where} file_name={name!r}")
-        elif not (_is_int(height) and _is_int(width) and height > 0 and width > 0):
-            problems.error("image without a size", f"{where} height={height!r} width={width!r}")
-        elif height * width > max_pixels:
-            problems.error(f"image over data.max_pixels={max_pixels}", f"{where} {width} x {height}")
-        elif leads_out(name):
-            problems.error("file_name leads out of the image folder", f"{where} file_name={name!r}")
-        elif record["id"] in images:
-            problems.error("duplicate image id", f"{where} file_name={name!r} and {images[record['id']][0]!r}")
-        else:
-            if name in names:
-                problems.notice("file_name used by two images", f"{where} file_name={name!r}")
-            names.add(name)
-            images[record["id"]] = (name, height, width)
-    return images
+# -------------------------------------------------------------------------------------------------------------- records
 
 
-def _read_object(
-    number: int,
-    record: Any,
-    images: dict[int, tuple[str, int, int]],
-    listed: set[int],
-    label_of: dict[int, int],
-    seen: set[int],
-    masks: bool,
-    num_keypoints: int,
-    problems: Problems,
-) -> _Object | None:
-    """One checked annotation, or None with the reason in `problems`."""
-    if not isinstance(record, dict) or not _is_int(record.get("id")):
-        return problems.error("annotation without an integer id", f"annotations[{number}]={_short(record)}")
-    where, image_id, category_id = f"annotation {record['id']}", record.get("image_id"), record.get("category_id")
-    if record["id"] in seen:
-        return problems.error("duplicate annotation id", f"{where} (annotations[{number}])")
-    seen.add(record["id"])
-    if not _is_int(image_id) or image_id not in images:
-        if not _is_int(image_id) or image_id not in listed:  # otherwise its image has been reported
-            problems.error("unknown image_id", f"{where} image_id={image_id!r}")
-        return None
-    if not _is_int(category_id) or category_id not in label_of:
-        return problems.error("unknown category_id", f"{where} category_id={category_id!r}")
-    _, height, width = images[image_id]
-    crowd = record.get("iscrowd", 0)
-    if crowd not in (0, 1):
-        return problems.error("iscrowd is not 0 or 1", f"{where} iscrowd={crowd!r}")
+class _Image(NamedTuple):
+    file_name: str
+    height: int
+    width: int
+    negative: list[int]  # LVIS's lists, as labels
+    unsure: list[int]
 
-    segmentation, rings, even_odd = record.get("segmentation"), [], False
-    if isinstance(segmentation, dict) and segmentation.get("size") != [height, width]:
-        size = _short(segmentation.get("size"))
-        return problems.error("mask of another size", f"{where} size={size}, the image has [{height}, {width}]")
-    if segmentation and ((masks and not crowd) or record.get("bbox") is None):
-        try:
-            rings, even_odd = _read_rings(segmentation, height, width)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            return problems.error("wrong segmentation", f"{where} segmentation: {error}")
-        if not rings:
-            problems.notice("segmentation without an area, box kept", where)
 
-    bbox = record.get("bbox")
-    if bbox is None and rings:
-        box = np.concatenate([np.min([r.min(0) for r in rings], axis=0), np.max([r.max(0) for r in rings], axis=0)])
-        x1, y1, x2, y2 = box.tolist()
-    else:
-        if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_finite, bbox))):
+class Mask(NamedTuple):
+    """A segmentation: polygons [n, 2] float64 that add up, or run lengths in both forms."""
+
+    size: tuple[int, int]  # height, width; 0, 0 where nothing tells
+    polygons: list[np.ndarray]
+    extent: np.ndarray | None = None  # x1, y1, x2, y2 of the polygons
+    runs: np.ndarray | None = None
+    counts: bytes = b""
+
+    def bounds(self) -> tuple[float, float, float, float]:
+        """x, y, width, height."""
+        if self.runs is not None:
+            return tuple(rle_tools.toBbox(self.rle()).tolist())
+        x1, y1, x2, y2 = self.extent.tolist()
+        return x1, y1, x2 - x1, y2 - y1
+
+    def area(self) -> float:
+        """Number of pixels; 0 for polygons on an image of unknown size."""
+        return float(rle_tools.area(self.rle())) if self.size[0] else 0.0
+
+    def rle(self) -> dict:
+        """As compressed run lengths."""
+        if self.runs is not None:
+            return {"size": list(self.size), "counts": self.counts}
+        parts = rle_tools.frPyObjects([polygon.ravel().tolist() for polygon in self.polygons], *self.size)
+        return rle_tools.merge(parts)
+
+
+class _Learnt(NamedTuple):
+    """What training sees of an object."""
+
+    box: tuple[float, float, float, float]  # x1, y1, x2, y2, clipped
+    rings: list[np.ndarray]
+    even_odd: bool
+
+
+class _Object(NamedTuple):
+    id: int
+    label: int
+    box: tuple[float, float, float, float]  # x, y, width, height
+    area: float
+    crowd: bool
+    ignored: bool
+    mask: Mask | None
+    keypoints: list[float]
+    num_keypoints: int
+    learnt: _Learnt | None
+
+
+NOT_LEARNT = "nothing is learnt from it, but evaluation counts it as an object to be found, as COCO does"
+NO_MASK = "segmentation without a polygon of at least three points, no mask for the object"
+LESS_MASK = "polygon of fewer than three points or of an odd number of coordinates, left out"
+
+
+class _Reader:
+    """Reads the records of a file; max_pixels is None where the pictures themselves are of no interest."""
+
+    def __init__(self, problems: Problems, classes: _Classes, masks: bool, num_keypoints: int, max_pixels: int | None):
+        self.problems, self.classes, self.masks, self.num_keypoints = problems, classes, masks, num_keypoints
+        self.max_pixels, self.learning = max_pixels, max_pixels is not None
+        self.label_of = {id_: label for label, id_ in enumerate(classes.ids, 1)}
+        self.images: dict[int, _Image] = {}
+        self.federated = False
+
+    def read(self, content: Mapping) -> list[list[_Object]]:
+        """The objects of each image of `self.images`."""
+        listed = self._read_images(content["images"])
+        by_image: dict[int, list[_Object]] = {image_id: [] for image_id in self.images}
+        seen: set[int] = set()
+        maskless, crowds = [], []
+        for number, record in enumerate(content["annotations"]):
+            if not isinstance(record, dict):
+                self.problems.error("annotation that is no object", f"annotations[{number}]={_short(record)}")
+                continue
+            own = whole(record.get("id"))
+            where = f"annotations[{number}]" if own is None else f"annotation {own}"
+            if own is None:
+                self.problems.notice("annotation without an id of its own, numbered", where)
+            elif own in seen:
+                where += f" (annotations[{number}])"
+                self.problems.notice("annotation id that occurs twice, numbered", where)
+            seen.add(own)
+            item = self._read_object(record, where, number if own is None else own, listed, by_image)
+            if item is not None and not item.crowd and item.mask is None and not record.get("segmentation"):
+                maskless.append(where)
+            if item is not None and item.crowd:
+                crowds.append(where)
+        objects = [item for items in by_image.values() for item in items]
+        if self.learning and self.masks and any(item.mask and not item.crowd for item in objects):
+            for where in maskless:
+                self.problems.notice("object without a segmentation, whose mask is neither learnt nor measured", where)
+        if self.learning and len(crowds) > MANY_CROWDS * len(objects):
+            kind = f"crowd region (iscrowd: 1) among only {len(objects)} objects: neither learnt from nor to be found"
+            for where in crowds:
+                self.problems.notice(kind, where)
+        return list(by_image.values())
+
+    def _read_images(self, records: list) -> set[int]:
+        """Fills `images`; returns the ids of all records, the wrong ones too."""
+        names, listed = set(), set()
+        self.federated = bool(records) and all(
+            isinstance(record, dict) and isinstance(record.get("neg_category_ids"), list) for record in records
+        )
+        for number, record in enumerate(records):
+            id_ = self._whole(record, "id", f"images[{number}]") if isinstance(record, dict) else None
+            if id_ is None:
+                self.problems.error("image without an integer id", f"images[{number}]={_short(record)}")
+                continue
+            listed.add(id_)
+            image = self._read_image(record, f"image {id_}")
+            if image is None:
+                continue
+            if id_ in self.images and image[:3] == self.images[id_][:3]:
+                self.problems.notice("image that is listed twice, taken once", f"image {id_}")
+            elif id_ in self.images:
+                other = self.images[id_].file_name
+                where = f"image {id_} file_name={image.file_name!r} and {other!r}"
+                self.problems.error("duplicate image id", where)
+            else:
+                if image.file_name in names and self.learning:
+                    self.problems.notice("file_name used by two images", f"image {id_} file_name={image.file_name!r}")
+                names.add(image.file_name)
+                self.images[id_] = image
+        return listed
+
+    def _read_image(self, record: dict, where: str) -> _Image | None:
+        name, size = record.get("file_name"), f"height={record.get('height')!r} width={record.get('width')!r}"
+        height, width = (self._whole(record, key, where) for key in ("height", "width"))
+        lists = [self._lvis_list(record, key) for key in ("neg_category_ids", "not_exhaustive_category_ids")]
+        known = height is not None and width is not None and 0 < height < 2**31 and 0 < width < 2**31
+        if not self.learning:
+            name = name if isinstance(name, str) and _is_text(name) else ""
+            return _Image(name, *((height, width) if known else (0, 0)), *lists)
+        if not isinstance(name, str) or not name or not _is_text(name):
+            return self.problems.error("image without a file_name", f"{where} file_name={name!r}")
+        if not (height and width and height > 0 and width > 0):
+            return self.problems.error("image without a size", f"{where} {size}")
+        if height * width > self.max_pixels or not known:
+            return self.problems.error(f"image over data.max_pixels={self.max_pixels}", f"{where} {width} x {height}")
+        if leads_out(name):
+            return self.problems.error("file_name leads out of the image folder", f"{where} file_name={name!r}")
+        return _Image(name, height, width, *lists)
+
+    def _lvis_list(self, record: dict, key: str) -> list[int]:
+        values = record.get(key) if self.federated else []
+        ids = map(whole, values) if isinstance(values, list) else []
+        return [self.label_of[id_] for id_ in ids if id_ in self.label_of]
+
+    def _read_object(
+        self, record: dict, where: str, own: int, listed: set[int], by_image: dict[int, list[_Object]]
+    ) -> _Object | None:
+        """One checked annotation, put to its image, or None with the reason in `problems`."""
+        problems = self.problems
+        image_id = self._whole(record, "image_id", where)
+        if image_id not in self.images:
+            if image_id is None or image_id not in listed:  # otherwise its image has been reported
+                problems.error("unknown image_id", f"{where} image_id={_short(record.get('image_id'))}")
+            return None
+        category_id = self._whole(record, "category_id", where)
+        if category_id not in self.label_of:
+            return problems.error("unknown category_id", f"{where} category_id={_short(record.get('category_id'))}")
+        crowd = flag(record.get("iscrowd"))
+        if crowd is None:
+            return problems.error("iscrowd is not 0 or 1", f"{where} iscrowd={_short(record['iscrowd'])}")
+        if type(record.get("iscrowd", 0)) is not int:
+            problems.notice("iscrowd that is not written as 0 or 1, read as such", f"{where} {record['iscrowd']!r}")
+
+        bbox = record.get("bbox")
+        no_box = bbox is None or (isinstance(bbox, list) and not bbox)
+        area = number(record.get("area"))
+        mask, segmentation = None, record.get("segmentation")
+        no_area = area is None or area <= 0
+        if segmentation is not None and (self.masks or no_box or no_area):
+            try:
+                mask = read_mask(segmentation, self.images[image_id][1:3], partial(problems.notice, where=where))
+            except OtherSize as error:
+                if self.masks or no_box:
+                    return problems.error("mask of another size", f"{where} {error}")
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+                if self.masks or no_box:
+                    return problems.error("wrong segmentation", f"{where} segmentation: {error}")
+        image = self.images[image_id]
+        if mask is not None and not image.height:  # run lengths tell the size
+            image = self.images[image_id] = image._replace(height=mask.size[0], width=mask.size[1])
+        if no_box and mask is not None:
+            box = mask.bounds()
+            problems.notice("no bbox, taken from the segmentation", where)
+        elif (box := self._read_box(bbox, where)) is None:
             return problems.error("bbox is not four finite numbers", f"{where} bbox={_short(bbox)}")
-        x1, y1, w, h = bbox
-        x2, y2 = x1 + w, y1 + h
+        if no_area:
+            area = (mask.area() if mask else 0.0) or box[2] * box[3]
+            value = f"area={_short(record['area'])}" if "area" in record else "no area"
+            problems.notice("area that is no positive number, taken from the mask or the box", f"{where} {value}")
+        elif isinstance(record["area"], str):
+            problems.notice("area written as text, read as a number", f"{where} area={record['area']!r}")
+        keypoints, num_keypoints = self._read_keypoints(record, where) if self.num_keypoints else ([], 0)
+        if keypoints is None:
+            return None
+        mask = mask if self.masks else None
+        learnt = self._learnt(box, mask, crowd, image, where, box if no_box else bbox) if self.learning else None
+        ignored = bool(flag(record.get("ignore")))
+        item = _Object(
+            own, self.label_of[category_id], box, area, crowd, ignored, mask, keypoints, num_keypoints, learnt
+        )
+        by_image[image_id].append(item)
+        return item
+
+    def _whole(self, record: dict, key: str, where: str) -> int | None:
+        """`whole` of a field, with a notice where it is not written as a whole number."""
+        value = record.get(key)
+        read = whole(value)
+        if read is not None and not isinstance(value, (int, np.integer)):
+            self.problems.notice("number that is not written as a whole one, read as such", f"{where} {key}={value!r}")
+        return read
+
+    def _read_box(self, bbox: Any, where: str) -> tuple[float, float, float, float] | None:
+        """x, y, width and height; a box that was drawn backwards is turned round. None where there is none."""
+        if not isinstance(bbox, (list, tuple, np.ndarray)) or len(bbox) != 4:
+            return None
+        box = [number(value) for value in bbox]
+        if None in box:
+            return None
+        x, y, width, height = box
+        if any(isinstance(value, str) for value in bbox):
+            self.problems.notice("bbox written as text, read as numbers", f"{where} bbox={_short(bbox)}")
+        if width < 0 or height < 0:
+            self.problems.notice("bbox of negative size, turned round", f"{where} bbox={_short(bbox)}")
+            x, y, width, height = min(x, x + width), min(y, y + height), abs(width), abs(height)
+        return (x, y, width, height) if math.isfinite(x + width) and math.isfinite(y + height) else None
+
+    def _read_keypoints(self, record: dict, where: str) -> tuple[list[float] | None, int]:
+        """x, y, visibility of each keypoint, and how many count; None instead where they are wrong."""
+        points = record.get("keypoints") or [0] * 3 * self.num_keypoints
+        if not (
+            isinstance(points, (list, tuple))
+            and len(points) == 3 * self.num_keypoints
+            and all(map(_is_finite, points))
+            and set(points[2::3]) <= {0, 1, 2}
+        ):
+            what = f"keypoints are not {self.num_keypoints} times x, y and visibility 0, 1 or 2"
+            self.problems.error(what, f"{where} keypoints={_short(points)}")
+            return None, 0
+        count = whole(record.get("num_keypoints"))
+        return list(points), sum(v > 0 for v in points[2::3]) if count is None or count < 0 else count
+
+    def _learnt(
+        self, box: tuple, mask: Mask | None, crowd: bool, image: _Image, where: str, bbox: Any
+    ) -> _Learnt | None:
+        """What is learnt from an object; None where its box holds nothing of the image."""
+        x1, y1, w, h = box
+        x2, y2, (_, height, width, *_) = x1 + w, y1 + h, image
         if w < 1e-2 or h < 1e-2:
-            return problems.notice("bbox of no size, object left out", f"{where} bbox={bbox}")
-    if x1 > width - 1e-2 or y1 > height - 1e-2 or x2 < 1e-2 or y2 < 1e-2:
-        return problems.notice("bbox outside the image, object left out", f"{where} bbox={bbox}")
-    if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1:  # less is rounding
-        problems.notice("bbox reaches out of the image, clipped", f"{where} bbox={bbox} of {width} x {height}")
-    box = (max(x1, 0), max(y1, 0), min(x2, width), min(y2, height))
-    if crowd or not masks:
-        rings = []
-    keypoints = record.get("keypoints") or [0] * 3 * num_keypoints
-    if num_keypoints and not (
-        isinstance(keypoints, list)
-        and len(keypoints) == 3 * num_keypoints
-        and all(map(_is_finite, keypoints))
-        and set(keypoints[2::3]) <= {0, 1, 2}
-    ):
-        what = f"keypoints are not {num_keypoints} times x, y and visibility 0, 1 or 2"
-        return problems.error(what, f"{where} keypoints={_short(keypoints)}")
-    return _Object(record["id"], box, label_of[category_id], bool(crowd), even_odd, rings, keypoints)
+            return self.problems.notice(f"bbox of no size: {NOT_LEARNT}", f"{where} bbox={_short(bbox)}")
+        if x1 > width - 1e-2 or y1 > height - 1e-2 or x2 < 1e-2 or y2 < 1e-2:
+            return self.problems.notice(f"bbox outside the image: {NOT_LEARNT}", f"{where} bbox={_short(bbox)}")
+        if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1:  # less is rounding
+            where = f"{where} bbox={_short(bbox)} of {width} x {height}"
+            self.problems.notice("bbox reaches out of the image, clipped", where)
+        rings, even_odd = [], False
+        if mask is not None and not crowd:
+            if mask.runs is not None:
+                rings, even_odd = run_rings(mask.runs, height), True
+            else:
+                left, top, right, bottom = mask.extent.astype(np.float32).tolist()
+                if min(right, width) > max(left, 0) and min(bottom, height) > max(top, 0):
+                    rings = [polygon.astype(np.float32) for polygon in mask.polygons]
+            if not rings:
+                self.problems.notice("segmentation without an area, box kept", where)
+        return _Learnt((max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)), rings, even_odd)
 
 
-def _read_rings(segmentation: Any, height: int, width: int) -> tuple[list[np.ndarray], bool]:
-    """Rings and whether they fill by the even-odd rule. Raises with what is wrong."""
-    if isinstance(segmentation, dict):
-        return rle_rings(segmentation["counts"], height, width), True
-    if not isinstance(segmentation, list):
-        raise ValueError(f"{_short(segmentation)} is neither polygons nor run lengths")
-    rings = []
+class OtherSize(ValueError):
+    """A mask of another size than its image."""
+
+
+def read_mask(segmentation: Any, size: Sequence[int], notice: Callable[[str], None]) -> Mask | None:
+    """A segmentation as COCO or tools write it, on an image of `size` (height, width; 0, 0 where that is unknown).
+
+    None where it holds nothing. notice: called with what is written in another way than COCO's, and read all the same.
+    Raises OtherSize, and ValueError, TypeError, KeyError, AttributeError or OverflowError for what cannot be read.
+    """
+    if isinstance(segmentation, list) and len(segmentation) == 1 and isinstance(segmentation[0], dict):
+        notice("run lengths in a list, read as such")
+        segmentation = segmentation[0]
+    if isinstance(segmentation, dict) and segmentation:
+        own = segmentation.get("size")
+        read = tuple(map(whole, own)) if isinstance(own, (list, tuple, np.ndarray)) else ()
+        unknown = not size[0] and len(read) == 2 and None not in read and min(read) > 0
+        if not unknown and read != tuple(size):
+            raise OtherSize(f"size={_short(own)}, the image has {list(size)}")
+        return _read_runs(segmentation["counts"], read, notice)
+    if not isinstance(segmentation, (list, tuple)):
+        if segmentation:
+            raise ValueError(f"{_short(segmentation)} is neither polygons nor run lengths")
+        return None
+    return _read_polygons(segmentation, tuple(size), notice) if segmentation else None
+
+
+def _read_runs(counts: Any, size: tuple[int, int], notice: Callable[[str], None]) -> Mask:
+    if isinstance(counts, str) and counts[:2] in ("b'", 'b"'):
+        notice("run lengths that are bytes written as text, read as such")
+        try:
+            counts = ast.literal_eval(counts)
+        except (SyntaxError, MemoryError, RecursionError):
+            raise ValueError("counts is no compressed run-length string") from None
+    if isinstance(counts, (list, tuple, np.ndarray)):
+        kinds = set(map(type, counts))
+        if kinds != {int}:
+            counts = [whole(value) for value in counts]
+        if None in counts:
+            raise ValueError("counts must be a list of integers")
+        if not all(issubclass(kind, (int, np.integer)) for kind in kinds):
+            notice("run lengths that are not written as whole numbers, read as such")
+        counts = list(counts)
+    runs = rle_counts(counts, *size)
+    if isinstance(counts, list):
+        counts = rle_tools.frPyObjects({"size": list(size), "counts": counts}, *size)["counts"]
+    return Mask(size, [], None, runs, counts.encode() if isinstance(counts, str) else counts)
+
+
+def _read_polygons(segmentation: Sequence, size: tuple[int, int], notice: Callable[[str], None]) -> Mask | None:
+    lists = (list, tuple, np.ndarray)
+    nested = any(isinstance(value, lists) for value in segmentation)
+    pairs = nested and all(isinstance(v, lists) and len(v) == 2 and not isinstance(v[0], lists) for v in segmentation)
+    if pairs or not nested:
+        notice("polygon that is not in a list, read as one")
+        segmentation = [segmentation]
+    polygons = []
     for polygon in segmentation:
-        ring = np.asarray(polygon, np.float32)
-        if ring.ndim != 1 or len(ring) % 2 or not np.isfinite(ring).all():
+        points = np.asarray(polygon, np.float64)
+        if points.ndim == 2 and points.shape[1] == 2:
+            points = points.ravel()
+        if points.ndim != 1 or not np.isfinite(points).all():
             raise ValueError(f"polygon {_short(polygon)} must be a flat list of finite x, y pairs")
-        if len(ring) >= 6:  # less is a line
-            rings.append(ring.reshape(-1, 2))
-    points = np.concatenate(rings) if rings else np.zeros((1, 2))
-    in_image = np.minimum(points.max(0), (width, height)) > np.maximum(points.min(0), 0)
-    return (rings if in_image.all() else []), False
+        if len(points) >= 6 and len(points) % 2 == 0:
+            polygons.append(points.reshape(-1, 2))
+    if len(polygons) < len(segmentation):
+        notice(LESS_MASK if polygons else NO_MASK)
+    if not polygons:
+        return None
+    points = polygons[0] if len(polygons) == 1 else np.concatenate(polygons)
+    extent = np.concatenate([points.min(0), points.max(0)])
+    if size[0] and abs(extent).max() > FAR * max(size):  # takes the rasteriser's memory
+        raise ValueError(f"polygons reach out of the image by more than {FAR} times its size")
+    return Mask(size, polygons, extent)
 
 
-def _pack(names, ids, keypoint_names, images, by_image) -> Annotations:
-    files = [name.encode() for name, _, _ in images.values()]
-    objects = [item for items in by_image.values() for item in items]
-    rings = [ring for item in objects for ring in item.rings]
-    keypoints = [item.keypoints for item in objects] if keypoint_names else []
-    keypoints = np.array(keypoints, np.float32).reshape(len(objects), len(keypoint_names), 3)
+# --------------------------------------------------------------------------------------------------------------- arrays
+
+
+def _pack_images(reader: _Reader) -> dict[str, np.ndarray]:
+    files = [image.file_name.encode() for image in reader.images.values()]
+    return {
+        "image_ids": np.array(list(reader.images), np.int64),
+        "image_sizes": np.array([image[1:3] for image in reader.images.values()], np.int32).reshape(-1, 2),
+        "file_names": np.frombuffer(b"".join(files), np.uint8),
+        "file_name_starts": _starts(files),
+    }
+
+
+def _pack_learnt(reader: _Reader, found: list[list[_Object]], labels: list[int]) -> dict[str, Any]:
+    """The arrays of `Annotations`; labels: the label of each category of the file."""
+    by_image = [[item for item in items if item.learnt] for items in found]
+    objects = [item for items in by_image for item in items]
+    rings = [ring for item in objects for ring in item.learnt.rings]
+    keypoints = np.array([item.keypoints for item in objects], np.float32).reshape(
+        len(objects), reader.num_keypoints, 3
+    )
     keypoints[..., :2] += 0.5  # COCO's keypoints are indices of pixels
-    return Annotations(
-        categories=names,
-        category_ids=ids,
-        keypoint_names=keypoint_names,
-        image_ids=np.array(list(images), np.int64),
-        image_sizes=np.array([size for _, *size in images.values()], np.int32).reshape(-1, 2),
-        file_names=np.frombuffer(b"".join(files), np.uint8),
-        file_name_starts=_starts(files),
-        object_starts=_starts(by_image.values()),
+    return {
+        "object_starts": _starts(by_image),
+        "object_ids": np.array([item.id for item in objects], np.int64),
+        "boxes": np.array([item.learnt.box for item in objects], np.float32).reshape(-1, 4),
+        "labels": np.array([labels[item.label - 1] for item in objects], np.int32),
+        "crowd": np.array([item.crowd for item in objects], bool),
+        "even_odd": np.array([item.learnt.even_odd for item in objects], bool),
+        "ring_starts": _starts([item.learnt.rings for item in objects]),
+        "point_starts": _starts(rings),
+        "points": np.concatenate(rings) if rings else np.zeros((0, 2), np.float32),
+        "keypoints": keypoints,
+    }
+
+
+def _pack_truth(reader: _Reader, found: list[list[_Object]]) -> Truth:
+    objects = [item for items in found for item in items]
+    masks = [item.mask or Mask((0, 0), []) for item in objects]
+    polygons = [polygon for mask in masks for polygon in mask.polygons]
+    images = list(reader.images.values())
+    return Truth(
+        **_pack_images(reader),
+        categories=reader.classes.names,
+        category_ids=list(reader.classes.ids),
+        frequencies=reader.classes.frequencies,
+        federated=reader.federated,
+        object_starts=_starts(found),
         object_ids=np.array([item.id for item in objects], np.int64),
-        boxes=np.array([item.box for item in objects], np.float32),
         labels=np.array([item.label for item in objects], np.int32),
+        boxes=np.array([item.box for item in objects], np.float64).reshape(-1, 4),
+        areas=np.array([item.area for item in objects], np.float64),
         crowd=np.array([item.crowd for item in objects], bool),
-        even_odd=np.array([item.even_odd for item in objects], bool),
-        ring_starts=_starts([item.rings for item in objects]),
-        point_starts=_starts(rings),
-        points=np.concatenate(rings) if rings else np.zeros((0, 2), np.float32),
-        keypoints=keypoints,
+        ignored=np.array([item.ignored for item in objects], bool),
+        ring_starts=_starts([mask.polygons for mask in masks]),
+        point_starts=_starts(polygons),
+        points=np.concatenate(polygons) if polygons else np.zeros((0, 2)),
+        run_starts=_starts([mask.counts for mask in masks]),
+        runs=np.frombuffer(b"".join(mask.counts for mask in masks), np.uint8),
+        keypoints=np.array([item.keypoints for item in objects], np.float64).reshape(
+            len(objects), reader.num_keypoints, 3
+        ),
+        num_keypoints=np.array([item.num_keypoints for item in objects], np.int32),
+        negative_starts=_starts([image.negative for image in images]),
+        negative=np.array([label for image in images for label in image.negative], np.int32),
+        unsure_starts=_starts([image.unsure for image in images]),
+        unsure=np.array([label for image in images for label in image.unsure], np.int32),
     )
 
 
-def _starts(groups) -> np.ndarray:
-    """[groups + 1] int64: where each group starts when they are joined, and where the last one ends."""
-    return np.cumsum([0, *map(len, groups)], dtype=np.int64)
+def _starts(groups: Sequence) -> np.ndarray:
+    return starts_of(list(map(len, groups)))
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+# --------------------------------------------------------------------------------------------------------------- values
+
+
+def whole(value: Any) -> int | None:
+    """The whole number of 64 bits that a value stands for: 7, 7.0, "7" and "7.0"; None where it is none."""
+    if type(value) is int:  # nearly always
+        return value if -(2**63) <= value < 2**63 else None
+    if isinstance(value, (bool, np.bool_)):
+        return None
+    if isinstance(value, str):
+        match = WHOLE.fullmatch(value)
+        value = int(match[1]) if match else None
+    elif isinstance(value, (float, np.floating)):
+        value = int(value) if value.is_integer() and abs(value) <= 2**53 else None
+    elif isinstance(value, (int, np.integer)):
+        value = int(value)
+    else:
+        return None
+    return value if value is not None and -(2**63) <= value < 2**63 else None
+
+
+def number(value: Any) -> float | None:
+    """The finite number that a value stands for, text too; None where it is none."""
+    if type(value) is float:  # nearly always
+        return value if math.isfinite(value) else None
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        value = float(value)
+    return float(value) if _is_finite(value) else None
+
+
+def flag(value: Any) -> bool | None:
+    """0 and 1 as numbers, text or truth values; None and what is missing are 0. Returns None for everything else."""
+    if value is None or isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, str) and value.strip().lower() in ("", "false", "true"):
+        return value.strip().lower() == "true"
+    read = whole(value)
+    return bool(read) if read in (0, 1) else None
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
+def _is_text(value: str) -> bool:
+    """Whether text can be written to a file: JSON can hold halves of characters."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _short(value: Any) -> str:

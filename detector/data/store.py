@@ -1,7 +1,8 @@
 """Annotations kept as arrays on disk: parsed once, then mapped into memory by every process that needs them.
 
-A store is a folder with one .npy file for each array of `Annotations`, named after the content of the JSON file and the
-options it was read with. It is written elsewhere and moved to its place in one step: it is whole or not there.
+A store is a folder with one .npy file for each array of `Annotations`, and one below truth/ for each of their `truth`,
+named after the content of the JSON file and the options it was read with. It is written elsewhere and moved to its
+place in one step: it is whole or not there.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from detector.data.annotations import Annotations
-from detector.data.read_coco import Problems, read_coco
+from detector.data.annotations import Annotations, Truth
+from detector.data.read_coco import Places, Problems, read_coco
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # of what a store holds; older ones are not read
+VERSION = 3  # of what a store holds; older ones are not read
 SMALL = 20_000_000  # bytes of JSON that are parsed faster than it is worth storing
 
 
@@ -38,6 +39,7 @@ def open_coco(
     keypoints: bool = False,
     cache: str | os.PathLike | None = None,
     small: int = SMALL,
+    truth: bool = True,
     problems: Problems | None = None,
 ) -> Annotations:
     """`read_coco`, whose result is kept in the folder `cache` for the next time.
@@ -47,7 +49,7 @@ def open_coco(
     """
     path = Path(path)
     options = {"categories": categories and list(categories), "masks": masks, "max_pixels": max_pixels}
-    options["keypoints"] = keypoints
+    options |= {"keypoints": keypoints, "truth": truth}
     if cache is None or not path.is_file() or path.stat().st_size < small:
         return read_coco(path, on_error=on_error, problems=problems, **options)
     collected, problems = problems, problems or Problems(path, on_error)
@@ -106,14 +108,11 @@ def save(found: Annotations, problems: Problems, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place.parent))
     try:
-        about = {"problems": [[*kind, places] for kind, places in problems.found.items()]}
-        for item in dataclasses.fields(found):
-            value = getattr(found, item.name)
-            if isinstance(value, np.ndarray):
-                np.save(draft / f"{item.name}.npy", value)
-            else:
-                about[item.name] = value
-        (draft / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        about = {"problems": [[*kind, p.count, p.examples] for kind, p in problems.found.items()]}
+        _save_json(about | _save_arrays(found, draft), draft)
+        if found.truth is not None:
+            (draft / "truth").mkdir()
+            _save_json(_save_arrays(found.truth, draft / "truth"), draft / "truth")
         draft.chmod(0o755)
         draft.rename(place)
     except OSError:
@@ -123,19 +122,40 @@ def save(found: Annotations, problems: Problems, place: Path) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def _save_arrays(found: Annotations | Truth, folder: Path) -> dict:
+    """Save the arrays; returns the other fields, but for `truth`."""
+    values = {item.name: getattr(found, item.name) for item in dataclasses.fields(found) if item.name != "truth"}
+    for name, value in values.items():
+        if isinstance(value, np.ndarray):
+            np.save(folder / f"{name}.npy", value)
+    return {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
+
+
+def _save_json(about: dict, folder: Path) -> None:
+    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
 def load(place: Path) -> tuple[Annotations, dict]:
     """The annotations of a store, mapped, and `Problems.found` of the file they came from."""
-    about = json.loads((place / "about.json").read_text(encoding="utf-8"))
-    problems = {(is_error, kind): places for is_error, kind, places in about.pop("problems")}
-    arrays = {item.stem: np.asarray(np.load(item, mmap_mode="r")) for item in place.glob("*.npy")}
-    return Stored(**about, **arrays, place=place), problems
+    about, arrays = _load_arrays(place)
+    problems = {(is_error, kind): Places(*places) for is_error, kind, *places in about.pop("problems")}
+    truth = None
+    if (place / "truth").is_dir():
+        truth_about, truth_arrays = _load_arrays(place / "truth")
+        truth = Truth(**truth_about, **truth_arrays)
+    return Stored(**about, **arrays, truth=truth, place=place), problems
+
+
+def _load_arrays(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    arrays = {item.stem: np.asarray(np.load(item, mmap_mode="r")) for item in folder.glob("*.npy")}
+    return json.loads((folder / "about.json").read_text(encoding="utf-8")), arrays
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored(Annotations):
     """Annotations in a store; another process gets the store's name, not its content."""
 
-    place: Path
+    place: Path = dataclasses.field(kw_only=True)
 
     def __reduce__(self):
         return _reopen, (self.place,)

@@ -1,22 +1,20 @@
 """COCO's detection metrics, from annotations and results in COCO's JSON format.
 
 The numbers are those of pycocotools: hotcoco computes the same ones, bit for bit, some sixty times faster. Both see the
-same checked copy of the data, so that neither can change the caller's objects.
+same checked fields, as the one reader of annotation files (data/read_coco.py) takes them, and nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
-import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from pycocotools import mask as rle_tools
 
+from detector.data.annotations import Truth
+from detector.data.read_coco import OtherSize, Problems, number, read_json, read_mask, read_truth, whole
 from detector.evaluation.boundary import BoundaryEval
 
 BOX_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -27,7 +25,7 @@ FIELD = {"bbox": "bbox", "segm": "segmentation", "boundary": "segmentation", "ke
 
 
 def coco_metrics(
-    annotations: str | Path | dict,
+    annotations: str | Path | dict | Truth,
     predictions: str | Path | list[dict],
     iou_type: str = "bbox",
     backend: str = "hotcoco",
@@ -37,7 +35,8 @@ def coco_metrics(
 ) -> dict:
     """COCO average precision and recall as fractions of 1; -1 where there is nothing to measure, as COCO says it.
 
-    annotations: COCO instances (path of a JSON file, or the loaded dict). predictions: COCO results (path or list).
+    annotations: COCO instances (path of a JSON file, or the loaded dict), or the truth of a data set. predictions: COCO
+    results (path or list).
     iou_type: bbox, segm, keypoints, or boundary (Cheng et al., "Boundary IoU", CVPR 2021; see boundary.py).
     backend: hotcoco or pycocotools; boundary always runs on pycocotools, whose IoU can be replaced.
     per_class: adds "per_class", {category name: {the same numbers}}.
@@ -46,7 +45,8 @@ def coco_metrics(
     sigmas: keypoint fall-offs, one per keypoint; None: `coco_sigmas`.
 
     Returns {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}; for keypoints
-    COCO's ten instead. Raises ValueError or TypeError naming entry, field and value, FileNotFoundError for a path.
+    COCO's ten instead. Objects without a mask are left out of "segm" and "boundary": detections on their boxes are
+    neither right nor wrong. Raises ValueError or TypeError naming entry, field and value, FileNotFoundError for a path.
     """
     evaluator, categories = run_coco_eval(annotations, predictions, iou_type, backend, mask_area, sigmas)
     names = KEYPOINT_METRICS if iou_type == "keypoints" else BOX_METRICS
@@ -54,26 +54,24 @@ def coco_metrics(
     metrics = dict(zip(names, map(float, evaluator.stats)))
     if per_class:
         metrics["per_class"] = {
-            c["name"]: _summary(precision[:, :, [k]], recall[:, [k]], names) for k, c in enumerate(categories)
+            name: _summary(precision[:, :, [k]], recall[:, [k]], names) for k, name in enumerate(categories)
         }
     return metrics
 
 
 def run_coco_eval(annotations, predictions, iou_type="bbox", backend="hotcoco", mask_area=False, sigmas=None):
-    """The backend's evaluator after evaluate, accumulate and summarize, and the categories in its order (by id)."""
+    """The backend's evaluator after evaluate, accumulate and summarize, and the names of its categories, in order."""
     if iou_type not in IOU_TYPES:
         raise ValueError(f"iou_type is {iou_type!r}; choose one of {', '.join(IOU_TYPES)}")
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
     truth = check_annotations(annotations, iou_type)
+    sigmas = _check_sigmas(sigmas, truth) if iou_type == "keypoints" else None
     results = check_predictions(predictions, truth, iou_type)
     if mask_area and iou_type in ("segm", "boundary"):
         results = [{k: v for k, v in r.items() if k != "bbox"} for r in results]
-    sigmas = _check_sigmas(sigmas, truth) if iou_type == "keypoints" else None
-    if backend == "hotcoco" and iou_type != "boundary":
-        evaluator = _hotcoco(truth, results, iou_type)
-    else:
-        evaluator = _pycocotools(truth, results, iou_type)
+    run = _hotcoco if backend == "hotcoco" and iou_type != "boundary" else run_pycocotools
+    evaluator = run(*for_backend(truth, results, iou_type), iou_type)
     if sigmas is not None:
         evaluator.params.kpt_oks_sigmas = sigmas if backend == "pycocotools" else sigmas.tolist()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -81,7 +79,7 @@ def run_coco_eval(annotations, predictions, iou_type="bbox", backend="hotcoco", 
         evaluator.accumulate()
         # hotcoco's summarize prints past sys.stdout
         evaluator.summary_lines() if hasattr(evaluator, "summary_lines") else evaluator.summarize()
-    return evaluator, truth["categories"]
+    return evaluator, truth.categories
 
 
 def _hotcoco(truth, results, iou_type):
@@ -91,7 +89,8 @@ def _hotcoco(truth, results, iou_type):
     return COCOeval(ground_truth, ground_truth.load_res(results), iou_type)
 
 
-def _pycocotools(truth, results, iou_type):
+def run_pycocotools(truth, results, iou_type):
+    """pycocotools' evaluator of what `for_backend` gives."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -128,133 +127,138 @@ def _summary(precision: np.ndarray, recall: np.ndarray, names: tuple[str, ...]) 
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def read_json(source, what: str):
-    """`source` itself if it is no path, else the content of that JSON file."""
-    if not isinstance(source, (str, Path)):
-        return source
-    try:
-        return json.loads(Path(source).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{what} file {source} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{what} file {source} is not JSON: {error}") from None
+class Results(list):
+    """COCO results that are known to be right: those of `check_predictions`, or our own."""
 
 
-def check_annotations(annotations, iou_type: str = "bbox") -> dict:
-    """A checked copy of COCO annotations in which iscrowd, area and ids 1..n are always there."""
-    data = read_json(annotations, "annotation")
-    where = f"annotations ({annotations})" if isinstance(annotations, (str, Path)) else "annotations"
-    if not isinstance(data, dict):
-        raise TypeError(
-            f"{where}: expected a COCO dict with images, annotations and categories, got {type(data).__name__}"
-        )
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(data.get(key), list):
-            raise ValueError(f"{where}: {key!r} must be a list, got {type(data.get(key)).__name__}")
-    images = _unique_ids(data["images"], f"{where}: images")
-    category_ids = _unique_ids(data["categories"], f"{where}: categories")
-    names = Counter(c.get("name") for c in data["categories"])
-    if repeated := [name for name, count in names.items() if count > 1]:
-        raise ValueError(f"{where}: category names must be there and differ; repeated: {repeated[:5]}")
-    copies = []
-    for i, entry in enumerate(data["annotations"]):
-        check_annotation(entry, f"{where}: annotations[{i}]", images, category_ids, iou_type)
-        # pycocotools matches by id, where 0 means unmatched and a repeated id loses an object
-        entry = {**entry, "id": i + 1, "iscrowd": int(entry.get("iscrowd") or 0)}
-        entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
-        copies.append(entry)
-    categories = sorted(data["categories"], key=lambda c: c["id"])
-    return {"images": data["images"], "annotations": copies, "categories": categories}
+def check_annotations(annotations: str | Path | Mapping | Truth, iou_type: str = "bbox") -> Truth:
+    """COCO annotations as the reader takes them. Raises ValueError if they lack what an IoU type compares with."""
+    truth = read_truth(annotations, masks=iou_type in ("segm", "boundary"), keypoints=iou_type == "keypoints")
+    lacking = {"bbox": False, "segmentation": not truth.has_mask().any(), "keypoints": not truth.keypoints.shape[1]}
+    if len(truth.labels) and lacking[field := FIELD[iou_type]]:
+        raise ValueError(f"annotations: no object has a {field!r}, which iou_type={iou_type!r} needs")
+    return truth
 
 
-def check_annotation(entry, label: str, images, category_ids, iou_type: str = "bbox") -> None:
-    """Raise ValueError or TypeError if one entry of `annotations` cannot be used."""
-    if not isinstance(entry, dict):
-        raise TypeError(f"{label} must be a dict, got {type(entry).__name__}")
-    label, field = f"{label} (id {entry.get('id')})", FIELD[iou_type]
-    _check_ids(entry, images, category_ids, label)
-    if entry.get(field) is None or (field == "segmentation" and not entry[field]):
-        raise ValueError(f"{label} has no {field!r}, which iou_type={iou_type!r} needs")
-    _check_box(entry.get("bbox"), label)
+def for_backend(truth: Truth, results: list[dict], iou_type: str = "bbox") -> tuple[dict, list[dict]]:
+    """Truth and results as every backend takes them, fresh objects that it may change.
+
+    Images and categories have ids 1, 2, ... in the order of the file's, which may be negative. Where masks are
+    compared, an object without one is the crowd region of its box: nothing on it counts.
+    """
+    masks = FIELD[iou_type] == "segmentation"
+    content = truth.to_coco(segmentation=masks, keypoints=iou_type == "keypoints")
+    content["images"].sort(key=lambda image: image["id"])
+    image_of = {image["id"]: rank for rank, image in enumerate(content["images"], 1)}
+    category_of = {category["id"]: rank for rank, category in enumerate(content["categories"], 1)}
+    for image in content["images"]:
+        image["id"] = image_of[image["id"]]
+        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+            if key in image:
+                image[key] = [category_of[id_] for id_ in image[key]]
+    for category in content["categories"]:
+        category["id"] = category_of[category["id"]]
+    sized = {image["id"] for image in content["images"] if "height" in image}
+    for entry in content["annotations"]:
+        if masks and image_of[entry["image_id"]] not in sized:
+            raise ValueError(f"image {entry['image_id']} needs 'height' and 'width' to draw the segmentation")
+        entry["image_id"], entry["category_id"] = image_of[entry["image_id"]], category_of[entry["category_id"]]
+        if masks and "segmentation" not in entry:
+            x, y, w, h = entry["bbox"]
+            entry |= {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]], "iscrowd": 1, "ignore": 1}
+    ids = ((image_of[entry["image_id"]], category_of[entry["category_id"]]) for entry in results)
+    return content, [{**r, "image_id": image, "category_id": category} for r, (image, category) in zip(results, ids)]
 
 
-def check_predictions(predictions, truth: dict, iou_type: str = "bbox") -> list[dict]:
-    """A checked copy of COCO results for the images and categories of `truth`."""
-    data = read_json(predictions, "prediction")
-    where = f"predictions ({predictions})" if isinstance(predictions, (str, Path)) else "predictions"
+def check_predictions(predictions: str | Path | list[dict], truth: Truth, iou_type: str = "bbox") -> Results:
+    """A checked copy of COCO results for the images and categories of `truth`: ids, score and what is compared.
+
+    Raises ValueError or TypeError naming entry, field and value. Numbers written as text and other forms of masks that
+    can only mean one thing are read, and counted in one warning.
+    """
+    field = FIELD[iou_type]
+    if isinstance(predictions, Results):
+        if any(field not in entry for entry in predictions):
+            raise ValueError(f"predictions have no {field!r}, which iou_type={iou_type!r} needs")
+        return predictions
+    path = isinstance(predictions, (str, Path))
+    data = read_json(predictions, "prediction") if path else predictions
+    where = f"predictions ({predictions})" if path else "predictions"
     if not isinstance(data, list):
         raise TypeError(f"{where}: expected a list of COCO results, got {type(data).__name__}")
-    images = {image["id"]: image for image in truth["images"]}
-    category_ids = {category["id"] for category in truth["categories"]}
-    field = FIELD[iou_type]
-    copies = []
+    sizes = dict(zip(truth.image_ids.tolist(), truth.image_sizes.tolist()))
+    known = {"image_id": sizes, "category_id": set(truth.category_ids)}
+    problems, checked = Problems(where), Results()
     for i, entry in enumerate(data):
         label = f"{where}[{i}]"
         if not isinstance(entry, dict):
             raise TypeError(f"{label}: expected a dict, got {type(entry).__name__}")
-        _check_ids(entry, images, category_ids, label)
-        if not _is_number(entry.get("score")):
+        result = {key: _check_id(entry, key, ids, label, problems) for key, ids in known.items()}
+        if (score := number(entry.get("score"))) is None:
             raise ValueError(f"{label}: score is {entry.get('score')!r}; it must be a finite number")
-        if field not in entry:
+        if isinstance(entry["score"], str):
+            problems.notice("score written as text, read as a number", f"{label} score={entry['score']!r}")
+        result["score"] = score
+        if entry.get(field) is None:
             raise ValueError(f"{label} has no {field!r}, which iou_type={iou_type!r} needs; it has {sorted(entry)}")
-        if "bbox" in entry:
-            _check_box(entry["bbox"], label)
-        entry = dict(entry)
+        if entry.get("bbox") is not None:
+            result["bbox"] = _check_box(entry["bbox"], label)
         if field == "segmentation":
-            entry[field] = as_rle(entry[field], images[entry["image_id"]], label)
-        copies.append(entry)
-    return copies
+            result[field] = as_rle(entry[field], sizes[result["image_id"]], label, problems)
+        elif field == "keypoints":
+            result[field] = _check_keypoints(entry[field], truth.keypoints.shape[1], label)
+        checked.append(result)
+    if field != "bbox" and not all("bbox" in entry for entry in checked):  # pycocotools asks the first one only
+        checked = Results({key: value for key, value in entry.items() if key != "bbox"} for entry in checked)
+    problems.report()
+    return checked
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+def _check_id(entry: dict, field: str, known, label: str, problems: Problems) -> int:
+    value, read = entry.get(field), whole(entry.get(field))
+    if read is None or read not in known:
+        raise ValueError(
+            f"{label}: {field} is {value!r}, which is not one of the {len(known)} known ids "
+            f"(the first: {sorted(known)[:5]}); do annotations and predictions belong together?"
+        )
+    if not isinstance(value, (int, np.integer)):
+        problems.notice(f"{field} that is not written as a whole number, read as one", f"{label} {field}={value!r}")
+    return read
 
 
-def _unique_ids(entries: list, where: str) -> set[int]:
-    ids = [entry.get("id") if isinstance(entry, dict) else None for entry in entries]
-    if wrong := [i for i in ids if not isinstance(i, int)]:
-        raise ValueError(f"{where}: every entry needs an integer 'id', got {wrong[0]!r}")
-    if repeated := [i for i, count in Counter(ids).items() if count > 1]:
-        raise ValueError(f"{where}: ids must differ; repeated: {repeated[:5]}")
-    return set(ids)
-
-
-def _check_ids(entry: dict, images, category_ids, label: str) -> None:
-    for field, known in (("image_id", images), ("category_id", category_ids)):
-        value = entry.get(field)
-        if not isinstance(value, (int, np.integer)) or value not in known:
-            raise ValueError(
-                f"{label}: {field} is {value!r}, which is not one of the {len(known)} known ids "
-                f"(the first: {sorted(known)[:5]}); do annotations and predictions belong together?"
-            )
-
-
-def _check_box(box, label: str):
-    if not isinstance(box, (list, tuple, np.ndarray)) or len(box) != 4 or not all(map(_is_number, box)):
+def _check_box(box, label: str) -> list[float]:
+    values = list(map(number, box)) if isinstance(box, (list, tuple, np.ndarray)) else []
+    if len(values) != 4 or None in values:
         raise ValueError(f"{label}: bbox is {box!r}; it must be [x, y, width, height], four finite numbers")
-    if box[2] < 0 or box[3] < 0:
+    if values[2] < 0 or values[3] < 0:
         raise ValueError(f"{label}: bbox is {box!r}; width and height cannot be negative")
-    return box
+    return values
 
 
-def as_rle(segmentation, image: dict, label: str) -> dict:
-    """Polygons or any RLE as compressed RLE, which is the one form that loadRes takes without a box."""
-    if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), (str, bytes)):
-        rle = segmentation
-    elif "height" not in image or "width" not in image:
-        raise ValueError(f"{label}: image {image['id']} needs 'height' and 'width' to draw the segmentation")
-    else:
-        try:
-            rle = rle_tools.frPyObjects(segmentation, image["height"], image["width"])
-            rle = rle if isinstance(rle, dict) else rle_tools.merge(rle)
-        except Exception as error:
-            raise ValueError(
-                f"{label}: segmentation must be polygons or an RLE with 'size', 'counts': {error}"
-            ) from None
-    size = [image.get("height"), image.get("width")]
-    if None not in size and list(rle.get("size") or []) != size:
-        raise ValueError(f"{label}: segmentation size is {rle.get('size')}, image {image['id']} is {size}")
-    return rle
+def _check_keypoints(points, count: int, label: str) -> list[float]:
+    values = list(map(number, points)) if isinstance(points, (list, tuple, np.ndarray)) else []
+    if len(values) != 3 * count or None in values:
+        raise ValueError(f"{label}: keypoints must be {count} times x, y, score, finite numbers")
+    return values
+
+
+def as_rle(segmentation, size: Sequence[int], label: str, problems: Problems | None = None) -> dict:
+    """Polygons or any run lengths as compressed ones, the one form that loadRes takes without a box.
+
+    size: (height, width) of the image; 0, 0 where it is unknown.
+    """
+    problems = problems or Problems(label)
+    try:
+        mask = read_mask(segmentation, size, lambda kind: problems.notice(kind, label))
+        if mask is None:
+            raise ValueError("there is no polygon of at least three points")
+        if not mask.size[0]:
+            raise ValueError("its image needs 'height' and 'width' to draw it")
+    except OtherSize as error:
+        raise ValueError(f"{label}: segmentation {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{label}: segmentation must be polygons or an RLE with 'size', 'counts': {error}") from None
+    return mask.rle()
 
 
 def coco_sigmas(count: int) -> np.ndarray:
@@ -270,13 +274,11 @@ def coco_sigmas(count: int) -> np.ndarray:
     return usual if count == len(usual) else np.full(count, usual.mean())
 
 
-def _check_sigmas(sigmas, truth: dict) -> np.ndarray | None:
-    counts = {len(a["keypoints"]) // 3 for a in truth["annotations"]}
-    if len(counts) > 1:
-        raise ValueError(f"annotations: objects have {sorted(counts)} keypoints; all must have the same")
-    if not counts:  # nothing to measure
+def _check_sigmas(sigmas, truth: Truth) -> np.ndarray | None:
+    count = truth.keypoints.shape[1]
+    if not len(truth.labels):  # nothing to measure
         return None
-    sigmas = coco_sigmas(*counts) if sigmas is None else np.asarray(sigmas, dtype=float)
-    if counts - {len(sigmas)} or not (sigmas > 0).all():
-        raise ValueError(f"sigmas must be positive and one per keypoint ({sorted(counts)}), got {sigmas.tolist()}")
+    sigmas = coco_sigmas(count) if sigmas is None else np.asarray(sigmas, dtype=float)
+    if count != len(sigmas) or not (sigmas > 0).all():
+        raise ValueError(f"sigmas must be positive and one per keypoint ([{count}]), got {sigmas.tolist()}")
     return sigmas

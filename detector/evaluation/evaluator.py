@@ -11,8 +11,9 @@ from torch import distributed, nn
 from tqdm import tqdm
 
 from detector.checkpoint import write_json
-from detector.evaluation.coco import as_rle, check_annotation, coco_metrics, read_json
-from detector.evaluation.lvis import is_federated, lvis_metrics
+from detector.data.annotations import Truth
+from detector.evaluation.coco import Results, check_annotations, coco_metrics
+from detector.evaluation.lvis import lvis_metrics
 from detector.evaluation.proposals import OBJECT, proposal_recall, without_classes
 from detector.evaluation.results import detections_to_coco
 from detector.evaluation.voc import voc_metrics
@@ -40,7 +41,7 @@ def evaluate(
     """COCO metrics of `model` on `dataset`, and its results.
 
     loader: yields (Batch, Targets), all images of the data set; in a distributed run each rank's loader gives its own
-    part, and an image that several ranks see counts once. dataset: a CocoDataset; its annotation file is the truth.
+    part, and an image that several ranks see counts once. dataset: a CocoDataset, whose truth is compared with.
     precision: fp32, or bf16/fp16 autocast. iou_types: what to measure; None: boxes, and masks or keypoints where model
     and data set have them. Besides those of coco_metrics there is "voc": VOC's AP of boxes. Boxes and masks of a data
     set with LVIS's lists of checked categories are measured by LVIS's federated AP.
@@ -64,10 +65,12 @@ def evaluate(
         try:
             by_image = {image: entries for shard, _ in shards for image, entries in shard.items()}
             truth = ground_truth(dataset)
-            if missing := [image["id"] for image in truth["images"] if image["id"] not in by_image]:
-                total = len(truth["images"])
-                raise ValueError(f"the loader left out {len(missing)} of {total} images, ids {missing[:5]} among them")
-            results = [entry for image in truth["images"] for entry in by_image[image["id"]]]
+            images = sorted(truth.image_ids.tolist())
+            if missing := [image for image in images if image not in by_image]:
+                raise ValueError(
+                    f"the loader left out {len(missing)} of {len(images)} images, ids {missing[:5]} among them"
+                )
+            results = Results(entry for image in images for entry in by_image[image])
             if folder is not None:
                 write_json(Path(folder) / "predictions.json", results)
             if proposals_only:
@@ -112,47 +115,32 @@ def predict(
     return results, kinds
 
 
-def ground_truth(dataset) -> dict:
-    """COCO annotations of the images of a data set; with its on_error="skip" without entries that cannot be used."""
-    truth = read_json(dataset.annotation_file, "annotation")
-    ids = set(map(int, dataset.image_ids))
-    images = {
-        image["id"]: image for image in truth["images"][::-1] if isinstance(image, dict) and image.get("id") in ids
-    }
-    categories = {category["id"] for category in truth["categories"]}
-
-    def usable(entry: dict) -> bool:
-        if not isinstance(entry, dict) or entry.get("image_id") not in ids:
-            return False  # an image that was left out, unless the id is wrong
-        if dataset.on_error == "raise":
-            return True
-        try:
-            check_annotation(entry, "", images, categories)
-            return not entry.get("segmentation") or bool(as_rle(entry["segmentation"], images[entry["image_id"]], ""))
-        except (ValueError, TypeError):
-            return False
-
-    annotations = [entry for entry in truth["annotations"] if usable(entry)]
-    return {
-        "images": [images[i] for i in sorted(images)],
-        "annotations": annotations,
-        "categories": truth["categories"],
-    }
+def ground_truth(dataset) -> Truth:
+    """What evaluation compares with: every object of the images of a data set. Raises ValueError if it has no truth."""
+    truth = dataset.annotations.truth
+    if truth is None:
+        raise ValueError(f"{dataset.annotation_file} was opened for training: what to compare with has not been kept")
+    return truth.select(dataset.rows)
 
 
-def measurable(annotations: dict, predicted: set[str]) -> list[str]:
-    """Those of the predicted IoU types that every object of the data set has the truth for; the others are logged."""
+def measurable(annotations: dict | Truth, predicted: set[str]) -> list[str]:
+    """Those of the predicted IoU types that objects of the data set have the truth for; the others are logged."""
+    truth = check_annotations(annotations)
+    objects = ~truth.crowd
+    known = {"segm": truth.has_mask(), "keypoints": truth.num_keypoints > 0}
     kinds = [kind for kind in ("bbox", "segm", "keypoints") if kind in predicted]
-    for kind, field in (("segm", "segmentation"), ("keypoints", "keypoints")):
-        lacking = sum(not annotation.get(field) for annotation in annotations["annotations"])
-        if kind in kinds and lacking:
-            log.warning("%s is not measured: %d objects of the data set have no %r", kind, lacking, field)
+    for kind in [kind for kind in kinds if kind in known]:
+        lacking = int((objects & ~known[kind]).sum())
+        if lacking and lacking == objects.sum():
+            log.warning("%s is not measured: none of the %d objects of the data set has it", kind, lacking)
             kinds.remove(kind)
+        elif lacking and kind == "segm":
+            log.warning("segm is measured without %d of %d objects, which have no mask", lacking, objects.sum())
     return kinds
 
 
 def measure(
-    annotations: dict,
+    annotations: dict | Truth,
     results: list[dict],
     iou_types: Sequence[str],
     evaluator: str,
@@ -164,7 +152,7 @@ def measure(
     def numbers(kind: str) -> dict:
         if kind == "voc":
             return voc_metrics(annotations, results, per_class)
-        if kind in ("bbox", "segm") and is_federated(annotations):
+        if kind in ("bbox", "segm") and check_annotations(annotations, kind).federated:
             return lvis_metrics(annotations, results, kind, per_class)
         return coco_metrics(annotations, results, kind, evaluator, per_class, sigmas=sigmas)
 

@@ -11,16 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from detector.evaluation.coco import check_annotations, check_predictions
-
-
-def is_federated(annotations: dict) -> bool:
-    """Whether the annotations say where annotators looked, as LVIS's do."""
-    return bool(annotations["images"]) and all("neg_category_ids" in image for image in annotations["images"])
+from detector.data.annotations import Truth
+from detector.evaluation.coco import check_annotations, check_predictions, for_backend
 
 
 def lvis_metrics(
-    annotations: str | Path | dict,
+    annotations: str | Path | dict | Truth,
     predictions: str | Path | list[dict],
     iou_type: str = "bbox",
     per_class: bool = False,
@@ -35,10 +31,10 @@ def lvis_metrics(
     """
     from hotcoco import COCO, LVISeval, LVISResults
 
-    truth = check_annotations(annotations, iou_type)
-    if not is_federated(truth):
+    checked = check_annotations(annotations, iou_type)
+    if not checked.federated:
         raise ValueError("annotations: every image needs LVIS's 'neg_category_ids'; for COCO's AP use coco_metrics")
-    results = check_predictions(predictions, truth, iou_type)
+    truth, results = for_backend(checked, check_predictions(predictions, checked, iou_type), iou_type)
     ground_truth = COCO(truth)
     evaluator = LVISeval(ground_truth, LVISResults(ground_truth, results, 300), iou_type)
     evaluator.evaluate()

@@ -26,7 +26,7 @@ def to_original(detections: Detections, batch: Batch) -> Detections:
 def detections_to_coco(
     detections: Detections,
     batch: Batch,
-    category_ids: Sequence[int],
+    category_ids: Sequence[int | None],
     threshold: float = 0.5,
     paste: str = "aligned",
 ) -> list[dict]:
@@ -34,7 +34,7 @@ def detections_to_coco(
     model predicts them segmentation (compressed RLE, text counts) and keypoints [x, y, score] * points.
 
     detections: in pixels of the network's input. category_ids: the id of label 1, 2, ... in the annotation file;
-    labels of negative id (categories that the data set does not have) are left out. threshold, paste: as in
+    labels without one (categories that the data set does not have) are left out. threshold, paste: as in
     masks.paste_window.
     """
     found = Detections(*(None if t is None else t.float().cpu().numpy() for t in to_original(detections, batch)))
@@ -45,7 +45,7 @@ def detections_to_coco(
             label = int(found.labels[n, d])
             if not 1 <= label <= len(category_ids):
                 raise ValueError(f"label {label} of image {image_id} has no category: there are {len(category_ids)}")
-            if category_ids[label - 1] < 0:
+            if category_ids[label - 1] is None:
                 continue
             x1, y1, x2, y2 = found.boxes[n, d].tolist()
             result = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from detector.data.annotations import Truth
+from detector.evaluation.coco import check_annotations
 from detector.text import one_line, width
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
@@ -21,19 +23,17 @@ def summary_table(metrics: dict) -> str:
     return table(["", *COLUMNS], rows)
 
 
-def class_table(metrics: dict, annotations: dict) -> str:
+def class_table(metrics: dict, annotations: dict | Truth) -> str:
     """One row per class: how many objects and images hold it, then AP, AP50, AP75 of each IoU type, in percent."""
     kinds = list(metrics["per_class"])
     header = ["class", "images", "objects"] + [f"{TITLES[k]} {c}" for k in kinds for c in COLUMNS[:3]]
-    images_of: dict[int, list[int]] = {category["id"]: [] for category in annotations["categories"]}
-    for entry in annotations["annotations"]:
-        if not entry.get("iscrowd"):
-            images_of[entry["category_id"]].append(entry["image_id"])
+    truth = check_annotations(annotations)
+    images_of = truth.images_of()
     rows = []
-    for category in sorted(annotations["categories"], key=lambda c: c["id"]):
-        objects = images_of[category["id"]]
-        numbers = [percent(metrics["per_class"][k][category["name"]].get(c)) for k in kinds for c in COLUMNS[:3]]
-        rows.append([one_line(category["name"]), str(len(set(objects))), str(len(objects)), *numbers])
+    for label, name in enumerate(truth.categories, 1):
+        images = images_of[(truth.labels == label) & ~truth.crowd]
+        numbers = [percent(metrics["per_class"][k][name].get(c)) for k in kinds for c in COLUMNS[:3]]
+        rows.append([one_line(name), str(len(set(images.tolist()))), str(len(images)), *numbers])
     return table(header, rows)
 
 

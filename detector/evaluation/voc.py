@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as box_tools
 
-from detector.evaluation.coco import check_annotations, check_predictions
+from detector.data.annotations import Truth
+from detector.evaluation.coco import check_annotations, check_predictions, for_backend
 
 
 def voc_metrics(
-    annotations: str | Path | dict,
+    annotations: str | Path | dict | Truth,
     predictions: str | Path | list[dict],
     per_class: bool = False,
     threshold: float = 0.5,
@@ -28,8 +29,8 @@ def voc_metrics(
     Returns {"AP50": area under the curve, "AP50_11_points": mean of 11 points}, named after `threshold`, and with
     per_class "per_class": {category name: the same}.
     """
-    truth = check_annotations(annotations)
-    results = check_predictions(predictions, truth)
+    checked = check_annotations(annotations)
+    truth, results = for_backend(checked, check_predictions(predictions, checked))
     name = f"AP{round(100 * threshold)}"
     objects, found = defaultdict(list), defaultdict(list)
     for entry in truth["annotations"]:

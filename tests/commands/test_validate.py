@@ -24,6 +24,7 @@ def folder(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
         coco = minimal()
+        coco["annotations"][1]["segmentation"] = [[30, 20, 40, 20, 40, 30, 30, 30]]
         for image in coco["images"]:
             image["id"] += 100 * (split == "val")
         for annotation in coco["annotations"]:
@@ -74,7 +75,7 @@ FAULTS = {
     "zero box": ("val", set_first(bbox=[1, 1, 0, 5]), 0, "bbox of no size"),
     "outside": ("val", set_first(bbox=[100, 1, 5, 5]), 0, "outside the image"),
     "mask beside box": ("train", set_first(bbox=[30, 6, 20, 10]), 0, "annotation 1 (image 7): bbox [30.0, 6.0, 50.0"),
-    "duplicate id": ("train", set_first(id=2), 1, "duplicate annotation id"),
+    "duplicate id": ("train", set_first(id=2), 0, "annotation id that occurs twice"),
     "twice": ("train", lambda c: c["annotations"].append(dict(c["annotations"][0], id=9)), 0, "same box and category"),
     "other category": ("val", lambda c: c["categories"].append({"id": 9, "name": "bird"}), 1, "bird"),
     "missing image": ("val", lambda c: c["images"][0].update(file_name="gone.png"), 1, "gone.png"),

@@ -24,7 +24,15 @@ from detector.comparison.alignment import area_error, box_shift, feature_shift, 
 from detector.comparison.charts import bar_chart, interval_chart, line_chart, ticks
 from detector.comparison.cost import measure_cost
 from detector.comparison.report import steps, training_chart
-from detector.comparison.runs import Unusable, find_folders, group, read_run, roi_name, same_validation_set
+from detector.comparison.runs import (
+    Unusable,
+    find_folders,
+    group,
+    read_run,
+    roi_name,
+    same_validation_set,
+    validation_truth,
+)
 from detector.comparison.summary import sentence
 from detector.config import CONFIGS, ConfigError, build, compose
 from detector.data import build_dataset, collate
@@ -168,7 +176,7 @@ def test_bad_runs_are_named_and_the_rest_is_compared(make_run, tmp_path, capsys)
     report = compare_runs(settings(tmp_path))
     reasons = {path.rpartition("/")[2]: reason for path, reason in report["left_out"].items()}
     assert reasons["unfinished"] == "it is not finished: there is no metrics.json, and its log ends at iteration 40"
-    assert "log.jsonl" in reasons["no_log"] and "is not JSON" in reasons["cut"]
+    assert "log.jsonl" in reasons["no_log"] and "not JSON" in reasons["cut"]
     assert "neither eval_last/predictions.json nor last.pt" in reasons["unseen"] and len(reasons) == 5
     assert reasons["proposals"] == "its model has no box head: its proposals are of no class"
     assert [m["label"] for m in report["methods"]] == ["align", "pool"]
@@ -281,10 +289,12 @@ def test_pictures_show_detections_above_the_best_score(make_run):
     entries = [entry | {"score": 0.3} for entry in json.loads(file.read_text())]
     wrong = [entry | {"score": 0.2, "bbox": [0, 0, 1, 1]} for entry in entries]
     file.write_text(json.dumps(entries + wrong))
-    limit, scores = f1_by_image(read_run(folder, "last"), "bbox")
+    run = read_run(folder, "last")
+    limit, scores = f1_by_image(validation_truth(run), run.predictions, "bbox")
     assert limit == 0.3 and (scores == 1).all()
     file.write_text("[]")
-    limit, scores = f1_by_image(read_run(folder, "last"), "bbox")
+    run = read_run(folder, "last")
+    limit, scores = f1_by_image(validation_truth(run), run.predictions, "bbox")
     with_objects = len({entry["image_id"] for entry in entries})
     assert limit == 1 and (scores == 0).sum() == with_objects and set(scores) <= {0, 1}
 
@@ -351,7 +361,7 @@ def test_annotations_that_nobody_can_use(make_run, tmp_path):
     (tmp_path / "broken.json").write_text('{"images": []}')
     (folder / "eval_last" / "about.json").write_text(json.dumps(about | {"annotations": str(tmp_path / "broken.json")}))
     with pytest.raises(
-        ConfigError, match=r"their validation set cannot be used: .*broken\.json.*'annotations' must be a list"
+        ConfigError, match=r"their validation set cannot be used: .*broken\.json.*'annotations' is missing"
     ):
         compare_runs(settings(tmp_path))
 

@@ -11,15 +11,18 @@ import pickle
 import numpy as np
 import pytest
 
-from detector.data import CocoDataset, open_coco, read_coco
+from detector.data import Annotations, CocoDataset, open_coco, read_coco
 from detector.data import store as store_module
+from detector.data.annotations import Truth
 from tests.data.coco_files import minimal, write
 
 
 def assert_same(one, other):
-    for item in dataclasses.fields(read_coco.__globals__["Annotations"]):
+    for item in dataclasses.fields(Annotations if isinstance(one, Annotations) else Truth):
         left, right = getattr(one, item.name), getattr(other, item.name)
-        if isinstance(left, np.ndarray):
+        if isinstance(left, Truth):
+            assert_same(left, right)
+        elif isinstance(left, np.ndarray):
             assert left.dtype == right.dtype
             np.testing.assert_array_equal(left, right)
         else:
@@ -171,7 +174,9 @@ def test_several_processes_at_once(tmp_path):
 
 
 def test_data_set_with_a_store(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module.open_coco, "__defaults__", (*store_module.open_coco.__defaults__[:-1], 0))
+    monkeypatch.setattr(
+        store_module.open_coco, "__defaults__", (*store_module.open_coco.__defaults__[:-3], 0, True, None)
+    )
     path = write(tmp_path, minimal())
     plain = CocoDataset(tmp_path, path)
     for _ in range(2):

@@ -83,7 +83,7 @@ def test_keypoints_that_are_read_come_back(tmp_path):
 
 
 def test_labels_without_a_category(pair):
-    assert [r["category_id"] for r in detections_to_coco(*pair, category_ids=[-1, 22])] == [22, 22]
+    assert [r["category_id"] for r in detections_to_coco(*pair, category_ids=[None, 22])] == [22, 22]
     with pytest.raises(ValueError, match="label 2 of image 7 has no category: there are 1"):
         detections_to_coco(*pair, category_ids=[11])
 
