@@ -24,6 +24,26 @@ from detector.weights.loading import load_foreign, load_into
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
+def parts(canvases: Tensor, alone: bool) -> list[Tensor]:
+    """Rows of equal canvas [N, 2], part by part; or each row alone."""
+    if alone:
+        return list(torch.arange(len(canvases), device=canvases.device).split(1))
+    group = canvases.unique(dim=0, return_inverse=True)[1]
+    return [torch.nonzero(group == g)[:, 0] for g in group.unique()]
+
+
+def part_by_part(detect: Callable[[Batch], Detections], batch: Batch, canvases: Tensor) -> Detections:
+    """What `detect` makes of each image [N], whatever the others: only those of equal canvas [N, 2] go together.
+
+    On the CPU every image goes alone: the libraries choose their kernels by the size of the batch, so that the last
+    bits would depend on it, and larger batches are no faster there.
+    """
+    rows = parts(canvases, alone=batch.images.device.type == "cpu")
+    found = [detect(Batch(*(t[part] for t in batch))) for part in rows]
+    back = torch.cat(rows).argsort()
+    return Detections(*(None if field[0] is None else torch.cat(field)[back] for field in zip(*found)))
+
+
 class TwoStageDetector(nn.Module):
     """A backbone, a neck, a region proposal network and heads over its proposals.
 
@@ -42,8 +62,9 @@ class TwoStageDetector(nn.Module):
             entry points also put the settings that belong to them into the config.
         share_trunk: the mask head works on what the box head's ResNetTrunk gives before its mean (C4).
         channels_last: give the images to the backbone in this layout, in which most layers are fastest.
-        size_divisibility: padding beyond the next multiple of it is cut off again before the backbone; None keeps all,
-            as do exported programs.
+        size_divisibility: padding beyond the next multiple of it is cut off again before the backbone; None keeps all
+            in training.
+        pad_multiple: in inference, where size_divisibility is None, an image is padded to the next multiple of it.
     """
 
     def __init__(
@@ -62,6 +83,7 @@ class TwoStageDetector(nn.Module):
         share_trunk: bool = False,
         channels_last: bool = True,
         size_divisibility: int | None = None,
+        pad_multiple: int = 32,
         weights: str | None = None,
     ):
         super().__init__()
@@ -72,7 +94,8 @@ class TwoStageDetector(nn.Module):
         if box_head is None and (mask_head is not None or keypoint_head is not None):
             raise ValueError("mask_head or keypoint_head without box_head: they work on the box head's detections")
         self.num_classes, self.channel_order = num_classes, channel_order
-        self.offset_loss_weight, self.size_divisibility = offset_loss_weight, size_divisibility
+        self.offset_loss_weight = offset_loss_weight
+        self.size_divisibility, self.pad_multiple = size_divisibility, pad_multiple
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
@@ -102,13 +125,15 @@ class TwoStageDetector(nn.Module):
 
         Returns:
             Training: dict of scalar losses with the same keys for every batch. Inference: Detections [N, D], boxes in
-            pixels of `batch.images`.
+            pixels of `batch.images`; those of an image are what it gets alone.
         """
-        features = self.features(batch)
         if not self.training:
-            return self.detect(features, batch)
+            return part_by_part(
+                lambda part: self.detect(self.features(part), part), batch, self.canvases(batch.image_sizes)
+            )
         if targets is None:
             raise ValueError("targets are needed in training mode; call model.eval() for detections")
+        features = self.features(batch)
         proposals, found = self.rpn(features, batch, targets)
         features = features[: self.neck.roi_levels]
         if self.box_head is None:
@@ -132,11 +157,29 @@ class TwoStageDetector(nn.Module):
         images = self.normalise(batch).contiguous(memory_format=self.layout)
         return self.neck(self.backbone(images))
 
+    @property
+    def divisor(self) -> int:
+        """In inference an image's sides are padded to the next multiple of it."""
+        return self.size_divisibility or self.pad_multiple
+
+    def canvases(self, image_sizes: Tensor) -> Tensor:
+        """(height, width) [N, 2] that images of image_sizes [N, 2] are padded to, each by itself."""
+        return (image_sizes + self.divisor - 1) // self.divisor * self.divisor
+
     def normalise(self, batch: Batch) -> Tensor:
-        """uint8 images [N, 3, H, W] as the network's float input, zero outside each image's content."""
+        """uint8 images [N, 3, H, W] as the network's float input, zero outside each image's content.
+
+        In inference what lies beyond the canvas of the largest image is cut off. Zeros there would not be nothing:
+        norms and biases fill them, and convolutions take that back into the content.
+        """
         images = batch.images if self.channel_order == "rgb" else batch.images.flip(1)
-        if self.size_divisibility is not None and not torch.compiler.is_exporting():
-            height, width = (batch.image_sizes.amax(0) / self.size_divisibility).ceil().int() * self.size_divisibility
+        if not self.training or self.size_divisibility is not None:
+            cells = ((batch.image_sizes.amax(0) + self.divisor - 1) // self.divisor).tolist()
+            height, width = (cell * self.divisor for cell in cells)
+            if torch.compiler.is_exporting():  # the program cuts too, and refuses images larger than their canvas
+                for cell, side, limit in zip(cells, (height, width), images.shape[2:]):
+                    torch._check(cell >= 1)
+                    torch._check(side <= limit)
             images = images[:, :, :height, :width]
         height, width = batch.image_sizes[:, :, None].unbind(1)
         rows = torch.arange(images.shape[2], device=images.device) < height

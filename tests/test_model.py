@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from detector.model import parts
 from detector.roi import DeformableRoIPool, RoIAlign, RoIPool
 from detector.structures import Batch, Targets
 from tests.tiny import random_batch, tiny_model
@@ -48,7 +49,13 @@ def test_padding_of_the_ground_truth_changes_nothing():
         torch.testing.assert_close(losses[key], padded[key])
 
 
-def test_an_image_is_detected_alike_alone_and_in_a_batch():
+def test_images_of_one_canvas_go_together():
+    canvases = torch.tensor([[64, 96], [96, 64], [64, 96], [32, 32], [96, 64]])
+    assert sorted(part.tolist() for part in parts(canvases, alone=False)) == [[0, 2], [1, 4], [3]]
+    assert [part.tolist() for part in parts(canvases, alone=True)] == [[0], [1], [2], [3], [4]]
+
+
+def test_an_image_is_detected_alike_alone_and_in_a_batch(monkeypatch):
     model = tiny_model(box_head={"score_threshold": 0.0, "detections_per_image": 20}).eval()
     batch, _ = random_batch(images=3)
     # The last image is smaller than the others; what lies outside it must not matter.
@@ -57,12 +64,17 @@ def test_an_image_is_detected_alike_alone_and_in_a_batch():
     batch.images[2, :, :, 96:] = 0
     with torch.no_grad():
         together = model(batch)
-        for i in range(2):
-            alone = model(Batch(*(t[i : i + 1] for t in batch)))
-            for field in ("boxes", "scores", "masks"):
-                torch.testing.assert_close(
-                    getattr(alone, field)[0], getattr(together, field)[i], atol=1e-3, rtol=1e-3, msg=field
-                )
+        for i, (height, width) in enumerate([(96, 128), (96, 128), (64, 96)]):
+            alone = Batch(*(t[i : i + 1] for t in batch))
+            alone = model(alone._replace(images=alone.images[:, :, :height, :width]))
+            for field in ("boxes", "scores", "labels", "masks"):
+                assert torch.equal(getattr(alone, field)[0], getattr(together, field)[i]), (i, field)
+        # elsewhere than on the CPU images of one canvas go together: the same but for rounding
+        monkeypatch.setattr("detector.model.parts", lambda canvases, alone: parts(canvases, alone=False))
+        grouped = model(batch._replace(image_sizes=batch.image_sizes.roll(1, 0), images=batch.images.roll(1, 0)))
+        for field in ("boxes", "scores", "masks"):
+            expected = getattr(together, field).roll(1, 0)
+            torch.testing.assert_close(getattr(grouped, field), expected, atol=1e-3, rtol=1e-3, msg=field)
     inside = together.boxes[2][together.valid[2]]
     assert (inside[:, 2] <= 96).all() and (inside[:, 3] <= 64).all()
 

@@ -153,8 +153,10 @@ def measure_offsets(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any
     try:
         for batch in batches:
             batch = to_device(batch, next(model.parameters()).device)
-            scales = (batch.original_sizes / batch.image_sizes).flip(1).float()
-            model(batch)
+            for image in zip(*(values.split(1) for values in batch)):  # as the model takes them: RoIs count from 0 each
+                image = Batch(*image)
+                scales = (image.original_sizes / image.image_sizes).flip(1).float()
+                model(image)
     finally:
         for handle in handles:
             handle.remove()

@@ -143,7 +143,8 @@ class TrainingSampler(Sampler[list[tuple[int, int]]]):
 class EvaluationSampler(Sampler[list[int]]):
     """Every sample once. The batches are the same for every world size; rank r takes every world-th of them.
 
-    Landscape and portrait images come in separate batches where `aspect_ratios` are given.
+    Images of like aspect ratio come together where `aspect_ratios` are given: of one size after the usual resizing, the
+    model takes them in one pass.
     """
 
     def __init__(
@@ -151,11 +152,8 @@ class EvaluationSampler(Sampler[list[int]]):
     ):
         if batch_size < 1 or not 0 <= rank < world:
             raise ValueError(f"batch_size={batch_size} must be positive and rank={rank} in 0..{world - 1}")
-        groups = np.zeros(length, bool) if aspect_ratios is None else np.asarray(aspect_ratios) < 1
-        batches = []
-        for group in (False, True):
-            own = np.flatnonzero(groups == group)
-            batches += [own[start : start + batch_size].tolist() for start in range(0, len(own), batch_size)]
+        order = np.arange(length) if aspect_ratios is None else np.argsort(aspect_ratios, kind="stable")
+        batches = [order[start : start + batch_size].tolist() for start in range(0, length, batch_size)]
         self.batches = batches[rank::world]
 
     def __iter__(self) -> Iterator[list[int]]:

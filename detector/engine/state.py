@@ -51,7 +51,7 @@ class State:
         start: Callable[[nn.Module], None] | None = None,
     ) -> State:
         """Build what the config describes, on the device; `start` may fill the new model with weights."""
-        model = build(cfg.model, "model", num_classes=num_classes)
+        model = build(cfg.model, "model", num_classes=num_classes, pad_multiple=cfg.data.pad_multiple)
         if start is not None:
             with config_errors("model.weights"):
                 start(model)

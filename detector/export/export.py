@@ -2,7 +2,8 @@
 
 The exported network is the inference path for one image:
 
-    images uint8 [1, 3, H, W] RGB, content at the top left; image_size int64 [2] = (height, width) of the content
+    images uint8 [1, 3, H, W] RGB, content at the top left; image_size int64 [2] = (height, width) of the content,
+        and what lies beyond its next multiple of the model's divisor is cut off, as in the model's own path
     -> boxes [D, 4] in pixels of the canvas, scores [D], labels [D] (0 in rows that only pad)
     -> masks [D, M, M] of a model with a mask head: probabilities in the box's frame, for evaluation.masks.paste_masks
     -> keypoints [D, P, 3] = (x, y, score) of a model with a keypoint head
@@ -38,8 +39,6 @@ from detector.roi import RoIExtractor
 from detector.roi.base import use_path
 from detector.runtime import PRECISIONS
 from detector.structures import Batch
-
-SMALLEST = 65  # pixels: dimensions of 1, as the coarsest level would have, are fixed in programs of torch.export
 
 
 class Exportable(nn.Module):
@@ -205,18 +204,17 @@ def export_program(
     """`Exportable(model, precision)` as a program of torch.export, on the model's device.
 
     Args:
-        size: (height, width) of the canvas; None makes a program for every size. Multiples of the model's
-            size_divisibility, or of 32.
+        size: (height, width) of the canvas, multiples of the model's divisor; None makes a program for every size.
 
     Raises ValueError for a model without an exportable form, for a size that is no such multiple, and without one where
     torch needs it.
     """
     exportable = Exportable(model, precision).eval().requires_grad_(False)
-    step = model.size_divisibility or 32
+    step = model.divisor
     height, width = size or (160, 192)
     if min(height, width) < 32 or height % step or width % step:
         raise ValueError(f"size={height, width}: height and width of the canvas must be multiples of {step} from 32 on")
-    rows, columns = (Dim(name, min=ceil(SMALLEST / step)) for name in ("rows", "columns"))
+    rows, columns = (Dim(name, min=ceil(32 / step)) for name in ("rows", "columns"))
     sides = {2: step * rows, 3: step * columns} if step > 1 else {2: rows, 3: columns}
     device = next(model.parameters()).device
     images = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, device=device)

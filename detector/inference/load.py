@@ -46,7 +46,8 @@ def load(
     node = merge(config["model"], {"backbone": {"weights": None}} if "weights" in config["model"]["backbone"] else {})
     node = merge(node, changes or {})
     check_model_config(node, trust=trust)
-    model = build(node, "model", num_classes=len(categories))
+    pad_multiple = (config.get("data") or {}).get("pad_multiple", 32)
+    model = build(node, "model", num_classes=len(categories), pad_multiple=pad_multiple)
     try:
         model.load_state_dict(state["ema"] or state["model"])
     except RuntimeError as error:

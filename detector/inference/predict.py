@@ -77,8 +77,7 @@ def as_batch(model: nn.Module, arrays: Sequence[np.ndarray], scale: float = 1.0)
         if scale != 1:
             image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         samples.append(Sample(image, array.shape[:2], number, 0, *none))
-    multiple = (model.config.get("data") or {}).get("pad_multiple", 32)
-    return to_device(collate(samples, multiple)[0], next(model.parameters()).device)
+    return to_device(collate(samples, model.pad_multiple)[0], next(model.parameters()).device)
 
 
 def _check(image: np.ndarray) -> np.ndarray:

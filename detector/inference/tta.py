@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detector.model import TwoStageDetector
+from detector.model import TwoStageDetector, part_by_part
 from detector.ops.boxes import clip, nms_by_image
 from detector.structures import Batch, Detections, rois_from_boxes
 
@@ -61,7 +61,11 @@ class Augmented(nn.Module):
         self.views = [View(scale, turned) for scale in scales for turned in ([False, True] if flip else [False])]
 
     def forward(self, batch: Batch) -> Detections:
-        """Detections [N, D] in pixels of `batch.images`."""
+        """Detections [N, D] in pixels of `batch.images`; those of an image are what it gets alone."""
+        return part_by_part(self.detect, batch, batch.image_sizes)  # of one size, so are their views
+
+    def detect(self, batch: Batch) -> Detections:
+        """The same, of images of one size."""
         looks = []  # (batch, features) of each view
         found = []
         for view in self.views:

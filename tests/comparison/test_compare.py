@@ -38,6 +38,7 @@ from detector.config import CONFIGS, ConfigError, build, compose
 from detector.data import build_dataset, collate
 from detector.evaluation import coco_metrics
 from detector.roi import RoIPool
+from detector.structures import Batch
 from tests.untrained import SMALL
 
 
@@ -475,6 +476,11 @@ def test_offsets_in_pixels(model_of, run_config):
         lambda _, inputs, output: sides.append(inputs[1][:, 3:] - inputs[1][:, 1:3])
     )
     found = measure_offsets(model, [batch])
+    sizes = torch.cat([batch.original_sizes, 2 * batch.original_sizes])
+    twice = Batch(*(torch.cat([t, t]) for t in batch))._replace(original_sizes=sizes)
+    both, second = (measure_offsets(model, [b]) for b in (twice, batch._replace(original_sizes=sizes[1:])))
+    mean = (found["box_head"]["mean_px"] + second["box_head"]["mean_px"]) / 2
+    assert both["box_head"]["mean_px"] == pytest.approx(mean, rel=1e-5)
     assert batch.image_sizes.tolist() == [[128, 128]] and batch.original_sizes.tolist() == [[96, 96]]
     moves = 0.1 * sides[0] * torch.tensor([0.3, 0.4]) * 96 / 128
     box_head, distances = found["box_head"], moves.norm(dim=1)

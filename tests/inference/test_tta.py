@@ -11,6 +11,7 @@ from detector.heads import ConvTrunk, KeypointHead
 from detector.heads.keypoint import KeypointPrediction
 from detector.inference.tta import Augmented, View, from_view, to_view, view_of
 from detector.roi import RoIAlign
+from detector.structures import Batch
 from tests.tiny import random_batch, tiny_model
 
 SWAP = [0, 2, 1]  # nose, left eye, right eye
@@ -72,6 +73,21 @@ def test_left_and_right_keypoints_of_a_mirrored_view_change_places():
         assert found.valid.all() and (left < 0.2).all() and (right > 0.8).all() and ((nose - 0.5).abs() < 0.2).all()
     confused = Augmented(network, mirrored=[0, 1, 2])(batch)
     assert not torch.allclose(confused.keypoints, both.keypoints, atol=1)
+
+
+@torch.no_grad()
+def test_an_image_is_seen_alike_alone_and_in_a_batch():
+    batch, _ = random_batch()
+    batch.image_sizes[1] = torch.tensor([40, 100])
+    batch.images[1, :, 40:] = 0
+    batch.images[1, :, :, 100:] = 0
+    augmented = Augmented(model(), scales=[0.7, 1.0])
+    together = augmented(batch)
+    for i, height in enumerate((96, 64)):
+        alone = Batch(*(t[i : i + 1] for t in batch))
+        alone = augmented(alone._replace(images=alone.images[:, :, :height]))
+        for field in ("boxes", "scores", "labels", "masks"):
+            assert torch.equal(getattr(alone, field)[0], getattr(together, field)[i]), (i, field)
 
 
 def test_boxes_go_forth_and_back():
