@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from hypothesis import settings
 
-from tests.runs import config, program, run  # noqa: F401  fixtures
+from tests.runs import config, make_tiny_shapes, program, run  # noqa: F401  fixtures
 from tests.untrained import checkpoint, run_config, state  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,11 +32,8 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def shapes_tiny(tmp_path_factory) -> Path:
-    """The shapes data set in small: 24 train and 8 val images of 96 x 96 px."""
-    out = tmp_path_factory.mktemp("shapes_tiny")
-    script = [sys.executable, ROOT / "data" / "make_shapes.py", "--out", out]
-    subprocess.run([*script, "--train", "24", "--val", "8", "--size", "96", "--seed", "1"], check=True)
-    return out
+    """The shapes data set in small: see make_tiny_shapes."""
+    return make_tiny_shapes(tmp_path_factory.mktemp("shapes_tiny"))
 
 
 @pytest.fixture

@@ -36,6 +36,13 @@ TINY = [
 ]
 
 
+def make_tiny_shapes(out: Path) -> Path:
+    """The shapes data set in small: 24 train and 8 val images of 96 x 96 px."""
+    script = [sys.executable, ROOT / "data" / "make_shapes.py", "--out", out]
+    subprocess.run([*script, "--train", "24", "--val", "8", "--size", "96", "--seed", "1"], check=True)
+    return out
+
+
 @pytest.fixture
 def config(shapes_tiny, tmp_path):
     """config(*overrides) -> the checked configuration of a tiny run in tmp_path/run."""
