@@ -10,8 +10,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from hypothesis import settings
 
-from detector.commands.make_shapes import make_shapes
-from tests.runs import config, five, points, program, run  # noqa: F401  fixtures
+from tests.runs import config, five, make_tiny_shapes, points, program, run  # noqa: F401  fixtures
 from tests.untrained import checkpoint, run_config, state  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,10 +31,8 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def shapes_tiny(tmp_path_factory) -> Path:
-    """The shapes data set in small: 24 train and 8 val images of 96 x 96 px."""
-    out = tmp_path_factory.mktemp("shapes_tiny")
-    make_shapes(out, train=24, val=8, size=96, seed=1)
-    return out
+    """The shapes data set in small: see make_tiny_shapes."""
+    return make_tiny_shapes(tmp_path_factory.mktemp("shapes_tiny"))
 
 
 @pytest.fixture

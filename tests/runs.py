@@ -12,6 +12,7 @@ from pathlib import Path
 import hydra
 import pytest
 
+from detector.commands.make_shapes import make_shapes
 from detector.config import CONFIGS, check
 from detector.engine.train import train
 from tests.data.coco_files import five_points
@@ -50,6 +51,12 @@ def checked(*overrides: str):
         cfg = hydra.compose("train", list(overrides))
     check(cfg)
     return cfg
+
+
+def make_tiny_shapes(out: Path) -> Path:
+    """The shapes data set in small: 24 train and 8 val images of 96 x 96 px."""
+    make_shapes(out, train=24, val=8, size=96, seed=1)
+    return out
 
 
 @pytest.fixture
