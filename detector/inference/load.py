@@ -38,8 +38,7 @@ def load(
     name = checkpoint if isinstance(checkpoint, (str, Path)) else "checkpoint"
     state = checkpoint if isinstance(checkpoint, Mapping) else read(checkpoint)
     config, categories = state["config"], list(state["categories"])
-    node = merge(config["model"], {"backbone": {"weights": None}} if "weights" in config["model"]["backbone"] else {})
-    node = merge(node, changes or {})
+    node = merge(config["model"], changes or {})
     check_model_config(node)
     model = build(node, "model", num_classes=len(categories))
     try:

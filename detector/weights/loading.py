@@ -37,6 +37,8 @@ CAFFE2 = compile_table(CAFFE2_TO_DETECTRON2)
 RATIOS = 3  # of the anchors; all published models have 0.5, 1 and 2
 COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none and nothing depends on it
 WITHOUT_EPS = r"_fpn_coco-[0-9a-f]{8}|RCNN_ResNet50_FPN_Weights\.COCO"  # torchvision's first published detectors
+BODY = ("backbone.", "box_head.trunk.layer4.")  # what a classifier's weights fill: the latter in C4 models
+OFFSETS = ".conv2.offset."  # of deformable convolutions: no classifier has them
 HEADS = r"(box|mask|keypoint)_head\.(stages\.\d+\.)?predictor\."  # what depends on the number of classes
 
 
@@ -247,16 +249,14 @@ def load_into(
     A state dict of `backbone.` keys alone fills the backbone and leaves the rest as it is.
     Returns the keys that were loaded. Raises ValueError listing the keys that do not fit.
     """
-    state, parts = dict(state), ("",)
-    if all(key.startswith("backbone.") for key in state):
-        state, parts = fit_backbone(model, state), ("backbone.", "box_head.trunk.layer4.")
+    state = dict(state)
     if reset_heads:
         wanted = model.state_dict()
         reset = [k for k in wanted if re.match(HEADS, k) and k in state and state[k].shape != wanted[k].shape]
         state |= {key: wanted[key] for key in reset}
         if reset:
             log.warning("initialised anew, as asked, for another number of classes: %s", ", ".join(reset))
-    found = misfit(model, state, parts)
+    state, found = fit(model, state)
     if found:
         if strict:
             raise ValueError(
@@ -270,11 +270,24 @@ def load_into(
     return list(fitting)
 
 
-def fit_backbone(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A classifier's `backbone.` keys as this model has them: in a C4 model stage 5 belongs to the box head's trunk."""
+def fit(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Misfit]:
+    """The weights as this model has them, and how they differ from it.
+
+    A classifier's, `backbone.` keys alone, are compared with the model's body. In a C4 model stage 5 is in the box
+    head's trunk, a stage that the model lacks is left out, and offsets of deformable convolutions start by themselves.
+    """
+    if not all(key.startswith("backbone.") for key in state):
+        return state, misfit(model, state)
     wanted = model.state_dict()
-    moved = {key: re.sub(r"^backbone\.layer4\.", "box_head.trunk.layer4.", key) for key in state}
-    if not has(wanted, "backbone.layer4.") and has(wanted, "box_head.trunk.layer4."):
-        return {moved[key]: value for key, value in state.items()}
+    if has(wanted, BODY[1]) and not has(wanted, "backbone.layer4."):
+        state = {re.sub(r"^backbone\.layer4\.", BODY[1], key): value for key, value in state.items()}
     layers = {key.split(".")[1] for key in wanted if key.startswith("backbone.layer")}
-    return {k: v for k, v in state.items() if not k.startswith("backbone.layer") or k.split(".")[1] in layers}
+    state = {k: v for k, v in state.items() if not k.startswith("backbone.layer") or k.split(".")[1] in layers}
+    found = misfit(model, state, BODY)
+    return state, found._replace(missing=[key for key in found.missing if OFFSETS not in key])
+
+
+def fills_body(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    """Whether these weights have all that a classifier's would fill."""
+    missing, _, shapes = fit(model, state)[1]
+    return not any(text.startswith(BODY) and OFFSETS not in text for text in (*missing, *shapes))

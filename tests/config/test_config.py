@@ -135,7 +135,9 @@ def test_build_names_the_nested_node():
         build({"_target_": "tests.config.test_config.Shelf", "box": bad}, "shelf")
     good = {**bad, "size": 1}
     with pytest.raises(ConfigError, match=r"^shelf: size = 0"):
-        build({"_target_": "tests.config.test_config.Shelf", "box": good, "factory": {**bad, "_partial_": True}}, "shelf")
+        build(
+            {"_target_": "tests.config.test_config.Shelf", "box": good, "factory": {**bad, "_partial_": True}}, "shelf"
+        )
 
 
 def offline():
