@@ -66,6 +66,11 @@ class KeypointHead(nn.Module):
         nn.init.zeros_(self.predictor.bias)
         self.score = score
 
+    @property
+    def stages(self) -> tuple[KeypointHead, ...]:
+        """As the other heads have them; of keypoints there is but one."""
+        return (self,)
+
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> KeypointPrediction:
         """Logits for rois [R, 5] = (batch_index, x1, y1, x2, y2)."""
         roi_features = self.extractor(features, rois)

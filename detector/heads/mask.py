@@ -89,6 +89,11 @@ class MaskHead(nn.Module):
         self.predictor = MaskPredictor(self.trunk.out_channels, upsample_channels, 1 if class_agnostic else num_classes)
         self.target_threshold, self.target_aligned = target_threshold, target_aligned
 
+    @property
+    def stages(self) -> tuple[MaskHead, ...]:
+        """A cascade may have several: see CascadeMaskHead."""
+        return (self,)
+
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> MaskPrediction:
         """Predictions for rois [R, 5] = (batch_index, x1, y1, x2, y2)."""
         roi_features = self.extractor(features, rois)
