@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from detector.heads.box import SampledRoIs
 from detector.heads.trunk import SharedTrunk
 from detector.ops import losses
+from detector.protocols import Backbone, BoxHead, DetectionHead, Neck
+from detector.rpn import RPN
 from detector.structures import Batch, Detections, RoIFeatures, Targets
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -46,12 +48,12 @@ class TwoStageDetector(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        backbone: nn.Module,
-        neck: Callable[..., nn.Module],
-        rpn: Callable[..., nn.Module],
-        box_head: Callable[..., nn.Module] | None = None,
-        mask_head: Callable[..., nn.Module] | None = None,
-        keypoint_head: Callable[..., nn.Module] | None = None,
+        backbone: Backbone,
+        neck: Callable[..., Neck],
+        rpn: Callable[..., RPN],
+        box_head: Callable[..., BoxHead] | None = None,
+        mask_head: Callable[..., DetectionHead] | None = None,
+        keypoint_head: Callable[..., DetectionHead] | None = None,
         offset_loss_weight: float = 0.1,
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
         pixel_std: Sequence[float] = IMAGENET_STD,

@@ -27,6 +27,7 @@ from detector.ops.boxes import (
 )
 from detector.ops.checks import check_choice, check_counts, check_fractions
 from detector.ops.sampling import IGNORED, check_thresholds, match, sample
+from detector.protocols import Trunk
 from detector.roi import RoIExtractor, make_op
 from detector.structures import (
     Batch,
@@ -105,7 +106,7 @@ class BoxHead(nn.Module):
         num_classes: int,
         roi: Callable[..., nn.Module],
         output_size: int | Sequence[int] = 7,
-        trunk: Callable[..., nn.Module] = FCTrunk,
+        trunk: Callable[..., Trunk] = FCTrunk,
         level_rule: str = "detectron2",
         canonical_level: int = 4,
         canonical_size: int = 224,

@@ -17,6 +17,7 @@ from detector.heads.box import SampledRoIs
 from detector.heads.trunk import ConvTrunk
 from detector.ops import losses
 from detector.ops.layers import init_kaiming
+from detector.protocols import Trunk
 from detector.roi import RoIExtractor, make_op
 from detector.structures import Detections, RoIFeatures, Targets, rois_from_boxes
 
@@ -73,7 +74,7 @@ class MaskHead(nn.Module):
         num_classes: int,
         roi: Callable[..., nn.Module],
         output_size: int | Sequence[int] = 14,
-        trunk: Callable[..., nn.Module] = ConvTrunk,
+        trunk: Callable[..., Trunk] = ConvTrunk,
         upsample_channels: int = 256,
         level_rule: str = "detectron2",
         canonical_level: int = 4,

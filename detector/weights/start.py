@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from detector.config import config_errors, literal
+from detector.protocols import Published
 from detector.weights.architecture import apply_presets
 from detector.weights.loading import ForeignWeights, fills_body, load_foreign, load_into
 
@@ -87,6 +88,6 @@ def read_backbone(backbone: nn.Module, weights: str) -> dict[str, Tensor]:
     if Path(weights).suffix or Path(weights).is_file():
         state = load_foreign(weights).state_dict
         return {key: value for key, value in state.items() if key.startswith("backbone.")}
-    if not hasattr(backbone, "published"):
+    if not isinstance(backbone, Published):
         raise ValueError(f"{weights!r} is no file, and no library publishes weights of {type(backbone).__name__}")
     return {f"backbone.{key}": value for key, value in backbone.published(weights).items()}
