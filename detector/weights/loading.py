@@ -49,18 +49,27 @@ class ForeignWeights(NamedTuple):
     presets: dict[str, Any]  # {key of the model config: value} that the weights were trained with
 
 
+class WrongShape(NamedTuple):
+    key: str
+    given: tuple[int, ...]
+    expected: tuple[int, ...]  # the model's
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.given}, expected {self.expected}"
+
+
 class Misfit(NamedTuple):
     """How a state dict differs from a model's."""
 
     missing: list[str]
     extra: list[str]
-    shapes: list[str]  # "key: (shape given), expected (shape of the model)"
+    shapes: list[WrongShape]
 
     def __bool__(self) -> bool:
         return any(self)
 
     def __str__(self) -> str:
-        return "; ".join(f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in zip(KINDS, self) if keys)
+        return "; ".join(f"{len(keys)} {kind}: {', '.join(map(str, keys))}" for kind, keys in zip(KINDS, self) if keys)
 
 
 KINDS = ("missing", "not of this model", "of another shape")
@@ -84,6 +93,13 @@ def load_foreign(
 
     Raises FileNotFoundError, and ValueError for an unknown source or for keys that no rule knows, all of them listed.
     """
+    return read_foreign(path_or_state_dict, source, style)[0]
+
+
+def read_foreign(
+    path_or_state_dict: str | Path | Mapping[str, Any], source: str | None = None, style: str | None = None
+) -> tuple[ForeignWeights, str]:
+    """What `load_foreign` returns, and whose weights they are: one of SOURCES."""
     if source not in (None, *SOURCES):
         raise ValueError(f"source={source!r}: expected one of {', '.join(SOURCES)}, or None to recognise it")
     if style not in (None, "caffe", "pytorch"):
@@ -97,14 +113,14 @@ def load_foreign(
     source = source or recognise(theirs)
     style = style or style_in(contents, Path(path_or_state_dict).name if is_path else "")
     if source == "detector":
-        return ForeignWeights(theirs, {})
+        return ForeignWeights(theirs, {}), source
     state, unused = translate(theirs, source)
     if unused:
         log.info("not used by the model: %s", ", ".join(unused))
     if is_path and source == "torchvision" and re.search(WITHOUT_EPS, str(path_or_state_dict)):
         without_eps(state)
     presets = presets_of(source, state, style)
-    return ForeignWeights(state, presets | pixels_in(contents, theirs))
+    return ForeignWeights(state, presets | pixels_in(contents, theirs)), source
 
 
 def recognise(state: Mapping[str, Tensor]) -> str:
@@ -225,7 +241,7 @@ def misfit(model: nn.Module, state: Mapping[str, Tensor], parts: tuple[str, ...]
     missing = [key for key in wanted if key not in state and not key.endswith(COUNTER)]
     extra = [key for key in state if key not in wanted and not key.endswith(COUNTER)]
     shapes = [
-        f"{key}: {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}"
+        WrongShape(key, tuple(state[key].shape), tuple(wanted[key].shape))
         for key in wanted
         if key in state and state[key].shape != wanted[key].shape and not is_flat(state[key], wanted[key])
     ]
@@ -264,8 +280,8 @@ def load_into(
                 f"weights.reset_heads=true initialises heads for another number of classes anew. {found}"
             )
         log.warning("loading what fits of the weights; %s", found)
-    wrong = {line.split(":")[0] for line in found.shapes}
-    fitting = {key: value for key, value in state.items() if key not in {*wrong, *found.extra}}
+    unfit = {*found.extra, *(wrong.key for wrong in found.shapes)}
+    fitting = {key: value for key, value in state.items() if key not in unfit}
     model.load_state_dict(fitting, strict=False)
     return list(fitting)
 
@@ -290,4 +306,5 @@ def fit(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
 def fills_body(model: nn.Module, state: dict[str, Tensor]) -> bool:
     """Whether these weights have all that a classifier's would fill."""
     missing, _, shapes = fit(model, state)[1]
-    return not any(text.startswith(BODY) and OFFSETS not in text for text in (*missing, *shapes))
+    lacking = [*missing, *(wrong.key for wrong in shapes)]
+    return not any(key.startswith(BODY) and OFFSETS not in key for key in lacking)
