@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from detector.heads.box import SampledRoIs
 from detector.heads.trunk import SharedTrunk
 from detector.ops import losses
+from detector.protocols import Backbone, BoxHead, DetectionHead, Neck
+from detector.rpn import RPN
 from detector.structures import Batch, Detections, RoIFeatures, Targets
-from detector.weights.loading import load_foreign, load_into
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -58,8 +59,6 @@ class TwoStageDetector(nn.Module):
         offset_loss_weight: factor of the L2 loss on learned offsets ("lambda").
         pixel_mean, pixel_std: of the three channels, in 0..255, in the order of `channel_order`.
         channel_order: 'rgb' or 'bgr', what the backbone's weights expect. Images always come in as RGB.
-        weights: a file to start from, see weights.load_foreign, that has to fit. Only its tensors are loaded here: the
-            entry points also put the settings that belong to them into the config.
         share_trunk: the mask head works on what the box head's ResNetTrunk gives before its mean (C4).
         channels_last: give the images to the backbone in this layout, in which most layers are fastest.
         size_divisibility: padding beyond the next multiple of it is cut off again before the backbone; None keeps all
@@ -70,12 +69,12 @@ class TwoStageDetector(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        backbone: nn.Module,
-        neck: Callable[..., nn.Module],
-        rpn: Callable[..., nn.Module],
-        box_head: Callable[..., nn.Module] | None = None,
-        mask_head: Callable[..., nn.Module] | None = None,
-        keypoint_head: Callable[..., nn.Module] | None = None,
+        backbone: Backbone,
+        neck: Callable[..., Neck],
+        rpn: Callable[..., RPN],
+        box_head: Callable[..., BoxHead] | None = None,
+        mask_head: Callable[..., DetectionHead] | None = None,
+        keypoint_head: Callable[..., DetectionHead] | None = None,
         offset_loss_weight: float = 0.1,
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
         pixel_std: Sequence[float] = IMAGENET_STD,
@@ -84,7 +83,6 @@ class TwoStageDetector(nn.Module):
         channels_last: bool = True,
         size_divisibility: int | None = None,
         pad_multiple: int = 32,
-        weights: str | None = None,
     ):
         super().__init__()
         if num_classes < 1:
@@ -108,12 +106,6 @@ class TwoStageDetector(nn.Module):
         shared = {"trunk": partial(SharedTrunk, trunk=self.box_head.trunk)} if share_trunk else {}
         self.mask_head = mask_head and mask_head(*roi_args, **shared)
         self.keypoint_head = keypoint_head and keypoint_head(*roi_args)
-
-        stage5 = backbone.__dict__.pop("beyond", {})
-        if stage5 and hasattr(getattr(self.box_head, "trunk", None), "layer4"):
-            self.box_head.trunk.load_state_dict(stage5)
-        if weights is not None:
-            load_into(self, load_foreign(weights).state_dict)
 
     def forward(self, batch: Batch, targets: Targets | None = None, stats: bool = False):
         """Losses in training, detections in inference.

@@ -6,14 +6,14 @@ Dimensions: N images, L levels, C channels, A anchors per cell, T candidates kep
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detector.ops import losses
-from detector.ops.boxes import BoxCoder, clip, nms_by_image, nms_like_mmcv, take
+from detector.ops.boxes import BoxCoder, Survivors, clip, nms_by_image, nms_like_mmcv, survivors, take
 from detector.ops.checks import check_counts, check_fractions
 from detector.ops.layers import conv_block, init_normal
 from detector.ops.sampling import check_thresholds, match, sample
@@ -200,35 +200,40 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def propose(
-        self, logits: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], image_sizes: Tensor
+        self,
+        logits: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        anchors: Sequence[Tensor],
+        image_sizes: Tensor,
+        suppress: Callable[..., Survivors] = survivors,
     ) -> Proposals:
-        """Decode, clip and suppress; logits, deltas and anchors per level as RPNHead and AnchorGenerator give them."""
+        """Decode, clip and suppress; logits, deltas and anchors per level as RPNHead and AnchorGenerator give them.
+
+        suppress: `ops.boxes.survivors`, or what stands for it in an exported program.
+        """
         pre, post = self.pre_nms_top_n[not self.training], self.post_nms_top_n[not self.training]
         boxes, scores, levels = [], [], []
         for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors)):
-            score, index = self.best(logit.float(), min(pre, logit.shape[1]))
+            score, index = self.best(logit.float(), torch.sym_min(pre, logit.shape[1]))
             boxes.append(self.coder.decode(take(delta, index), anchor[index]))
             scores.append(score)
             levels.append(torch.full_like(index, level))
         boxes = clip(torch.cat(boxes, 1), image_sizes)
         scores, levels = torch.cat(scores, 1), torch.cat(levels, 1)
 
-        sides = boxes[..., 2:] - boxes[..., :2]
-        image, column = torch.nonzero((sides > self.min_size).all(-1) & scores.isfinite(), as_tuple=True)
-        boxes, scores = boxes[image, column], scores[image, column]
-        args = (image, levels[image, column], self.nms_threshold, len(image_sizes), post)
+        large = (boxes[..., 2:] - boxes[..., :2] > self.min_size).all(-1)
+        image = torch.arange(len(image_sizes), device=boxes.device)
         nms = nms_by_image if self.rank_by == "logit" else nms_like_mmcv
-        rows, valid = nms(boxes, scores, *args)
-        if len(boxes) == 0:  # nothing survived on any image: padding has no row to point at
-            return Proposals(boxes.new_zeros(*rows.shape, 4), scores.new_zeros(rows.shape), valid)
-        scores = scores[rows].sigmoid() if self.rank_by == "logit" else scores[rows]
-        return Proposals(boxes[rows] * valid[..., None], scores * valid, valid)
+        args = (image, levels, nms, self.nms_threshold, len(image_sizes), post)
+        found = suppress(boxes, scores, large & scores.isfinite(), *args)
+        scores = found.scores.sigmoid() * found.valid if self.rank_by == "logit" else found.scores
+        return Proposals(found.of(boxes), scores, found.valid)
 
     def best(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The `count` highest of logits [N, A], or all of them, and where they are, both [N, count]."""
-        if self.rank_by == "logit":
-            return logits.topk(count, dim=1)
-        scores = logits.sigmoid()
+        scores = logits if self.rank_by == "logit" else logits.sigmoid()
+        if self.rank_by == "logit" or torch.compiler.is_exporting():  # a program does not know how many there will be
+            return scores.topk(count, dim=1)
         if count == scores.shape[1]:  # theirs sorts only to leave some out, unstably: the order of ties counts
             return scores, torch.arange(count, device=scores.device).expand_as(scores)
         scores, index = scores.sort(dim=1, descending=True)

@@ -70,7 +70,6 @@ def recipe(name: str) -> DictConfig:
 def model_of(cfg: DictConfig, num_classes: int = 80, **settings) -> nn.Module:
     """The model at full size without weights or memory."""
     node = OmegaConf.to_container(cfg.model, resolve=True)
-    node["backbone"].pop("weights", None)
     with torch.device("meta"):
         return build(node | settings, "model", num_classes=num_classes)
 
@@ -110,7 +109,6 @@ def test_a_training_step_and_an_inference(name):
 
     torch.manual_seed(0)
     node = small(OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True)))
-    node.backbone.weights = node.weights = None
     if node.get("box_head"):
         node.box_head.score_threshold = 0.0
     model = build(node, "model", num_classes=3)

@@ -43,9 +43,7 @@ def config(*overrides: str):
 def choose(group: str, name: str) -> list[str]:
     if group == "model":
         return [f"model={name}"]
-    extra = TIMM.get(name, [])
-    extra = [*extra, "model.backbone.weights=null"] if name in TIMM else extra
-    return [f"model={MODEL_FOR.get(name, 'faster_rcnn')}", f"{group}@model.{group}={name}", *extra]
+    return [f"model={MODEL_FOR.get(name, 'faster_rcnn')}", f"{group}@model.{group}={name}", *TIMM.get(name, [])]
 
 
 def small(cfg):

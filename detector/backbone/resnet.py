@@ -12,15 +12,13 @@ Dimensions: N images, C channels; stage s (2..5, the "C2".."C5" of FPN) has stri
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torchvision
 from torch import Tensor, nn
-from torchvision.models import resnet
+from torchvision.models import get_model_weights, resnet
 from torchvision.ops import deform_conv2d
 
 from detector.ops.layers import conv_norm, norm_layer
-from detector.weights.loading import load_foreign, misfit
 
 
 class DeformConv2d(nn.Conv2d):
@@ -105,9 +103,6 @@ class ResNet(torchvision.models.ResNet):
         deform_modulated: and modulated ("v2"). deform_groups: groups of channels with offsets of their own.
         stages: the stages whose maps are returned, for instance [2, 3, 4, 5] for FPN or [4] for C4.
         frozen_stages: the stem (1) and the stages up to this one are not trained; 0 trains everything.
-        weights: None, the name of torchvision's weights ('IMAGENET1K_V1' ...), or a file, see weights.load_foreign. The
-            tensors alone: model.weights brings the settings with them. Those of a stage beyond the last are left in
-            `beyond` for the model: a C4 head starts from stage 5.
     """
 
     def __init__(
@@ -124,7 +119,6 @@ class ResNet(torchvision.models.ResNet):
         deform_groups: int = 1,
         stages: Sequence[int] = (2, 3, 4, 5),
         frozen_stages: int = 2,
-        weights: str | None = None,
     ):
         nn.Module.__init__(self)  # torchvision's constructor fixes the width and adds a classifier
         if depth not in BLOCKS:
@@ -134,6 +128,7 @@ class ResNet(torchvision.models.ResNet):
         if not 0 <= frozen_stages <= 5:
             raise ValueError(f"frozen_stages={frozen_stages}: expected 0 to 5")
         block, repeats = BLOCKS[depth]
+        self.name = f"resnext{depth}_{groups}x{width_per_group}d" if groups > 1 else f"resnet{depth}"  # torchvision's
         if not set(deform_stages) <= set(range(2, max(stages) + 1)) or (deform_stages and block is BasicBlock):
             raise ValueError(
                 f"deform_stages={list(deform_stages)}: expected some of the stages 2 to {max(stages)}, and bottlenecks "
@@ -161,8 +156,6 @@ class ResNet(torchvision.models.ResNet):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if stride_in_1x1 and isinstance(module, Bottleneck):
                 module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
-        if weights is not None:
-            self.load_weights(weights, depth)
         for stage in deform_stages:
             for part in getattr(self, f"layer{stage - 1}"):
                 part.conv2 = DeformConv2d(part.conv2, deform_modulated, deform_groups)
@@ -172,23 +165,16 @@ class ResNet(torchvision.models.ResNet):
         for stage in range(2, min(frozen_stages, self.stages[-1]) + 1):
             getattr(self, f"layer{stage - 1}").requires_grad_(False)
 
-    def load_weights(self, weights: str, depth: int) -> None:
-        """Load torchvision's weights of that name, or the backbone of a file that weights.load_foreign reads.
+    def published(self, name: str) -> dict[str, Tensor]:
+        """torchvision's weights of that name ('IMAGENET1K_V1' ...), downloaded once, all stages of them.
 
-        Raises ValueError with the keys where the file does not fit.
+        Raises ValueError for a name that torchvision does not have for this body.
         """
-        name = f"resnext{depth}_{self.groups}x{self.base_width}d" if self.groups > 1 else f"resnet{depth}"
-        if Path(weights).suffix or Path(weights).is_file():
-            state = load_foreign(weights).state_dict
-        else:
-            state = load_foreign(torchvision.models.get_model_weights(name)[weights].get_state_dict()).state_dict
-        last = self.stages[-1] - 1
-        state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-        self.beyond = {key: value for key, value in state.items() if key.startswith("layer") and int(key[5]) > last}
-        state = {key: value for key, value in state.items() if key not in self.beyond}
-        if found := misfit(self, state):
-            raise ValueError(f"backbone weights {weights} do not fit {name}: {found}")
-        self.load_state_dict(state, strict=False)
+        has = {} if self.name not in torchvision.models.list_models() else get_model_weights(self.name).__members__
+        if name not in has:
+            names = f"those of {self.name} are {', '.join(has)}" if has else f"it has none of a {self.name}"
+            raise ValueError(f"torchvision publishes no {name!r}: {names}; or give the path of a file")
+        return {key: value for key, value in has[name].get_state_dict().items() if not key.startswith("fc.")}
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps [N, C, H / stride, W / stride] of the chosen stages, of images [N, 3, H, W]."""

@@ -6,7 +6,10 @@ Dimensions: N images, C channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -15,7 +18,6 @@ class TimmBackbone(nn.Module):
 
     Args:
         name: timm's name of the model, for instance 'convnext_tiny.fb_in1k' or 'swin_tiny_patch4_window7_224'.
-        weights: 'pretrained' for those that timm has for that name, or None.
         strides: of the maps that are returned, finest first.
         image_size: what models with a fixed input size (Swin) are built for; they take other sizes too.
         frozen: train none of its parameters.
@@ -27,7 +29,6 @@ class TimmBackbone(nn.Module):
     def __init__(
         self,
         name: str,
-        weights: str | None = None,
         strides: Sequence[int] = (4, 8, 16, 32),
         image_size: int | None = None,
         frozen: bool = False,
@@ -41,9 +42,7 @@ class TimmBackbone(nn.Module):
         if not timm.is_model(name):
             close = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5])
             raise ValueError(f"timm has no model {name!r}" + (f"; it has {close}" if close else ""))
-        if weights not in (None, "pretrained"):
-            raise ValueError(f"weights={weights!r}: expected 'pretrained' or None")
-        settings = {"pretrained": weights is not None, "features_only": True}
+        settings: dict[str, Any] = {"features_only": True}
         if drop_path_rate:
             settings["drop_path_rate"] = drop_path_rate
         if "swin" in name:
@@ -51,11 +50,22 @@ class TimmBackbone(nn.Module):
         reductions = timm.create_model(name, features_only=True).feature_info.reduction()
         if missing := [stride for stride in strides if stride not in reductions]:
             raise ValueError(f"strides={list(strides)}: {name} has maps at strides {reductions}, not {missing}")
-        self.model = timm.create_model(name, out_indices=[reductions.index(s) for s in strides], **settings)
+        settings["out_indices"] = [reductions.index(s) for s in strides]
+        self.create = partial(timm.create_model, name, **settings)
+        self.model = self.create()
         self.out_channels, self.strides = self.model.feature_info.channels(), list(strides)
         self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
         if frozen:
             self.requires_grad_(False)
+
+    def published(self, name: str) -> dict[str, Tensor]:
+        """The weights that timm publishes for this model ('pretrained'), downloaded once. Raises ValueError for another
+        name."""
+        if name != "pretrained":
+            raise ValueError(f"{name!r}: expected 'pretrained', which takes timm's, or the path of a file")
+        with torch.random.fork_rng(devices=[]):
+            model = self.create(pretrained=True)
+        return {f"model.{key}": value for key, value in model.state_dict().items()}
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps [N, C, H / stride, W / stride] of images [N, 3, H, W]."""

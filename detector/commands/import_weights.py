@@ -11,8 +11,8 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from detector import checkpoint
 from detector.config import compose
 from detector.weights.architecture import build_model, model_config
-from detector.weights.loading import load_foreign
-from detector.weights.presets import resizing_of
+from detector.weights.loading import read_foreign
+from detector.weights.presets import RESIZING
 
 COCO_91 = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]  # by COCO's ids; "N/A" where there is none
 COCO_IDS = [i for i, name in enumerate(COCO_91) if i and name != "N/A"]
@@ -39,7 +39,7 @@ def convert(
 
     Raises FileNotFoundError, and ValueError where keys do not fit or the categories are another number.
     """
-    weights = load_foreign(source, framework, style)
+    weights, framework = read_foreign(source, framework, style)
     config = model_config(*weights)
     names, ids = category_names(config["num_classes"], categories)
     model = build_model(weights)
@@ -47,7 +47,7 @@ def convert(
     usual = compose("train", ["experiment=none", "augment=default", f"data={data}"])  # images of 800 to 1333 px, as all
     usual = {key: OmegaConf.to_container(usual[key], resolve=True) for key in ("augment", "data")}
     for split in ("train", "val"):
-        usual["augment"][split][0] |= resizing_of(weights.presets)
+        usual["augment"][split][0] |= RESIZING[framework]
     config = {"model": config, **usual, "seed": 0}
     state = {"model": model.state_dict(), "ema": None, "config": config, "categories": names, "category_ids": ids}
     checkpoint.save(state | {"iteration": 0, "metrics": {}, "best": {}}, Path(out))

@@ -90,7 +90,7 @@ def predict_files(cfg: DictConfig) -> int:
     with config_errors("device"):
         device = start_ranks(Runtime(device=cfg.device)).device
     model = load(cfg.checkpoint, device, OmegaConf.to_container(cfg.model, resolve=True), cfg.trust)
-    head = model.box_head and getattr(model.box_head, "stages", [model.box_head])[-1]
+    head = model.box_head and model.box_head.stages[-1]
     if head is not None and cfg.threshold < head.score_threshold:
         log.warning(
             "threshold = %g: the model gives no scores below %g; model.box_head.score_threshold=%g makes it",

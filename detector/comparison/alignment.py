@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from detector.ops.boxes import of_label
 from detector.roi import RoIExtractor, RoIPool, RoIWarp, assign_levels
 from detector.roi.pool import bin_ranges, round_half_away
 from detector.structures import Batch, to_device, with_image
@@ -30,7 +31,7 @@ def feature_shift(
     The maps are a smooth function of the position, waves of 4 to 12 cells, so that the shift itself is exact and only
     the RoI method is measured. boxes [R, 4] in network pixels.
     """
-    extractor = first_stage(model).extractor
+    extractor = model.box_head.stages[0].extractor
     channels = model.neck.out_channels
     channels = channels if isinstance(channels, int) else channels[0]
     margin = 2 * max(extractor.strides)  # what happens at the map's border is not the question
@@ -83,26 +84,16 @@ def box_shift(model: nn.Module, image: np.ndarray, boxes: Tensor, labels: Tensor
         batch = Batch(*(t.to(device) for t in (canvas, size, size, zero, zero)))
         rois = with_image((boxes.to(device) + top)[None])[0]
         features = model.features(batch)[: model.neck.roi_levels]
-        head, prediction = model.box_head, model.box_head(features, rois)
-        if hasattr(head, "stages"):  # of a cascade, what the last one makes of the boxes of those before it
-            head, prediction, rois = head.stages[-1], prediction.stages[-1], prediction.rois[-1]
-        deltas = prediction.box_deltas
-        column = (labels.to(device) - 1) if deltas.shape[1] > 1 else torch.zeros_like(labels, device=device)
-        deltas = deltas[torch.arange(len(deltas), device=device), column]
-        found = head.coder.decode(deltas, rois[:, 1:]) - top
+        candidates, _ = model.box_head.candidates(features, rois, batch.image_sizes)
+        found = of_label(candidates, labels.to(device)) - top
         first = found if first is None else first
         distances.append(float((found - first).abs().mean()))
     return distances
 
 
-def first_stage(model: nn.Module) -> nn.Module:
-    """The box head, or of a cascade the one that sees the proposals."""
-    return model.box_head.stages[0] if hasattr(model.box_head, "stages") else model.box_head
-
-
 def area_error(model: nn.Module, boxes: Tensor) -> Tensor | None:
     """Relative error [R] of the area that the box head's method reads for RoIs [R, 4]; None if it does not round."""
-    extractor = first_stage(model).extractor
+    extractor = model.box_head.stages[0].extractor
     if not isinstance(extractor.op, (RoIPool, RoIWarp)):
         return None
     levels = assign_levels(

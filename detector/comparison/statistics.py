@@ -31,7 +31,7 @@ LIMIT = 100  # detections of a category in an image
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
 
-class Matches(NamedTuple):
+class MatchedDetections(NamedTuple):
     """Which detections found an object, for all areas and thresholds; detections in the order of images."""
 
     image_ids: np.ndarray  # [I]
@@ -51,7 +51,7 @@ class Table(NamedTuple):
     recall: np.ndarray  # [B, K, A, T]
 
 
-def match(annotations, predictions, iou_type: str = "bbox") -> Matches:
+def match(annotations, predictions, iou_type: str = "bbox") -> MatchedDetections:
     """COCO's greedy matching. annotations, predictions, iou_type (bbox, segm, boundary): as in coco_metrics."""
     if iou_type not in ("bbox", "segm", "boundary"):
         raise ValueError(f"iou_type is {iou_type!r}; choose bbox, segm or boundary")
@@ -80,7 +80,7 @@ def match(annotations, predictions, iou_type: str = "bbox") -> Matches:
         false.append(~hit & ~outside[:, :, None])
     image, category, score = np.array(rows, float).reshape(-1, 3).T
     shape = (0, len(AREAS), len(THRESHOLDS))
-    return Matches(
+    return MatchedDetections(
         np.sort(checked.image_ids),
         [category["name"] for category in truth["categories"]],
         image.astype(np.int32),
@@ -161,7 +161,7 @@ def draws(images: int, count: int = 1000, seed: int = 0) -> np.ndarray:
 
 
 def resample(
-    matches: Matches, weights: np.ndarray | None = None, areas: Sequence[int] = (0, 1, 2, 3), chunk: int = 100
+    matches: MatchedDetections, weights: np.ndarray | None = None, areas: Sequence[int] = (0, 1, 2, 3), chunk: int = 100
 ) -> Table:
     """Average precision and recall with images weighted by weights [B, I]; None: the data set as it is, B = 1.
 

@@ -31,9 +31,11 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from detector.checkpoint import flatten
+from detector.config.typed import literal
 from detector.ops.checks import ConfigError
 
 SPECIAL = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
+FILES = ("model.weights", "model.backbone.weights")  # what a model starts from: for weights.Start, not for constructors
 LATER = ("model.num_classes",)  # `???` until the data set's categories are known
 # what a checkpoint's config may build: modules of the model, nothing that could act on the machine
 MODEL_CODE = ("model", "ops", "backbone", "rpn", "roi", "heads")
@@ -42,8 +44,21 @@ NOT_THE_USERS = {"detector", "torch", "torchvision", "timm", "albumentations", "
 
 def build(node: Any, path: str, **arguments: Any) -> Any:
     """Instantiate a `_target_` node; its ValueError, TypeError and OSError become a ConfigError with its path."""
+    for key in FILES:
+        if key.startswith(f"{path}."):
+            node = without(node, key.removeprefix(f"{path}."))
     with config_errors(path):
         return hydra.utils.instantiate(node, _convert_="all", **arguments)
+
+
+def without(node: Any, key: str) -> Any:
+    """A copy of a config node that has no `key`, such as 'backbone.weights'."""
+    node = literal(OmegaConf.to_container(node, resolve=True)) if OmegaConf.is_config(node) else node
+    first, _, rest = key.partition(".")
+    if not isinstance(node, Mapping) or first not in node:
+        return node
+    kept = {name: value for name, value in node.items() if name != first}
+    return kept | {first: without(node[first], rest)} if rest else kept
 
 
 @contextlib.contextmanager
@@ -119,6 +134,11 @@ def check_arguments(arguments: dict, target: Callable, path: str, name: str) -> 
         hints = {}  # annotations that only exist for type checkers
     known = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    for key in FILES:
+        if key.rpartition(".")[0] == path:
+            leaf = key.rpartition(".")[2]
+            known[leaf] = inspect.Parameter(leaf, inspect.Parameter.KEYWORD_ONLY, default=None)
+            hints[leaf] = str | None
     for key, value in arguments.items():
         where = f"{path}.{key}" if path else str(key)
         if key not in known:

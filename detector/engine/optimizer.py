@@ -24,7 +24,10 @@ from detector.config import ConfigError
 from detector.ops.checks import require
 from detector.settings import Length, Training, to_iterations
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm, nn.LayerNorm),
+)
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, training: Training) -> list[dict]:

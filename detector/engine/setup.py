@@ -44,18 +44,15 @@ def preflight(cfg: DictConfig, training: Training) -> None:
 
 
 def skeleton(cfg: DictConfig) -> nn.Module:
-    """The model that `cfg` describes, for two classes, without weights and without memory."""
-    model = OmegaConf.to_container(cfg.model, resolve=True)
-    model["backbone"].pop("weights", None)
-    model.pop("weights", None)
+    """The model that `cfg` describes, for two classes, without memory."""
     with torch.device("meta"):
-        return build(model, "model", num_classes=2)
+        return build(cfg.model, "model", num_classes=2)
 
 
-def warn_of_random_layers(cfg: DictConfig, model: nn.Module) -> None:
-    """Say so if a run begins with layers that are random and never trained: nothing good can come of it."""
+def warn_of_random_layers(model: nn.Module) -> None:
+    """Say so if a run without weights begins with layers that are never trained: nothing good can come of it."""
     frozen = [name for name, p in model.backbone.named_parameters() if not p.requires_grad]
-    if frozen and cfg.model.backbone.get("weights") is None:
+    if frozen:
         log.warning(
             "model.backbone.weights = null, but %d of its tensors are not trained (%s, ...): they stay random. Give "
             "model.backbone.weights=IMAGENET1K_V1 or model.weights=FILE, or train from scratch with "

@@ -53,8 +53,7 @@ class State:
         """Build what the config describes, on the device; `start` may fill the new model with weights."""
         model = build(cfg.model, "model", num_classes=num_classes, pad_multiple=cfg.data.pad_multiple)
         if start is not None:
-            with config_errors("model.weights"):
-                start(model)
+            start(model)
         model = to_preferred_layout(model.to(world.device), world.device)
         scaler = torch.amp.GradScaler(world.device.type, enabled=runtime.precision == "fp16")
         factory = build(cfg.optimizer, "optimizer")

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detector.config import build, config_errors, overridden
+from detector.config import build, overridden
 from detector.data.loader import readable
 from detector.engine import faults, run_folder, setup
 from detector.engine.evaluation import chosen, measure, show
@@ -55,8 +55,7 @@ def train(cfg: DictConfig) -> float | None:
         start_log(folder, world)
         seed_everything(cfg.seed)
 
-        with config_errors("model.weights"):
-            weights = start.read(cfg, overridden())
+        weights = start.read(cfg, overridden())
         train_set, val_set = setup.datasets(cfg)
         setup.fit(cfg, train_set, val_set, evaluation)
         found = setup.find_checkpoint(cfg, folder, world)
@@ -64,12 +63,12 @@ def train(cfg: DictConfig) -> float | None:
         faults.on_main(world, lambda: contents.update(setup.contents_of(cfg, train_set, val_set, found)))
         per_epoch = max(1, round(len(train_set) / training.batch_size))
         total = schedule.total(per_epoch)
-        fill = partial(start.load, weights=None if found else weights)
+        fill = None if found else partial(start.load, weights=weights)
         state = State.create(cfg, len(train_set.categories), schedule, per_epoch, training, runtime, world, fill)
         if found:
             setup.resume(found, state, train_set, world)
-        elif not weights:
-            setup.warn_of_random_layers(cfg, state.model)
+        elif not any(weights):
+            setup.warn_of_random_layers(state.model)
         if state.iteration >= total and state.evaluated >= total:
             log.info(
                 "%s is finished: %d iterations. Another run_dir, or a longer schedule, trains more.", folder, total

@@ -17,7 +17,7 @@ Dimensions: P proposals, R RoIs, D detections, K classes, L levels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
 
@@ -34,11 +34,11 @@ from detector.heads import BoxHead
 from detector.heads.keypoint import from_heatmaps
 from detector.inference.load import load
 from detector.model import TwoStageDetector
-from detector.ops.boxes import clip
+from detector.ops.boxes import Survivors
 from detector.roi import RoIExtractor
 from detector.roi.base import use_path
 from detector.runtime import PRECISIONS
-from detector.structures import Batch
+from detector.structures import Batch, with_image
 
 
 class Exportable(nn.Module):
@@ -71,63 +71,55 @@ class Exportable(nn.Module):
         features = model.features(Batch(images, sizes, sizes, none, none))
         # a strided view among them would tie the program to how its sides divide
         features = [level.clone(memory_format=torch.contiguous_format) for level in features]
-        boxes, scores = self.propose(features, sizes)
+        proposals = model.rpn.propose(*model.rpn.head(features), model.rpn.anchors(features), sizes, survivors)
         if model.box_head is None:
-            return boxes, scores, (scores > 0).long()
-        features = features[: model.neck.roi_levels]
-        boxes, scores, labels = self.select(*model.box_head.candidates(features, rois_of(boxes), sizes), boxes, sizes)
-        found = [boxes, scores, labels]
+            return proposals.boxes[0], proposals.scores[0], proposals.valid[0].long()
+        features, rois = features[: model.neck.roi_levels], with_image(proposals.boxes)[0]
+        boxes, scores = model.box_head.candidates(features, rois, sizes)
+        scores = scores.masked_fill(~proposals.valid[0][:, None], -torch.inf)  # all rows travel, padding too
+        image = torch.zeros_like(rois[:, 0], dtype=torch.int64)
+        detections = model.box_head.stages[-1].select(boxes, scores, image, sizes, survivors)
+        found, rois, labels = [t[0] for t in detections[:3]], with_image(detections.boxes)[0], detections.labels[0]
         if model.mask_head is not None:
-            heads = getattr(model.mask_head, "stages", [model.mask_head])
-            logits = [head.predictor(head(features, rois_of(boxes)).hidden, labels) for head in heads]
+            logits = [head.predictor(head(features, rois).hidden, labels) for head in model.mask_head.stages]
             found.append(torch.stack([values.float().sigmoid() for values in logits]).mean(0))
         if model.keypoint_head is not None:
-            logits = model.keypoint_head(features, rois_of(boxes)).keypoint_logits.float()
-            keypoints = from_heatmaps(logits, boxes, model.keypoint_head.score)
+            logits = model.keypoint_head(features, rois).keypoint_logits.float()
+            keypoints = from_heatmaps(logits, detections.boxes[0], model.keypoint_head.score)
             found.append(keypoints * (labels > 0)[:, None, None])
         return tuple(found)
 
-    def propose(self, features: Sequence[Tensor], sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes [P, 4] and scores [P] of the RPN, zeros after the last one."""
-        rpn = self.model.rpn
-        boxes, scores, levels = [], [], []
-        for level, (logits, deltas, anchors) in enumerate(zip(*rpn.head(features), rpn.anchors(features))):
-            values = logits[0].float() if rpn.rank_by == "logit" else logits[0].float().sigmoid()
-            score, index = values.topk(torch.sym_min(rpn.pre_nms_top_n[1], values.shape[0]))
-            boxes.append(rpn.coder.decode(deltas[0, index], anchors[index]))
-            scores.append(score)
-            levels.append(torch.full_like(index, level))
-        boxes, scores, levels = clip(torch.cat(boxes)[None], sizes)[0], torch.cat(scores), torch.cat(levels)
-        large = (boxes[:, 2:] - boxes[:, :2] > rpn.min_size).all(1)
-        kept = torch.nonzero(large & scores.isfinite())[:, 0]
-        boxes, scores, levels = boxes[kept], scores[kept], levels[kept]
-        boxes, scores, levels = two_more(boxes), two_more(scores, torch.finfo(scores.dtype).min), two_more(levels)
-        keep = self.nms(boxes, scores, levels, rpn.nms_threshold)
-        scores = scores[keep].sigmoid() if rpn.rank_by == "logit" else scores[keep]
-        return first(boxes[keep], rpn.post_nms_top_n[1]), first(scores, rpn.post_nms_top_n[1])
 
-    def select(self, boxes: Tensor, scores: Tensor, proposals: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes [D, 4], scores [D] and labels [D]: the best of boxes [R, K or 1, 4] with scores [R, K]."""
-        head = getattr(self.model.box_head, "stages", [self.model.box_head])[-1]
-        limit = head.detections_per_image
-        real = (proposals[:, 2:] > proposals[:, :2]).all(1)
-        boxes = clip(boxes[None], sizes)[0].expand(-1, scores.shape[1], -1)
-        large = (boxes[..., 2:] - boxes[..., :2] > head.min_size).all(-1)
-        wanted = (scores > head.score_threshold) & (large | head.min_size_last) & real[:, None]
-        row, column = torch.nonzero(wanted, as_tuple=True)
-        boxes, scores, labels = boxes[row, column], scores[row, column], (column + 1) * large[row, column]
-        boxes, scores, labels, group = two_more(boxes), two_more(scores), two_more(labels), two_more(column)
-        group = torch.zeros_like(group) if head.nms_agnostic else group
-        keep = self.nms(boxes, scores, group, head.nms_threshold)
-        there = labels[keep] > 0
-        boxes, scores = boxes[keep] * there[:, None], scores[keep] * there
-        return first(boxes, limit), first(scores, limit), first(labels[keep], limit)
+def survivors(
+    boxes: Tensor,
+    scores: Tensor,
+    wanted: Tensor,
+    image: Tensor,
+    group: Tensor,
+    nms_by_image: Callable,
+    threshold: float,
+    images: int,
+    limit: int,
+) -> Survivors:
+    """`ops.boxes.survivors` of one image, in operations that can be exported: plain NMS, no question how many remain.
 
-    @staticmethod
-    def nms(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) -> Tensor:
-        """Rows that survive, best first. Groups are moved apart so that they cannot overlap."""
-        away = boxes.flatten().amax(0) + 1
-        return nms(boxes + (group * away)[:, None], scores, threshold)
+    Two entries more, which end up as padding, go along: programs of torch.export want at least two of a kind.
+    """
+    row, column = torch.nonzero(wanted, as_tuple=True)
+    real = extended(torch.ones_like(row, dtype=torch.bool), 2)
+    row, column = extended(row, 2), extended(column, 2)
+    boxes = boxes[row, column] * real[:, None]
+    scores = torch.where(real, scores[row, column], torch.finfo(scores.dtype).min)
+    apart = (group[row, column] * real) * (boxes.flatten().amax(0) + 1)  # so that groups cannot overlap
+    keep = nms(boxes + apart[:, None], scores, threshold)
+    kept = (extended(values[keep], limit)[None, :limit] for values in (row, column, real, scores))
+    row, column, valid, scores = kept
+    return Survivors(row, column, valid, torch.where(valid, scores, 0))
+
+
+def extended(values: Tensor, count: int) -> Tensor:
+    """`values` with `count` zeros more."""
+    return torch.cat([values, values.new_zeros(count)])
 
 
 class HeavyLayers(TorchFunctionMode):
@@ -161,21 +153,6 @@ def output_names(model: TwoStageDetector) -> list[str]:
     """Names of what `Exportable(model)` returns."""
     optional = [name for name in ("mask", "keypoint") if getattr(model, f"{name}_head") is not None]
     return ["boxes", "scores", "labels", *(f"{name}s" for name in optional)]
-
-
-def rois_of(boxes: Tensor) -> Tensor:
-    """Boxes [R, 4] of the one image as RoIs [R, 5]."""
-    return torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)
-
-
-def two_more(values: Tensor, fill: float = 0) -> Tensor:
-    """`values` with two more rows, which end up as padding: programs of torch.export want at least two of a kind."""
-    return torch.cat([values, values.new_full((2, *values.shape[1:]), fill)])
-
-
-def first(values: Tensor, count: int) -> Tensor:
-    """The first `count` rows, zeros where there are fewer: as many rows for every image."""
-    return torch.cat([values, values.new_zeros(count, *values.shape[1:])])[:count]
 
 
 def check_exportable(model: nn.Module) -> None:
@@ -220,7 +197,8 @@ def export_program(
     images = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, device=device)
     arguments = images, torch.tensor([height, width], device=device)
     try:
-        return torch.export.export(exportable, arguments, dynamic_shapes=None if size else (sides, {}))
+        with torch.no_grad():
+            return torch.export.export(exportable, arguments, dynamic_shapes=None if size else (sides, {}))
     except torch._dynamo.exc.UserError as error:
         if size:
             raise

@@ -6,6 +6,7 @@ Dimensions: N images, P proposals per image, G ground-truth boxes per image, R R
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,20 @@ from torch import Tensor, nn
 
 from detector.heads.trunk import FCTrunk
 from detector.ops import losses
-from detector.ops.boxes import BoxCoder, clip, nms_by_image, nms_like_mmcv, of_label, soft_nms_by_image, take
+from detector.ops.boxes import (
+    BoxCoder,
+    Survivors,
+    clip,
+    nms_by_image,
+    nms_like_mmcv,
+    of_label,
+    soft_nms_by_image,
+    survivors,
+    take,
+)
 from detector.ops.checks import check_choice, check_counts, check_fractions
 from detector.ops.sampling import IGNORED, check_thresholds, match, sample
+from detector.protocols import Trunk
 from detector.roi import RoIExtractor, make_op
 from detector.structures import (
     Batch,
@@ -94,7 +106,7 @@ class BoxHead(nn.Module):
         num_classes: int,
         roi: Callable[..., nn.Module],
         output_size: int | Sequence[int] = 7,
-        trunk: Callable[..., nn.Module] = FCTrunk,
+        trunk: Callable[..., Trunk] = FCTrunk,
         level_rule: str = "detectron2",
         canonical_level: int = 4,
         canonical_size: int = 224,
@@ -137,6 +149,11 @@ class BoxHead(nn.Module):
         self.min_size, self.min_size_last = min_size, min_size_last
         self.nms, self.nms_agnostic = nms, nms_agnostic
 
+    @property
+    def stages(self) -> tuple[BoxHead, ...]:
+        """A cascade has several: see CascadeBoxHead."""
+        return (self,)
+
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> BoxPrediction:
         """Predictions for rois [R, 5] = (batch_index, x1, y1, x2, y2)."""
         roi_features = self.extractor(features, rois)
@@ -173,7 +190,7 @@ class BoxHead(nn.Module):
     def detect(self, features: Sequence[Tensor], proposals: Proposals, batch: Batch) -> Detections:
         """Detections [N, D] of the proposals: score threshold, NMS per class, best D of each image."""
         rois = rois_from_boxes(proposals.boxes, proposals.valid)
-        return self.select(*self.candidates(features, rois, batch.image_sizes), rois[:, 0].long(), batch)
+        return self.select(*self.candidates(features, rois, batch.image_sizes), rois[:, 0].long(), batch.image_sizes)
 
     def candidates(self, features: Sequence[Tensor], rois: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes [R, K or 1, 4], not clipped, and scores [R, K] of rois [R, 5] on images of image_sizes [N, 2]."""
@@ -181,22 +198,29 @@ class BoxHead(nn.Module):
         scores = prediction.class_logits.float().softmax(dim=1)[:, 1:]
         return self.coder.decode(prediction.box_deltas, rois[:, None, 1:]), scores
 
-    def select(self, boxes: Tensor, scores: Tensor, image: Tensor, batch: Batch) -> Detections:
-        """The best of boxes [R, K or 1, 4] with scores [R, K] on image [R]: clip, threshold, suppress."""
-        boxes = clip(boxes, batch.image_sizes[image]).expand(-1, scores.shape[1], -1)
-        large = (boxes[..., 2:] - boxes[..., :2] > self.min_size).all(-1)
-        row, column = torch.nonzero((scores > self.score_threshold) & (large | self.min_size_last), as_tuple=True)
-        boxes, scores, image, large = boxes[row, column], scores[row, column], image[row], large[row, column]
-        images, limit = len(batch.images), self.detections_per_image
-        if len(row) == 0:
+    def select(
+        self,
+        boxes: Tensor,
+        scores: Tensor,
+        image: Tensor,
+        image_sizes: Tensor,
+        suppress: Callable[..., Survivors] = survivors,
+    ) -> Detections:
+        """The best of boxes [R, K or 1, 4] with scores [R, K] on image [R]: clip, threshold, suppress.
+
+        suppress: `ops.boxes.survivors`, or what stands for it in an exported program.
+        """
+        images, limit = len(image_sizes), self.detections_per_image
+        if len(boxes) == 0:
             empty = scores.new_zeros(images, limit)
             return Detections(empty[..., None].expand(-1, -1, 4), empty, empty.long(), empty.bool())
-        group = torch.zeros_like(column) if self.nms_agnostic else column
-        args = (image, group, self.nms_threshold, images, limit)
-        if self.nms in ("hard", "mmcv"):
-            nms = nms_by_image if self.nms == "hard" else nms_like_mmcv
-            rows, valid = nms(boxes, scores, *args)
-        else:
-            rows, valid, scores = soft_nms_by_image(boxes, scores, *args, self.nms, self.score_threshold)
-        valid = valid & large[rows]
-        return Detections(boxes[rows] * valid[..., None], scores[rows] * valid, (column[rows] + 1) * valid, valid)
+        boxes = clip(boxes, image_sizes[image]).expand(-1, scores.shape[1], -1)
+        large = (boxes[..., 2:] - boxes[..., :2] > self.min_size).all(-1)
+        wanted = (scores > self.score_threshold) & (large | self.min_size_last)
+        group = torch.arange(scores.shape[1], device=scores.device) * (not self.nms_agnostic)
+        nms = {"hard": nms_by_image, "mmcv": nms_like_mmcv}.get(self.nms)
+        nms = nms or partial(soft_nms_by_image, decay=self.nms, min_score=self.score_threshold)
+        args = (image, group.expand_as(scores), nms, self.nms_threshold, images, limit)
+        found = suppress(boxes, scores, wanted, *args)
+        found = found._replace(valid=found.valid & large[found.row, found.column])
+        return Detections(found.of(boxes), found.scores * found.valid, (found.column + 1) * found.valid, found.valid)

@@ -102,7 +102,7 @@ class CascadeBoxHead(nn.Module):
         """Detections [N, D]: the last stage's boxes with the stages' mean scores."""
         rois = rois_from_boxes(proposals.boxes, proposals.valid)
         candidates = self.candidates(features, rois, batch.image_sizes)
-        return self.stages[-1].select(*candidates, rois[:, 0].long(), batch)
+        return self.stages[-1].select(*candidates, rois[:, 0].long(), batch.image_sizes)
 
     def candidates(self, features: Sequence[Tensor], rois: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
         """As BoxHead's: boxes [R, 1, 4] and scores [R, K]."""

@@ -17,6 +17,7 @@ from detector.heads.box import SampledRoIs
 from detector.heads.trunk import ConvTrunk
 from detector.ops import losses
 from detector.ops.checks import check_choice
+from detector.protocols import Trunk
 from detector.roi import RoIExtractor, make_op
 from detector.structures import Detections, RoIFeatures, Targets, rois_from_boxes
 
@@ -50,7 +51,7 @@ class KeypointHead(nn.Module):
         roi: Callable[..., nn.Module],
         num_keypoints: int | None = None,
         output_size: int | Sequence[int] = 14,
-        trunk: Callable[..., nn.Module] = KEYPOINT_TRUNK,
+        trunk: Callable[..., Trunk] = KEYPOINT_TRUNK,
         level_rule: str = "detectron2",
         canonical_level: int = 4,
         canonical_size: int = 224,
@@ -65,6 +66,11 @@ class KeypointHead(nn.Module):
         nn.init.kaiming_normal_(self.predictor.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.predictor.bias)
         self.score = score
+
+    @property
+    def stages(self) -> tuple[KeypointHead, ...]:
+        """As the other heads have them; of keypoints there is but one."""
+        return (self,)
 
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> KeypointPrediction:
         """Logits for rois [R, 5] = (batch_index, x1, y1, x2, y2)."""

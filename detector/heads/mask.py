@@ -17,6 +17,7 @@ from detector.heads.box import SampledRoIs
 from detector.heads.trunk import ConvTrunk
 from detector.ops import losses
 from detector.ops.layers import init_kaiming
+from detector.protocols import Trunk
 from detector.roi import RoIExtractor, make_op
 from detector.structures import Detections, RoIFeatures, Targets, rois_from_boxes
 
@@ -73,7 +74,7 @@ class MaskHead(nn.Module):
         num_classes: int,
         roi: Callable[..., nn.Module],
         output_size: int | Sequence[int] = 14,
-        trunk: Callable[..., nn.Module] = ConvTrunk,
+        trunk: Callable[..., Trunk] = ConvTrunk,
         upsample_channels: int = 256,
         level_rule: str = "detectron2",
         canonical_level: int = 4,
@@ -88,6 +89,11 @@ class MaskHead(nn.Module):
         self.trunk = trunk(op.output_channels(in_channels), op.output_size)
         self.predictor = MaskPredictor(self.trunk.out_channels, upsample_channels, 1 if class_agnostic else num_classes)
         self.target_threshold, self.target_aligned = target_threshold, target_aligned
+
+    @property
+    def stages(self) -> tuple[MaskHead, ...]:
+        """A cascade may have several: see CascadeMaskHead."""
+        return (self,)
 
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> MaskPrediction:
         """Predictions for rois [R, 5] = (batch_index, x1, y1, x2, y2)."""

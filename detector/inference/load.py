@@ -43,8 +43,7 @@ def load(
     name = checkpoint if isinstance(checkpoint, (str, Path)) else "checkpoint"
     state = checkpoint if isinstance(checkpoint, Mapping) else read(checkpoint)
     config, categories = state["config"], list(state["categories"])
-    node = merge(config["model"], {"backbone": {"weights": None}} if "weights" in config["model"]["backbone"] else {})
-    node = merge(node, changes or {})
+    node = merge(config["model"], changes or {})
     check_model_config(node, trust=trust)
     pad_multiple = (config.get("data") or {}).get("pad_multiple", 32)
     model = build(node, "model", num_classes=len(categories), pad_multiple=pad_multiple)

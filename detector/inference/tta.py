@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detector.model import TwoStageDetector, part_by_part
-from detector.ops.boxes import clip, nms_by_image
+from detector.ops.boxes import clip, nms_by_image, survivors
 from detector.structures import Batch, Detections, rois_from_boxes
 
 
@@ -98,19 +98,14 @@ class Augmented(nn.Module):
 
     def merge(self, found: Sequence[Detections], batch: Batch) -> Detections:
         """The best of all views' detections, after NMS within each class."""
-        head = self.model.box_head
-        head = head.stages[-1] if hasattr(head, "stages") else head
+        head = self.model.box_head.stages[-1]
         fields = ("boxes", "scores", "labels", "valid")
         boxes, scores, labels, valid = (torch.cat([getattr(d, name) for d in found], 1) for name in fields)
         boxes = clip(boxes, batch.image_sizes)
-        image, column = torch.nonzero(valid, as_tuple=True)
-        if len(image) == 0:
-            limit = head.detections_per_image
-            return Detections(boxes[:, :limit], scores[:, :limit], labels[:, :limit], valid[:, :limit])
-        boxes, scores, labels = boxes[image, column], scores[image, column], labels[image, column]
-        args = (image, labels, head.nms_threshold, len(batch.images), head.detections_per_image)
-        rows, valid = nms_by_image(boxes, scores, *args)
-        return Detections(boxes[rows] * valid[..., None], scores[rows] * valid, labels[rows] * valid, valid)
+        image = torch.arange(len(boxes), device=boxes.device)
+        args = (image, labels, nms_by_image, head.nms_threshold, len(boxes), head.detections_per_image)
+        left = survivors(boxes, scores, valid, *args)
+        return Detections(left.of(boxes), left.scores, left.of(labels), left.valid)
 
 
 def view_of(batch: Batch, view: View, multiple: int = 32) -> Batch:

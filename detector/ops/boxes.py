@@ -9,7 +9,8 @@ Dimensions: N images, G ground-truth boxes, A anchors or proposals, R RoIs, K cl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,6 +170,49 @@ def soft_nms_by_image(
         scores = torch.where(affected, scores * factor, scores)
     rows = torch.cat(order) if order else image[:0]
     return *group_by_image(rows, image[rows], images, limit), scores
+
+
+class Survivors(NamedTuple):
+    """What suppression leaves of a table [A, B] of boxes, best first, for each of N images."""
+
+    row: Tensor  # [N, D] into the table, 0 in padding
+    column: Tensor  # [N, D]
+    valid: Tensor  # [N, D] bool
+    scores: Tensor  # [N, D], 0 in padding
+
+    def of(self, values: Tensor) -> Tensor:
+        """The values [A, B, ...] of the survivors, [N, D, ...]: 0 in padding."""
+        picked = values[self.row, self.column]
+        return torch.where(self.valid.view(*self.valid.shape, *[1] * (picked.dim() - 2)), picked, 0)
+
+
+def survivors(
+    boxes: Tensor,
+    scores: Tensor,
+    wanted: Tensor,
+    image: Tensor,
+    group: Tensor,
+    nms: Callable[..., tuple[Tensor, ...]],
+    threshold: float,
+    images: int,
+    limit: int,
+) -> Survivors:
+    """The best `limit` boxes of each image that suppress each other no longer.
+
+    Args:
+        boxes: [A, B, 4], A at least 1. scores: [A, B]. wanted: [A, B] bool, which of them take part.
+        image: [A] index of each row's image, 0..images-1. group: [A, B] as in `nms_by_image`.
+        nms: `nms_by_image` or another function of this module that is called like it.
+    """
+    row, column = torch.nonzero(wanted, as_tuple=True)
+    if len(row) == 0:  # padding has nothing to point at
+        nothing = image.new_zeros(images, limit)
+        return Survivors(nothing, nothing, nothing.bool(), scores.new_zeros(images, limit))
+    scores = scores[row, column]
+    args = (image[row], group[row, column], threshold, images, limit)
+    rows, valid, *lowered = nms(boxes[row, column], scores, *args)
+    scores = (lowered or [scores])[0][rows]
+    return Survivors(row[rows], column[rows], valid, scores * valid)
 
 
 def group_by_image(rows: Tensor, image: Tensor, images: int, limit: int) -> tuple[Tensor, Tensor]:

@@ -13,17 +13,29 @@ from torchvision.ops import FrozenBatchNorm2d
 from detector.ops import winograd
 
 
-class PlainFrozenBatchNorm2d(FrozenBatchNorm2d):
-    """A frozen batch norm as a layer of its own, with the arithmetic of nn.BatchNorm2d to the bit."""
+class FrozenBatchNorm(FrozenBatchNorm2d):
+    """A batch norm whose scale, shift and statistics are constants.
+
+    Args:
+        channels: C of the maps [N, C, H, W].
+        fold: `conv_norm` may fold it into the convolution before it; else it is a layer of its own, with the arithmetic
+            of nn.BatchNorm2d to the bit.
+    """
+
+    def __init__(self, channels: int, fold: bool = True):
+        super().__init__(channels)
+        self.fold = fold
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fold:
+            return super().forward(x)
         statistics = self.running_mean, self.running_var, self.weight, self.bias
         return F.batch_norm(x, *statistics, training=False, eps=self.eps)
 
 
 NORMS = {
-    "frozen_batch_norm": FrozenBatchNorm2d,
-    "plain_frozen_batch_norm": PlainFrozenBatchNorm2d,
+    "frozen_batch_norm": FrozenBatchNorm,
+    "plain_frozen_batch_norm": partial(FrozenBatchNorm, fold=False),
     "batch_norm": nn.BatchNorm2d,
     "sync_batch_norm": nn.SyncBatchNorm,
     "group_norm": partial(nn.GroupNorm, 32),
@@ -58,12 +70,12 @@ def conv_layout(x: Tensor) -> Tensor:
 
 
 def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
-    """norm(conv(x)) of x [N, C, H, W]; a frozen batch norm costs nothing, folded into the convolution.
+    """norm(conv(x)) of x [N, C, H, W]; a frozen batch norm costs nothing, folded into a plain convolution.
 
     With s = weight / sqrt(var + eps):  s (W * x - mean) + bias  =  (s W) * x + (bias - s mean),  exact in value and in
     the gradients of x and W, without a pass over the maps.
     """
-    if type(conv) is not nn.Conv2d or type(norm) is not FrozenBatchNorm2d:
+    if type(conv) is not nn.Conv2d or not (isinstance(norm, FrozenBatchNorm) and norm.fold):
         return norm(conv(x))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     return _ScaledConv.apply(x, conv.weight, scale, norm.bias - norm.running_mean * scale, conv)

@@ -37,6 +37,8 @@ CAFFE2 = compile_table(CAFFE2_TO_DETECTRON2)
 RATIOS = 3  # of the anchors; all published models have 0.5, 1 and 2
 COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none and nothing depends on it
 WITHOUT_EPS = r"_fpn_coco-[0-9a-f]{8}|RCNN_ResNet50_FPN_Weights\.COCO"  # torchvision's first published detectors
+BODY = ("backbone.", "box_head.trunk.layer4.")  # what a classifier's weights fill: the latter in C4 models
+OFFSETS = ".conv2.offset."  # of deformable convolutions: no classifier has them
 HEADS = r"(box|mask|keypoint)_head\.(stages\.\d+\.)?predictor\."  # what depends on the number of classes
 
 
@@ -47,18 +49,27 @@ class ForeignWeights(NamedTuple):
     presets: dict[str, Any]  # {key of the model config: value} that the weights were trained with
 
 
+class WrongShape(NamedTuple):
+    key: str
+    given: tuple[int, ...]
+    expected: tuple[int, ...]  # the model's
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.given}, expected {self.expected}"
+
+
 class Misfit(NamedTuple):
     """How a state dict differs from a model's."""
 
     missing: list[str]
     extra: list[str]
-    shapes: list[str]  # "key: (shape given), expected (shape of the model)"
+    shapes: list[WrongShape]
 
     def __bool__(self) -> bool:
         return any(self)
 
     def __str__(self) -> str:
-        return "; ".join(f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in zip(KINDS, self) if keys)
+        return "; ".join(f"{len(keys)} {kind}: {', '.join(map(str, keys))}" for kind, keys in zip(KINDS, self) if keys)
 
 
 KINDS = ("missing", "not of this model", "of another shape")
@@ -82,6 +93,13 @@ def load_foreign(
 
     Raises FileNotFoundError, and ValueError for an unknown source or for keys that no rule knows, all of them listed.
     """
+    return read_foreign(path_or_state_dict, source, style)[0]
+
+
+def read_foreign(
+    path_or_state_dict: str | Path | Mapping[str, Any], source: str | None = None, style: str | None = None
+) -> tuple[ForeignWeights, str]:
+    """What `load_foreign` returns, and whose weights they are: one of SOURCES."""
     if source not in (None, *SOURCES):
         raise ValueError(f"source={source!r}: expected one of {', '.join(SOURCES)}, or None to recognise it")
     if style not in (None, "caffe", "pytorch"):
@@ -95,14 +113,14 @@ def load_foreign(
     source = source or recognise(theirs)
     style = style or style_in(contents, Path(path_or_state_dict).name if is_path else "")
     if source == "detector":
-        return ForeignWeights(theirs, {})
+        return ForeignWeights(theirs, {}), source
     state, unused = translate(theirs, source)
     if unused:
         log.info("not used by the model: %s", ", ".join(unused))
     if is_path and source == "torchvision" and re.search(WITHOUT_EPS, str(path_or_state_dict)):
         without_eps(state)
     presets = presets_of(source, state, style)
-    return ForeignWeights(state, presets | pixels_in(contents, theirs))
+    return ForeignWeights(state, presets | pixels_in(contents, theirs)), source
 
 
 def recognise(state: Mapping[str, Tensor]) -> str:
@@ -223,7 +241,7 @@ def misfit(model: nn.Module, state: Mapping[str, Tensor], parts: tuple[str, ...]
     missing = [key for key in wanted if key not in state and not key.endswith(COUNTER)]
     extra = [key for key in state if key not in wanted and not key.endswith(COUNTER)]
     shapes = [
-        f"{key}: {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}"
+        WrongShape(key, tuple(state[key].shape), tuple(wanted[key].shape))
         for key in wanted
         if key in state and state[key].shape != wanted[key].shape and not is_flat(state[key], wanted[key])
     ]
@@ -247,16 +265,14 @@ def load_into(
     A state dict of `backbone.` keys alone fills the backbone and leaves the rest as it is.
     Returns the keys that were loaded. Raises ValueError listing the keys that do not fit.
     """
-    state, parts = dict(state), ("",)
-    if all(key.startswith("backbone.") for key in state):
-        state, parts = fit_backbone(model, state), ("backbone.", "box_head.trunk.layer4.")
+    state = dict(state)
     if reset_heads:
         wanted = model.state_dict()
         reset = [k for k in wanted if re.match(HEADS, k) and k in state and state[k].shape != wanted[k].shape]
         state |= {key: wanted[key] for key in reset}
         if reset:
             log.warning("initialised anew, as asked, for another number of classes: %s", ", ".join(reset))
-    found = misfit(model, state, parts)
+    state, found = fit(model, state)
     if found:
         if strict:
             raise ValueError(
@@ -264,17 +280,31 @@ def load_into(
                 f"weights.reset_heads=true initialises heads for another number of classes anew. {found}"
             )
         log.warning("loading what fits of the weights; %s", found)
-    wrong = {line.split(":")[0] for line in found.shapes}
-    fitting = {key: value for key, value in state.items() if key not in {*wrong, *found.extra}}
+    unfit = {*found.extra, *(wrong.key for wrong in found.shapes)}
+    fitting = {key: value for key, value in state.items() if key not in unfit}
     model.load_state_dict(fitting, strict=False)
     return list(fitting)
 
 
-def fit_backbone(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A classifier's `backbone.` keys as this model has them: in a C4 model stage 5 belongs to the box head's trunk."""
+def fit(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Misfit]:
+    """The weights as this model has them, and how they differ from it.
+
+    A classifier's, `backbone.` keys alone, are compared with the model's body. In a C4 model stage 5 is in the box
+    head's trunk, a stage that the model lacks is left out, and offsets of deformable convolutions start by themselves.
+    """
+    if not all(key.startswith("backbone.") for key in state):
+        return state, misfit(model, state)
     wanted = model.state_dict()
-    moved = {key: re.sub(r"^backbone\.layer4\.", "box_head.trunk.layer4.", key) for key in state}
-    if not has(wanted, "backbone.layer4.") and has(wanted, "box_head.trunk.layer4."):
-        return {moved[key]: value for key, value in state.items()}
+    if has(wanted, BODY[1]) and not has(wanted, "backbone.layer4."):
+        state = {re.sub(r"^backbone\.layer4\.", BODY[1], key): value for key, value in state.items()}
     layers = {key.split(".")[1] for key in wanted if key.startswith("backbone.layer")}
-    return {k: v for k, v in state.items() if not k.startswith("backbone.layer") or k.split(".")[1] in layers}
+    state = {k: v for k, v in state.items() if not k.startswith("backbone.layer") or k.split(".")[1] in layers}
+    found = misfit(model, state, BODY)
+    return state, found._replace(missing=[key for key in found.missing if OFFSETS not in key])
+
+
+def fills_body(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    """Whether these weights have all that a classifier's would fill."""
+    missing, _, shapes = fit(model, state)[1]
+    lacking = [*missing, *(wrong.key for wrong in shapes)]
+    return not any(key.startswith(BODY) and OFFSETS not in key for key in lacking)

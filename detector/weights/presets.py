@@ -92,11 +92,13 @@ def presets_of(source: str, state: dict[str, Tensor], style: str | None = None) 
     return presets
 
 
-def resizing_of(presets: dict[str, Any]) -> dict[str, str]:
-    """Settings of data.ResizeShortestEdge for weights with these presets: how their framework resizes images."""
-    if presets.get("rpn.anchor_rounding"):  # torchvision cuts off fractions of the sides
-        return {"rounding": "floor"}
-    return {"interpolation": "pillow"} if presets.get("rpn.rank_by") == "logit" else {}  # detectron2; mmdetection
+# settings of data.ResizeShortestEdge: how each framework resizes images; torchvision cuts off fractions of the sides
+RESIZING: dict[str, dict[str, str]] = {
+    "torchvision": {"rounding": "floor"},
+    "detectron2": {"interpolation": "pillow"},
+    "mmdet": {},
+    "detector": {},
+}
 
 
 def guess_style(source: str, state: dict[str, Tensor]) -> str:

@@ -1,19 +1,33 @@
-"""`model.weights=FILE`: a run that starts from somebody's weights, with the numbers that they were trained with."""
+"""What a run starts from. Constructors read no files: models are filled here.
+
+model.weights            a detector or a classifier, with the numbers that it was trained with
+model.backbone.weights   the tensors of a body alone
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
-from detector.config import literal
+from detector.config import config_errors, literal
+from detector.protocols import Published
 from detector.weights.architecture import apply_presets
-from detector.weights.loading import ForeignWeights, load_foreign, load_into
+from detector.weights.loading import ForeignWeights, fills_body, load_foreign, load_into
 
 log = logging.getLogger(__name__)
+
+
+class Weights(NamedTuple):
+    """What `Start.read` returns: None for what is not given."""
+
+    model: ForeignWeights | None  # of the file that `model.weights` names
+    backbone: str | None  # `model.backbone.weights`: a file, or a name that the backbone's library knows
 
 
 @dataclass
@@ -29,25 +43,51 @@ class Start:
     source: str | None = None
     style: str | None = None
 
-    def read(self, cfg: DictConfig, chosen: Collection[str] = ()) -> ForeignWeights | None:
-        """The weights that `cfg.model` starts from, their presets put into it; None without `model.weights`.
+    def read(self, cfg: DictConfig, chosen: Collection[str] = ()) -> Weights:
+        """The weights that `cfg.model` starts from, the presets of `model.weights` put into it.
 
         chosen: keys, such as 'model.rpn.min_size', that the user set: they stay as they are.
         Afterwards `cfg.model.weights` is null, so that the config stands for the model without the file.
         """
-        path = cfg.model.get("weights")
+        path, backbone = cfg.model.get("weights"), cfg.model.backbone.get("weights")
         if path is None:
-            return None
-        weights = load_foreign(path, self.source, self.style)
+            return Weights(None, backbone)
+        with config_errors("model.weights"):
+            weights = load_foreign(path, self.source, self.style)
         presets = {key: value for key, value in weights.presets.items() if f"model.{key}" not in chosen}
         model = OmegaConf.to_container(cfg.model, resolve=True)
         apply_presets(model, presets)
         cfg.model = OmegaConf.create(literal(model | {"weights": None}))
         log.info("starting from %s with %s", path, ", ".join(f"{k}={v}" for k, v in presets.items()) or "its tensors")
-        return weights
+        return Weights(weights, backbone)
 
-    def load(self, model: nn.Module, weights: ForeignWeights | None) -> None:
-        """Put what `read` returned into the model. Raises ValueError as `load_into`."""
-        if weights is not None:
-            loaded = load_into(model, weights.state_dict, self.strict, self.reset_heads)
+    def load(self, model: nn.Module, weights: Weights) -> None:
+        """Put what `read` returned into a new model. The backbone's own weights are not even read where those of the
+        model fill all of it.
+
+        Raises ConfigError, with the key, where a file is missing or does not fit, see `load_into`.
+        """
+        whole, backbone = weights
+        if backbone is not None:
+            if whole is None or not fills_body(model, whole.state_dict):
+                with config_errors(f"model.backbone.weights = {backbone}"):
+                    load_into(model, read_backbone(model.backbone, backbone), self.strict)
+            else:
+                log.info("model.backbone.weights=%s is not read: model.weights has the backbone", backbone)
+        if whole is not None:
+            with config_errors("model.weights"):
+                loaded = load_into(model, whole.state_dict, self.strict, self.reset_heads)
             log.info("loaded %d tensors", len(loaded))
+
+
+def read_backbone(backbone: nn.Module, weights: str) -> dict[str, Tensor]:
+    """The `backbone.` keys of a file that `load_foreign` reads, or the weights that the backbone's library publishes.
+
+    Raises FileNotFoundError, and ValueError where the backbone knows no weights of that name.
+    """
+    if Path(weights).suffix or Path(weights).is_file():
+        state = load_foreign(weights).state_dict
+        return {key: value for key, value in state.items() if key.startswith("backbone.")}
+    if not isinstance(backbone, Published):
+        raise ValueError(f"{weights!r} is no file, and no library publishes weights of {type(backbone).__name__}")
+    return {f"backbone.{key}": value for key, value in backbone.published(weights).items()}

@@ -48,12 +48,11 @@ def test_gradients_reach_the_offsets():
         assert parameter.grad.abs().sum() > 0
 
 
-def test_in_a_resnet_the_pretrained_weights_stay(tmp_path):
-    theirs = resnet50()
-    torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
-    ours = ResNet(50, deform_stages=[4, 5], weights=str(tmp_path / "resnet50.pth"))
+def test_in_a_resnet_plain_weights_start_it():
+    theirs, ours = resnet50(), ResNet(50, deform_stages=[4, 5])
+    missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert all(".offset." in key for key in missing) and all(key.startswith("fc.") for key in unexpected)
     assert isinstance(ours.layer3[0].conv2, DeformConv2d) and not isinstance(ours.layer2[0].conv2, DeformConv2d)
-    assert torch.equal(ours.layer3[2].conv2.weight, theirs.layer3[2].conv2.weight)
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = theirs.eval().layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images)))))

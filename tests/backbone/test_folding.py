@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet50
-from torchvision.ops import FrozenBatchNorm2d
 
 from detector.backbone.resnet import ResNet
-from detector.ops.layers import conv_norm, norm_layer
+from detector.ops.layers import FrozenBatchNorm, conv_norm, norm_layer
 
 
 @pytest.mark.parametrize("norm", ["frozen_batch_norm", "batch_norm"])
@@ -39,9 +38,18 @@ def test_resnet_equals_torchvision(norm):
         torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-7, atol=1e-9, msg=name)
 
 
+def test_unfolded_it_is_a_batch_norm_to_the_bit():
+    conv, norm, plain = nn.Conv2d(4, 6, 3, bias=False), norm_layer("plain_frozen_batch_norm")(6), nn.BatchNorm2d(6)
+    for value in norm.state_dict().values():
+        value.uniform_(0.5, 2)
+    plain.load_state_dict(norm.state_dict(), strict=False)
+    x = torch.randn(2, 4, 9, 9)
+    assert torch.equal(conv_norm(x, conv, norm), plain.eval()(conv(x)))
+
+
 def test_grouped_dilated_convolution():
     conv = nn.Conv2d(8, 8, 3, stride=2, padding=2, dilation=2, groups=4, bias=False).double()
-    norm = FrozenBatchNorm2d(8).double()
+    norm = FrozenBatchNorm(8).double()
     for buffer in norm.buffers():
         buffer.uniform_(0.5, 2)
     x = torch.randn(2, 8, 9, 11, dtype=torch.float64)
@@ -50,7 +58,7 @@ def test_grouped_dilated_convolution():
 
 def test_keeps_no_folded_weights():
     """For the backward pass the maps and the layer's own weight are kept, not their product with the norm's scale."""
-    conv, norm = nn.Conv2d(4, 6, 3, bias=False), FrozenBatchNorm2d(6)
+    conv, norm = nn.Conv2d(4, 6, 3, bias=False), FrozenBatchNorm(6)
     norm.weight.uniform_(0.5, 2)
     x, kept = torch.randn(1, 4, 5, 5, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -63,7 +71,7 @@ def test_keeps_no_folded_weights():
 def test_under_autocast(dtype):
     """Computed in half precision, as convolutions are there, with float32 gradients near the exact ones."""
     torch.manual_seed(0)
-    conv, norm = nn.Conv2d(8, 6, 3, bias=False), FrozenBatchNorm2d(6)
+    conv, norm = nn.Conv2d(8, 6, 3, bias=False), FrozenBatchNorm(6)
     norm.weight.uniform_(0.5, 2)
     x, weight = torch.randn(2, 8, 7, 7, requires_grad=True), torch.randn(2, 6, 5, 5)
     grads = []

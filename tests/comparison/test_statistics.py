@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detector.comparison.statistics import METRICS, Matches, difference, draws, match, metrics, resample
+from detector.comparison.statistics import METRICS, MatchedDetections, difference, draws, match, metrics, resample
 from detector.evaluation import coco_metrics
 from tests.evaluation.test_coco import random_case
 
@@ -98,7 +98,9 @@ def simulated(rng, images, quality):
         true[: found.sum()] = True
         objects = np.repeat(counts[:, None, None], 4, 2).astype(np.int32)
         where = np.concatenate([image[found], false])
-        pair.append(Matches(np.arange(images), ["a"], where, np.zeros(len(score), int), score, true, ~true, objects))
+        pair.append(
+            MatchedDetections(np.arange(images), ["a"], where, np.zeros(len(score), int), score, true, ~true, objects)
+        )
     return pair
 
 

@@ -10,7 +10,6 @@ import torch
 from detector.heads import BoxHead, FCTrunk
 from detector.roi import RoIAlign
 from detector.rpn import RPN
-from detector.structures import Batch
 
 
 @pytest.mark.parametrize("last, kept", [(False, [0.7, 0.6]), (True, [0.7])])
@@ -20,8 +19,7 @@ def test_boxes_without_a_size_may_take_part_in_nms(last, kept):
     head = BoxHead(2, [4], 1, RoIAlign, **settings)
     boxes = torch.tensor([[70.0, 0, 90, 20], [0, 0, 10, 10], [30, 30, 50, 50]])[:, None]
     sizes, image = torch.tensor([[64, 64]]), torch.zeros(3, dtype=torch.int64)
-    batch = Batch(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), sizes, sizes, image[:1], image[:1])
-    found = head.select(boxes, torch.tensor([[0.9], [0.7], [0.6]]), image, batch)
+    found = head.select(boxes, torch.tensor([[0.9], [0.7], [0.6]]), image, sizes)
     assert found.scores[found.valid].tolist() == pytest.approx(kept)
 
 

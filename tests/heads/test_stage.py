@@ -41,17 +41,6 @@ def c4_mask_model() -> TwoStageDetector:
     )
 
 
-def test_it_starts_from_the_backbone_s_weights(tmp_path):
-    theirs = resnet50()
-    torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
-    backbone = ResNet(50, stages=[4], weights=str(tmp_path / "resnet50.pth"))
-    head = partial(BoxHead, roi=RoIAlign, output_size=14, trunk=ResNetTrunk)
-    model = TwoStageDetector(3, backbone, SingleLevel, partial(RPN, anchor_sizes=[[16, 32]]), head)
-    ours, expected = model.box_head.trunk.state_dict(), theirs.state_dict()
-    assert len(ours) > 40 and all(torch.equal(value, expected[key]) for key, value in ours.items())
-    assert not hasattr(backbone, "beyond")
-
-
 def test_boxes_and_masks_share_it():
     model = c4_mask_model()
     assert not any(key.startswith("mask_head.trunk") for key in model.state_dict())

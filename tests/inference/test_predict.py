@@ -46,6 +46,13 @@ def test_load_takes_the_average_and_changes(state):
     assert model.box_head.score_threshold == 0.9 and model.box_head.nms_threshold == 0.5
 
 
+def test_load_needs_no_file_that_the_run_started_from(state):
+    config = copy.deepcopy(state["config"])
+    config["model"]["weights"] = config["model"]["backbone"]["weights"] = "gone.pth"
+    model = detector.load(state | {"config": config})
+    assert all(torch.equal(v, state["model"][k]) for k, v in model.state_dict().items())
+
+
 def test_load_refuses_what_cannot_work(state, tmp_path):
     with pytest.raises(ConfigError, match="there is no such checkpoint"):
         detector.load(tmp_path / "none.pt")

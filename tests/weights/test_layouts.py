@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from detector.weights import build_model, load_foreign, misfit, model_config
-from detector.weights.presets import resizing_of
+from detector.weights.loading import read_foreign
 
 LAYOUTS = [
     "detectron2-cascade_mask_rcnn_R_50_FPN_1x",
@@ -54,7 +54,7 @@ def test_every_key_is_used_once_and_fits(shared, name):
     shapes = layout["state_dict"]
     with torch.device("meta"):
         theirs = {key: torch.empty(shape) for key, shape in shapes.items()}
-        state, presets = load_foreign(theirs)
+        (state, presets), source = read_foreign(theirs)
         config = model_config(state, presets)
         model = hydra.utils.instantiate(config, _convert_="all")
     assert len(state) == len(theirs)
@@ -64,7 +64,7 @@ def test_every_key_is_used_once_and_fits(shared, name):
         torch.Size(shape).numel() for key, shape in shapes.items() if not key.endswith("num_batches_tracked")
     )
     check_numerics(layout["numerics"], presets, config)
-    assert resizing_of(presets) == ({"interpolation": "pillow"} if name.startswith("detectron2") else {})
+    assert source == name.split("-")[0]
     single, cascade = "C4" in name.upper() or "DC5" in name.upper(), "cascade" in name
     assert presets["rpn.pre_nms_top_n"][0] == (12000 if single else 2000)
     assert presets["rpn.post_nms_top_n"][0] == (2000 if single or cascade else 1500 if "keypoint" in name else 1000)

@@ -1,13 +1,14 @@
-"""`model.weights=FILE` on the command line: settings come along, what the user set stays, misfits end the program."""
+"""`model.weights` and `model.backbone.weights`: settings come along, what the user set stays, misfits are refused."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from torchvision.models import resnet50
+from torchvision.models import ResNet18_Weights, resnet18, resnet50
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
-from detector.config import CONFIGS, build, check
+from detector.config import CONFIGS, ConfigError, build, check
 from detector.weights import Start
 
 
@@ -44,11 +45,115 @@ def test_a_backbone_of_caffe_changes_how_images_are_normalised(tmp_path):
     weights = Start(source="mmdet").read(cfg)
     assert cfg.model.channel_order == "bgr" and list(cfg.model.pixel_std) == [1, 1, 1]
     assert cfg.model.backbone.stride_in_1x1 is True
-    assert all(key.startswith("backbone.") for key in weights.state_dict)
+    assert all(key.startswith("backbone.") for key in weights.model.state_dict)
 
 
 def test_without_a_file_nothing_changes():
     cfg = composed()
     before = cfg.copy()
-    assert Start().read(cfg) is None
+    assert not any(Start().read(cfg))
     assert cfg == before
+
+
+def started(cfg, num_classes: int = 3):
+    """The model that a run of the config starts from."""
+    torch.manual_seed(0)
+    start = build(cfg.weights, "weights")
+    weights = start.read(cfg)
+    model = build(cfg.model, "model", num_classes=num_classes)
+    start.load(model, weights)
+    return model
+
+
+BODIES = [
+    "model=faster_rcnn_c4",
+    "backbone@model.backbone=resnet50_bn",
+    "backbone@model.backbone=resnet50_dconv_v2",
+    "backbone@model.backbone=timm model.backbone.name=resnet18",
+]
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_a_backbone_s_weights_fill_the_body_and_draw_nothing(body, tmp_path, monkeypatch):
+    if "timm" in body:
+        timm, name = pytest.importorskip("timm"), "pretrained"
+        theirs = timm.create_model("resnet18", features_only=True).state_dict()
+        create = timm.create_model
+
+        def offline(*args, pretrained=False, **settings):
+            model = create(*args, **settings)
+            if pretrained:
+                model.load_state_dict(theirs)
+            return model
+
+        monkeypatch.setattr(timm, "create_model", offline)
+        wanted = {f"model.{key}": value for key, value in theirs.items()}
+        with pytest.raises(
+            ConfigError, match="'imagenet': expected 'pretrained', which takes timm's, or the path of a"
+        ):
+            started(composed(*body.split(), "model.backbone.weights=imagenet"))
+    else:
+        name = str(tmp_path / "resnet50.pth")
+        wanted = resnet50().state_dict()
+        torch.save(wanted, name)
+    fresh = started(composed(*body.split(), "model.backbone.weights=null")).state_dict()
+    after = torch.random.get_rng_state()
+    model = started(composed(*body.split(), f"model.backbone.weights={name}"))
+    assert torch.equal(torch.random.get_rng_state(), after)  # what is drawn later stays the same, too
+    filled = {f"backbone.{key}": value for key, value in wanted.items()}
+    if "c4" in body:  # stage 5 is the head's
+        filled = {key.replace("backbone.layer4.", "box_head.trunk.layer4."): value for key, value in filled.items()}
+    state = model.state_dict()
+    assert sum(key in filled for key in state) > 100
+    for key, value in state.items():
+        assert torch.equal(value, filled.get(key, fresh[key])), key
+
+
+def test_torchvision_s_weights_by_name(monkeypatch):
+    theirs = resnet18().state_dict()
+    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda self, *args, **kwargs: theirs)
+    model = started(composed("backbone@model.backbone=resnet18", "model.backbone.weights=IMAGENET1K_V1"))
+    assert torch.equal(model.backbone.layer4[1].conv2.weight, theirs["layer4.1.conv2.weight"])
+    cases = {
+        (
+            "resnet18",
+            "IMAGENET1K_V7",
+        ): "'IMAGENET1K_V7': those of resnet18 are IMAGENET1K_V1, DEFAULT; or give the path of a file",
+        ("resnet10_half", "IMAGENET1K_V1"): "'IMAGENET1K_V1': it has none of a resnet10; or give",
+        ("resnet18", "missing.pth"): "model.backbone.weights = missing.pth: weights file missing.pth does not exist",
+    }
+    for (body, name), message in cases.items():
+        with pytest.raises(ConfigError, match=message):
+            started(composed(f"backbone@model.backbone={body}", f"model.backbone.weights={name}"))
+    with pytest.raises(ConfigError, match=r"model\.backbone\.weights = 5: .* takes str \| None here"):
+        composed("backbone@model.backbone=resnet18", "model.backbone.weights=5")
+
+
+def test_a_backbone_s_weights_are_not_read_where_others_fill_it(tmp_path):
+    """finetune names ImageNet's weights: no download where model.weights has a whole detector, or a whole backbone."""
+    whole = started(composed("backbone@model.backbone=resnet18"))
+    files = {"detector.pth": whole.state_dict(), "classifier.pth": resnet18().state_dict()}
+    for name, state in files.items():
+        torch.save(state, tmp_path / name)
+        from_it = ["backbone@model.backbone=resnet18", f"model.weights={tmp_path / name}"]
+        model = started(composed(*from_it, "model.backbone.weights=missing.pth"))
+        key = "layer4.1.conv2.weight"
+        assert torch.equal(model.backbone.state_dict()[key], state.get(key, state.get(f"backbone.{key}")))
+    part = {key: value for key, value in whole.state_dict().items() if not key.startswith("backbone.layer4.")}
+    torch.save(part, tmp_path / "part.pth")
+    from_it = ["backbone@model.backbone=resnet18", f"model.weights={tmp_path / 'part.pth'}", "weights.strict=false"]
+    with pytest.raises(ConfigError, match=r"missing\.pth does not exist"):
+        started(composed(*from_it, "model.backbone.weights=missing.pth"))
+    model = started(composed(*from_it, f"model.backbone.weights={tmp_path / 'classifier.pth'}"))
+    assert torch.equal(model.backbone.layer4[1].conv2.weight, files["classifier.pth"]["layer4.1.conv2.weight"])
+    assert torch.equal(model.backbone.layer3[1].conv2.weight, part["backbone.layer3.1.conv2.weight"])
+
+
+def test_a_backbone_of_other_weights_is_refused_unless_what_fits_is_enough(tmp_path):
+    torch.save(resnet18().state_dict(), tmp_path / "resnet18.pth")
+    names = ["backbone@model.backbone=resnet34", f"model.backbone.weights={tmp_path / 'resnet18.pth'}"]
+    with pytest.raises(
+        ConfigError, match=r"model\.backbone\.weights = .*resnet18\.pth: weights do not fit .*strict=false"
+    ):
+        started(composed(*names))
+    started(composed(*names, "weights.strict=false"))
