@@ -12,6 +12,7 @@ Dimensions: N images, C channels; stage s (2..5, the "C2".."C5" of FPN) has stri
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torchvision
 from torch import Tensor, nn
@@ -88,7 +89,21 @@ BLOCKS = {
 }
 
 
-class ResNet(torchvision.models.ResNet):
+def make_stage(
+    block: type[BasicBlock | Bottleneck], in_channels: int, planes: int, blocks: int, stride: int, **settings: Any
+) -> nn.Sequential:
+    """Residual blocks in a row, the first one at `stride` and with a convolution in its shortcut where shapes change.
+
+    settings: of torchvision's blocks: groups, base_width, norm_layer.
+    """
+    channels, shortcut = planes * block.expansion, None
+    if stride != 1 or in_channels != channels:
+        shortcut = nn.Sequential(resnet.conv1x1(in_channels, channels, stride), settings["norm_layer"](channels))
+    first = block(in_channels, planes, stride, shortcut, **settings)
+    return nn.Sequential(first, *(block(channels, planes, **settings) for _ in range(blocks - 1)))
+
+
+class ResNet(nn.Module):
     """The convolutional stages of a ResNet.
 
     Args:
@@ -120,7 +135,7 @@ class ResNet(torchvision.models.ResNet):
         stages: Sequence[int] = (2, 3, 4, 5),
         frozen_stages: int = 2,
     ):
-        nn.Module.__init__(self)  # torchvision's constructor fixes the width and adds a classifier
+        super().__init__()
         if depth not in BLOCKS:
             raise ValueError(f"depth={depth}: expected one of {', '.join(map(str, BLOCKS))}")
         if not set(stages) <= {2, 3, 4, 5} or not stages:
@@ -134,20 +149,21 @@ class ResNet(torchvision.models.ResNet):
                 f"deform_stages={list(deform_stages)}: expected some of the stages 2 to {max(stages)}, and bottlenecks "
                 "(depth 50 or more)"
             )
-        # What torchvision's _make_layer reads.
-        self._norm_layer = norm_layer(norm)
-        self.inplanes, self.dilation, self.groups, self.base_width = width, 1, groups, width_per_group
+        settings = {"groups": groups, "base_width": width_per_group, "norm_layer": norm_layer(norm)}
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = self._norm_layer(width)
+        self.bn1 = norm_layer(norm)(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.stages = sorted(stages)
+        channels = width
         for stage in range(2, self.stages[-1] + 1):
             dilate = dilate_last and stage == 5
-            layer = self._make_layer(block, width << (stage - 2), repeats[stage - 2], 1 if stage == 2 else 2, dilate)
-            if dilate:  # from the first block on, as detectron2 and mmdetection do and torchvision does not
-                layer[0].conv2.dilation = layer[0].conv2.padding = (2, 2)
+            planes, stride = width << (stage - 2), 1 if stage == 2 or dilate else 2
+            layer = make_stage(block, channels, planes, repeats[stage - 2], stride, **settings)
+            for part in layer if dilate else ():  # from the first block on, as in detectron2, not in torchvision
+                part.conv2.dilation = part.conv2.padding = (2, 2)
             setattr(self, f"layer{stage - 1}", layer)
+            channels = planes * block.expansion
         self.out_channels = [(width << (stage - 2)) * block.expansion for stage in self.stages]
         self.strides = [16 if dilate_last and stage == 5 else 1 << stage for stage in self.stages]
 

@@ -195,15 +195,20 @@ class Loader:
 
     def close(self) -> None:
         """End the worker processes now, without signals."""
-        iterator, self._loader._iterator = self._loader._iterator, None
-        if iterator is not None:
-            iterator._shutdown_workers()
+        end_workers(self._loader)
 
     def state_dict(self) -> dict[str, int]:
         return self.sampler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.sampler.load_state_dict(state)
+
+
+def end_workers(loader: DataLoader) -> None:
+    """End a loader's persistent worker processes now; the next iteration starts others. torch has no public way."""
+    iterator, loader._iterator = loader._iterator, None
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 def build_loader(

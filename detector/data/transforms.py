@@ -71,7 +71,9 @@ class Pipeline:
                     "slip off their objects; use another transform"
                 )
             if isinstance(transform, _SCALING):
-                transform._key2func["keypoints"] = partial(_scaled_as_centres, transform.apply_to_keypoints)
+                move = type(transform).apply_to_keypoints
+                transform.apply_to_keypoints = partial(_scaled_as_centres, partial(move, transform))
+                transform.add_targets({"keypoints": "keypoints"})  # it looks the function up anew
 
     def __call__(
         self,

@@ -20,12 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from tqdm.contrib.logging import _TqdmLoggingHandler
 
 from detector.runtime import World
 from detector.settings import Runtime
 
 log = logging.getLogger("detector")
+
+
+class Screen(logging.StreamHandler):
+    """Writes messages to the standard error output, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+            self.flush()
+        except Exception:  # as every handler: a message that cannot be written ends no run
+            self.handleError(record)
 
 
 def start_log(folder: Path, world: World) -> None:
@@ -35,7 +45,7 @@ def start_log(folder: Path, world: World) -> None:
         handler.close()
     log.propagate = False
     log.setLevel(logging.INFO if world.main else logging.WARNING)
-    screen = _TqdmLoggingHandler()
+    screen = Screen()
     screen.setFormatter(logging.Formatter("%(message)s" if world.main else f"rank {world.rank}: %(message)s"))
     log.addHandler(screen)
     if world.main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from itertools import chain, islice
 
 import numpy as np
@@ -118,6 +119,17 @@ def shapes(shapes_tiny):
 def assert_equal(one, other):
     for left, right in zip(one[0] + one[1], other[0] + other[1]):
         assert (left is None and right is None) or torch.equal(left, right)
+
+
+def test_workers_end_when_asked_and_come_back(shapes):
+    loader = build_loader(shapes, 4, 1, training=False)
+    held = iter(loader)  # an iteration that nobody finishes
+    first = next(held)
+    workers = multiprocessing.active_children()
+    loader.close()
+    assert workers and not multiprocessing.active_children()
+    assert torch.equal(next(iter(loader))[0].images, first[0].images)
+    loader.close()
 
 
 def test_workers_make_no_difference(shapes):

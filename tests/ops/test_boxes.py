@@ -1,12 +1,25 @@
 """Box arithmetic against plain definitions."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from detector.ops.boxes import BoxCoder, clip, group_by_image, nms_by_image, nms_like_mmcv, of_label, pairwise_iou, take
+from detector.ops.boxes import (
+    BoxCoder,
+    clip,
+    group_by_image,
+    nms_by_image,
+    nms_like_mmcv,
+    of_label,
+    pairwise_iou,
+    soft_nms_by_image,
+    survivors,
+    take,
+)
 
 
 def random_boxes(*shape, size=100.0, seed=0):
@@ -124,3 +137,25 @@ def test_nms_like_mmcv_differs_only_in_ties():
     assert torch.equal(first, same.sort(descending=True)[1])
     none = nms_like_mmcv(boxes[:0], scores[:0], image[:0], group[:0], 0.5, 2, 4)
     assert not none[1].any() and none[0].shape == (2, 4)
+
+
+def test_survivors_of_a_table_for_two_images():
+    """The second one has no boxes that take part."""
+    boxes = torch.tensor(
+        [[[0.0, 0, 10, 10], [1, 0, 11, 10], [20, 20, 30, 30]], [[0, 0, 9, 9], [0, 0, 9, 9], [0, 0, 9, 9]]]
+    )
+    scores, group = torch.tensor([[0.5, 0.9, 0.7], [0.8, 0.8, 0.8]]), torch.zeros(2, 3, dtype=torch.long)
+    wanted, image = torch.tensor([[True, True, True], [False, False, False]]), torch.arange(2)
+    for nms in (nms_by_image, nms_like_mmcv):
+        left = survivors(boxes, scores, wanted, image, group, nms, 0.5, 2, 4)
+        assert left.valid.tolist() == [[True, True, False, False], [False] * 4]
+        assert left.column[0, :2].tolist() == [1, 2] and left.scores[0].tolist() == pytest.approx([0.9, 0.7, 0, 0])
+        assert torch.equal(left.of(boxes)[0, :2], boxes[0, [1, 2]])
+        assert not left.of(boxes)[~left.valid].any()
+    softer = partial(soft_nms_by_image, decay="linear", min_score=0.05)
+    left = survivors(boxes, scores, wanted, image, group, softer, 0.5, 2, 4)
+    assert left.column[0, :3].tolist() == [1, 2, 0]
+    assert left.scores[0].tolist() == pytest.approx([0.9, 0.7, 0.5 * (1 - 90 / 110), 0])
+    boxes[0, 0] = torch.nan  # what padding points at may be anything
+    nothing = survivors(boxes, scores, wanted & False, image, group, nms_by_image, 0.5, 2, 4)
+    assert not nothing.valid.any() and not nothing.of(boxes).any() and not nothing.scores.any()
