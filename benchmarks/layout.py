@@ -8,6 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "detector"
 ORDER = (  # from the top; those of one line stand side by side, and may not import each other either
+    ("__main__",),
     ("commands",),
     ("explorer", "export"),
     ("comparison",),
@@ -25,7 +26,8 @@ ORDER = (  # from the top; those of one line stand side by side, and may not imp
     ("settings",),
     ("checkpoint",),
     ("ops",),
-    ("structures", "text"),
+    ("protocols",),
+    ("structures",),
 )
 FLOORS = {part: floor for floor, parts in enumerate(reversed(ORDER)) for part in parts}
 TOP = len(ORDER)  # detector/__init__.py, which opens the door to what its users need

@@ -36,9 +36,9 @@ from detector.evaluation.coco import check_annotations, check_predictions
 from detector.inference.draw import draw, panel
 from detector.inference.load import load
 from detector.inference.predict import largest
+from detector.ops.text import one_line
 from detector.runtime import start_ranks
 from detector.settings import Runtime
-from detector.text import one_line
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from detector.data.outlines import Outlines, fill, ring_area, trace_rings
-from detector.text import readable_streams
+from detector.ops.text import readable_streams
 
 # COCO's own category ids have gaps, so these have too.
 CATEGORIES = {1: "ellipse", 2: "triangle", 4: "rectangle", 5: "star", 8: "ring"}

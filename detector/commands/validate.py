@@ -44,8 +44,8 @@ from detector.data.read_coco import Problems
 from detector.engine import setup
 from detector.evaluation.coco import for_backend
 from detector.inference.draw import draw
+from detector.ops.text import one_line, readable_streams
 from detector.roi import RoIExtractor, assign_levels
-from detector.text import one_line, readable_streams
 
 SHOWN = 10  # examples that a finding names
 SIZES = (0, 8, 16, 32, 64, 96, 128, 256, 512, np.inf)  # limits of the histogram, sqrt(area) in network pixels

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from detector.commands.import_weights import convert
-from detector.text import readable_streams
+from detector.ops.text import readable_streams
 from detector.weights.loading import SOURCES
 
 

@@ -18,7 +18,7 @@ from detector.checkpoint import write_json
 from detector.comparison.charts import bar_chart, interval_chart, line_chart
 from detector.comparison.summary import TIDE, sentence
 from detector.evaluation.tables import TITLES, percent
-from detector.text import one_line
+from detector.ops.text import one_line
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 TIDE_NAMES = {

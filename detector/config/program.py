@@ -26,7 +26,7 @@ from detector.config.schema import check
 from detector.config.suggest import CONFIGS, compose, explain, hydra_options, leaves, list_options
 from detector.config.typed import MULTIRUN, as_typed
 from detector.ops.checks import ConfigError, RunError
-from detector.text import readable_streams
+from detector.ops.text import readable_streams
 
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user wants to see where errors come from
 

@@ -17,7 +17,7 @@ import torch
 
 from detector.data.dataset import CocoDataset, read_image
 from detector.data.store import SMALL, content_key
-from detector.text import one_line
+from detector.ops.text import one_line
 
 GONE = -1
 MANY = 1000  # files that one thread looks at: network storage answers slowly, but many questions at once

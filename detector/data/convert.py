@@ -19,7 +19,7 @@ from pathlib import Path
 
 from detector.checkpoint import write_json
 from detector.data.formats import READERS, Notes
-from detector.text import readable_streams
+from detector.ops.text import readable_streams
 
 SPLITS = {"voc": (["VOC2007/trainval", "VOC2012/trainval"], ["VOC2007/test"])}
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from detector.data.annotations import Truth
 from detector.evaluation.coco import check_annotations
-from detector.text import one_line, width
+from detector.ops.text import one_line, width
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 

@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from detector.ops.paste import paste_masks
+from detector.ops.text import JOINERS, escaped, one_line
 from detector.structures import Batch, Detections, Targets
-from detector.text import JOINERS, escaped, one_line
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from detector.commands import validate
 from detector.comparison.report import md_table
 from detector.data import convert
 from detector.evaluation.tables import table
-from detector.text import one_line, readable_streams, width
+from detector.ops.text import one_line, readable_streams, width
 
 NAMES = ["a\nb\r\x00\x1b[31m", "猫 <b>&amp;|", "", "מרחבא \u202e", "👩‍🚀 " + "x" * 200]  # of five classes
 
