@@ -31,7 +31,7 @@ from detector.comparison.summary import compare, without_nan
 from detector.config import CONFIGS, ConfigError, config_errors, literal, make_folder
 from detector.data import build_dataset, collate, read_image
 from detector.data.annotations import Truth
-from detector.data.read_coco import leads_out
+from detector.data.file_names import find_files
 from detector.evaluation.coco import check_annotations, check_predictions
 from detector.inference.draw import draw, panel
 from detector.inference.load import load
@@ -137,9 +137,10 @@ def disagreements(methods: Sequence[Method], truth: Truth, report: Mapping, coun
         own = truth.select(by_id[[index]])
         image_id, name = int(own.image_ids[0]), own.file_name(0)
         try:
-            if leads_out(name):
-                raise ValueError(f"image {image_id}: {name!r} leads out of the image folder")
-            image = read_image(runs[0].images / name, largest(runs[0].config))
+            (path,), _, problems = find_files(runs[0].images, [name])
+            if path is None:
+                raise ValueError(f"image {image_id}: {problems[0]} is not in {runs[0].images}")
+            image = read_image(runs[0].images / path, largest(runs[0].config))
         except (ValueError, OSError) as error:
             log.warning("no picture: %s", error)
             continue

@@ -17,7 +17,7 @@ import yaml
 from detector.checkpoint import flatten, with_new_names
 from detector.config import CONFIGS, ConfigError
 from detector.data.annotations import Truth
-from detector.data.dataset import present
+from detector.data.file_names import find_files
 from detector.data.read_coco import read_coco, read_json, read_truth
 from detector.evaluation.coco import check_predictions
 
@@ -143,8 +143,10 @@ def validation_truth(run: Run) -> Truth:
         truth = read_coco(run.truth, None, masks, "skip", run.data.get("max_pixels", 100_000_000)).truth
     except ValueError as error:
         raise ConfigError(f"runs: their validation set cannot be used: {error}") from error
-    names = truth.all_file_names()
-    return truth.select(np.flatnonzero(present(run.images, names))) if run.images.is_dir() else truth
+    if not run.images.is_dir():
+        return truth
+    paths, _, _ = find_files(run.images, truth.all_file_names())
+    return truth.select(np.flatnonzero([path is not None for path in paths]))
 
 
 def fitting(runs: Sequence[Run], truth: Truth) -> tuple[list[Run], dict[Path, str]]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from detector.data.dataset import CocoDataset, read_image
+from detector.data.file_names import leads_out
 from detector.data.store import SMALL, content_key
 from detector.ops.text import one_line
 
@@ -26,10 +27,10 @@ NAMED = 3  # files that a message names
 
 def contents(dataset: CocoDataset) -> dict[str, Any]:
     """{"annotations": key of the file's content, "sizes": [I] int64, bytes of each image file that it names, or -1}."""
-    names = dataset.annotations.all_file_names()
+    names = dataset.file_names()
     with ThreadPoolExecutor() as pool:
         parts = pool.map(
-            lambda start: [_size(dataset.folder / name) for name in names[start : start + MANY]],
+            lambda start: [_size(dataset.folder, name) for name in names[start : start + MANY]],
             range(0, len(names), MANY),
         )
         sizes = torch.tensor([size for part in parts for size in part], dtype=torch.int64)
@@ -50,7 +51,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], dataset: CocoData
     rows = np.flatnonzero(old != new)
     if not len(rows):
         return []
-    names = dataset.annotations.all_file_names()
+    names = dataset.file_names()
     shown = [_difference(dataset, names[row], old[row], new[row]) for row in rows[:NAMED]]
     more = ["..."] if len(rows) > NAMED else []
     return [f"data.{split}.images: {len(rows)} of {len(old)} files in {dataset.folder} ({'; '.join(shown + more)})"]
@@ -67,8 +68,8 @@ def _difference(dataset: CocoDataset, name: str, old: int, new: int) -> str:
     return one_line(f"{name}: {then}, now {now}")
 
 
-def _size(path: str | os.PathLike) -> int:
+def _size(folder: Path, name: str) -> int:
     try:
-        return os.stat(path).st_size
+        return GONE if leads_out(name) else os.stat(folder / name).st_size
     except OSError:
         return GONE

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from detector.data.annotations import Objects
 from detector.data.copy_paste import paste
+from detector.data.file_names import find_files, leads_out
 from detector.data.outlines import fill, mask_windows
 from detector.data.read_coco import Problems
 from detector.data.store import open_coco
@@ -164,7 +165,7 @@ class CocoDataset(Dataset):
         self.annotations = open_coco(annotations, categories, masks, on_error, max_pixels, **options)
         if masks and not len(self.annotations.points):
             logger.warning("%s: masks are wanted, but no object has a segmentation", self.annotation_file)
-        usable = self._files_exist(problems)
+        usable, self.variants = self._find_files(problems)
         if not keep_empty:
             usable &= np.diff(self.annotations.object_starts) > 0
         self.rows = np.flatnonzero(usable)  # position in the data set -> position in the file
@@ -178,31 +179,36 @@ class CocoDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _files_exist(self, problems: Problems | None) -> np.ndarray:
-        """[I] bool. Lists each folder once: a look at every file takes minutes on network storage."""
+    def _find_files(self, problems: Problems | None) -> tuple[np.ndarray, dict[int, str]]:
+        """Which images are there, [I] bool, and the paths of those whose names are written in another way."""
         if not self.folder.is_dir():
             raise FileNotFoundError(f"image folder {self.folder} does not exist: check data.root and the image options")
         collected, problems = problems, problems or Problems(self.annotation_file, self.on_error)
         names = self.annotations.all_file_names()
-        present: dict[str, bool] = {}  # whether it is a file; only links are followed, which takes a look at each
-        for folder in set(map(os.path.dirname, names)):
-            if (self.folder / folder).is_dir():
-                with os.scandir(self.folder / folder) as entries:
-                    for entry in entries:
-                        is_file = entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)
-                        present[os.path.join(folder, entry.name)] = is_file
-        exists = np.array([present.get(name, False) for name in names])
-        for row in np.flatnonzero(~exists):
+        paths, variants, missing = find_files(self.folder, names)
+        for row, text in variants.items():
+            where = f"image {self.annotations.image_ids[row]} file_name={text}"
+            problems.notice("file_name that is written in another way than the file's, which is taken", where)
+        for row, text in missing.items():
             path, kind = self.folder / names[row], "missing image file"
-            if names[row] in present:
+            if not leads_out(names[row]) and (path.is_dir() or path.is_symlink()):
                 kind = "folder in place of an image file" if path.is_dir() else "image file that is a link to nothing"
-            problems.error(kind, f"image {self.annotations.image_ids[row]} file_name={path}")
+            text = path if text == repr(names[row]) else text
+            problems.error(kind, f"image {self.annotations.image_ids[row]} file_name={text}")
         if collected is None:
             problems.report()
-        return exists
+        return np.array([path is not None for path in paths], bool), {row: paths[row] for row in variants}
+
+    def file_names(self) -> list[str]:
+        """The file of every image of the annotation file, below the folder; of those that are missing, as written."""
+        names = self.annotations.all_file_names()
+        for row, path in self.variants.items():
+            names[row] = path
+        return names
 
     def image_path(self, index: int) -> Path:
-        return self.folder / self.annotations.file_name(self.rows[index])
+        row = int(self.rows[index])
+        return self.folder / (self.variants.get(row) or self.annotations.file_name(row))
 
     def read(self, index: int) -> np.ndarray:
         """The image [H, W, 3] uint8 RGB as it is on disk. Raises ValueError where it is not of the declared size."""
@@ -283,16 +289,6 @@ class CocoDataset(Dataset):
         centres = windows[:, :2, None] + (windows[:, 2:] - windows[:, :2])[:, :, None] * cells  # [G, 2, S]
         inside = (centres >= out.boxes[:, :2, None]) & (centres <= out.boxes[:, 2:, None])
         return masks & inside[:, 1, :, None] & inside[:, 0, None, :]
-
-
-def present(folder: Path, names: Sequence[str]) -> np.ndarray:
-    """[names] bool: which files exist below a folder. Each folder is listed once: a look at every file takes minutes on
-    network storage."""
-    found = set()
-    for below in set(map(os.path.dirname, names)):
-        if (folder / below).is_dir():
-            found.update(os.path.join(below, name) for name in os.listdir(folder / below))
-    return np.array([name in found for name in names], bool)
 
 
 def mirrored_keypoints(names: Sequence[str]) -> list[int]:

@@ -64,7 +64,9 @@ def _listed(folder: Path, names: Sequence[str]) -> set[str]:
     present = set()
     for part in {os.path.dirname(name) for name in names if os.path.normpath(name) == name and not leads_out(name)}:
         with _scan(folder / part) as entries:
-            present.update(os.path.join(part, entry.name) for entry in entries if entry.is_file())
+            for entry in entries:  # a link may lead nowhere, or to itself
+                if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):
+                    present.add(os.path.join(part, entry.name))
     return present
 
 

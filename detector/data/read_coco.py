@@ -25,6 +25,7 @@ from pycocotools import mask as rle_tools
 
 from detector.data.annotations import Annotations, Truth, starts_of
 from detector.data.outlines import rle_counts, run_rings
+from detector.data.suspicions import wrong_boxes
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ def read_coco(
     learnt = [item for items in found for item in items if item.learnt]
     if not learnt:
         raise ValueError(f"{name}: no usable objects ('annotations' has {len(content['annotations'])} records)")
+    reader.check_conventions(name, found)
     if all(item.crowd for item in learnt):
         raise ValueError(
             f"{name}: all {len(learnt)} usable objects are crowd regions (iscrowd: 1): nothing is learnt from them, "
@@ -267,11 +269,6 @@ def _count_keypoints(content: Mapping) -> int:
     return counts.most_common(1)[0][0] if counts else 0
 
 
-def leads_out(name: str) -> bool:
-    """Whether a file name of an annotation file may mean a file outside the image folder."""
-    return os.path.isabs(name) or ".." in name.replace("\\", "/").split("/") or "\0" in name
-
-
 # -------------------------------------------------------------------------------------------------------------- records
 
 
@@ -380,6 +377,13 @@ class _Reader:
                 self.problems.notice(kind, where)
         return list(by_image.values())
 
+    def check_conventions(self, name: str, found: list[list[_Object]]) -> None:
+        """Raise ValueError where the boxes as a whole can only be corners, or fractions of the image."""
+        boxes = [item.box for items in found for item in items]
+        sizes = [image[1:3] for image, items in zip(self.images.values(), found) for _ in items]
+        if text := wrong_boxes(boxes, sizes):
+            raise ValueError(f"{name}: all {len(boxes)} {text}")
+
     def _read_images(self, records: list) -> set[int]:
         """Fills `images`; returns the ids of all records, the wrong ones too."""
         names, listed = set(), set()
@@ -422,8 +426,6 @@ class _Reader:
             return self.problems.error("image without a size", f"{where} {size}")
         if height * width > self.max_pixels or not known:
             return self.problems.error(f"image over data.max_pixels={self.max_pixels}", f"{where} {width} x {height}")
-        if leads_out(name):
-            return self.problems.error("file_name leads out of the image folder", f"{where} file_name={name!r}")
         return _Image(name, height, width, *lists)
 
     def _lvis_list(self, record: dict, key: str) -> list[int]:

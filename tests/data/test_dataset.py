@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import albumentations as A
@@ -129,6 +130,28 @@ def test_what_is_no_file_is_named_when_the_data_set_is_opened(tmp_path, caplog, 
         CocoDataset(tmp_path, path, training=training)
     left = CocoDataset(tmp_path, path, training=training, on_error="skip")
     assert named in caplog.text and left.image_ids.tolist() == [9]  # and no black picture
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "..\\x.png", "/etc/passwd"])
+def test_names_that_lead_out_of_the_folder(tmp_path, caplog, name):
+    coco = minimal()
+    path = write(tmp_path, coco)
+    coco["images"][1]["file_name"] = name
+    path.write_text(json.dumps(coco))
+    with pytest.raises(ValueError, match=r"image 9 .* leads out of the image folder") as error:
+        CocoDataset(tmp_path, path)
+    assert repr(name) in str(error.value)
+    assert CocoDataset(tmp_path, path, on_error="skip").image_ids.tolist() == [7]
+
+
+def test_names_as_tools_write_them(tmp_path, caplog):
+    coco = minimal()
+    path = write(tmp_path, coco)
+    coco["images"][1]["file_name"] = "C:\\set\\B.PNG"
+    path.write_text(json.dumps(coco))
+    data = CocoDataset(tmp_path, path)
+    assert data.image_path(1) == tmp_path / "b.png" and data[1].image.shape == (60, 40, 3)
+    assert "1 x file_name that is written in another way" in caplog.text and "is 'b.png'" in caplog.text
 
 
 def test_links_to_files_are_files(tmp_path):
