@@ -10,10 +10,8 @@ from contextlib import redirect_stdout
 import pytest
 from PIL import Image
 
-import eval as evaluation
-import predict
 from detector import checkpoint as checkpoints
-from detector.commands import validate
+from detector.commands import programs, validate
 from detector.comparison.report import md_table
 from detector.data import convert
 from detector.evaluation.tables import table
@@ -96,12 +94,12 @@ def test_commands_on_nasty_names(terminal, nasty, tmp_path, monkeypatch):
     """Evaluation, prediction with pictures, and validation, each to its end."""
     root, checkpoint = nasty
     options = [f"checkpoint={checkpoint}", "device=cpu", f"output={tmp_path / 'out'}"]
-    assert not start(evaluation.main, terminal, monkeypatch, *options, f"data.root={root}", "workers=0")
+    assert not start(programs.evaluate, terminal, monkeypatch, *options, f"data.root={root}", "workers=0")
     assert "a\\nb\\r\\x00\\x1b[31m" in shown(terminal)
     written = (tmp_path / "out" / "table.txt").read_text(encoding="utf-8")
     assert "猫 <b>&amp;|" in written and "''  " in written
     picture = min((root / "val").iterdir())
-    assert not start(predict.main, terminal, monkeypatch, *options, f"images={picture}", "threshold=0")
+    assert not start(programs.predict, terminal, monkeypatch, *options, f"images={picture}", "threshold=0")
     with Image.open(tmp_path / "out" / f"{picture.name}.png") as drawn:
         assert min(drawn.size) >= 800
     validation = ["experiment=none", f"data.root={root}", "--no-images", "--output", str(tmp_path / "report")]
@@ -111,11 +109,12 @@ def test_commands_on_nasty_names(terminal, nasty, tmp_path, monkeypatch):
 
 
 def test_converters_print_any_name(terminal, tmp_path):
-    (tmp_path / "猫" / "images" / "train").mkdir(parents=True)
-    (tmp_path / "猫" / "data.yaml").write_text(
-        "names: [猫]\ntrain: images/train\nval: images/train\n", encoding="utf-8"
-    )
-    Image.new("RGB", (8, 8)).save(tmp_path / "猫" / "images" / "train" / "é.png")
+    root = tmp_path / "猫"
+    for kind in ("images", "labels"):
+        (root / kind / "train").mkdir(parents=True)
+    (root / "data.yaml").write_text("names: [猫]\ntrain: images/train\nval: images/train\n", encoding="utf-8")
+    Image.new("RGB", (8, 8)).save(root / "images" / "train" / "é.png")
+    (root / "labels" / "train" / "é.txt").write_text("0 0.5 0.5 0.5 0.5\n", encoding="utf-8")
     with redirect_stdout(terminal):
-        assert convert.main(["yolo", str(tmp_path / "猫")]) == 0
+        assert convert.main(["yolo", str(root)]) == 0
     assert "1 images" in shown(terminal)
