@@ -38,9 +38,10 @@ $(OLDEST)/.ready: pyproject.toml constraints.txt constraints-oldest.txt
 		-c $(OLDEST)/constraints.txt -c constraints-oldest.txt
 	@touch $@
 
-lint: $(READY)  ## style and correctness checks
+lint: $(READY)  ## style, correctness and spelling
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/codespell $$(git ls-files)
 
 format: $(READY)  ## apply the style
 	$(PY) -m ruff check --fix .
