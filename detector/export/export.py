@@ -108,7 +108,7 @@ def survivors(
     row, column = torch.nonzero(wanted, as_tuple=True)
     real = extended(torch.ones_like(row, dtype=torch.bool), 2)
     row, column = extended(row, 2), extended(column, 2)
-    boxes = boxes[row, column] * real[:, None]
+    boxes = torch.where(real[:, None], boxes[row, column], 0)  # the first entry, which padding points at, may be NaN
     scores = torch.where(real, scores[row, column], torch.finfo(scores.dtype).min)
     apart = (group[row, column] * real) * (boxes.flatten().amax(0) + 1)  # so that groups cannot overlap
     keep = nms(boxes + apart[:, None], scores, threshold)

@@ -17,6 +17,7 @@ from detector.backbone.resnet import DeformConv2d
 from detector.commands.weights import main
 from detector.config import ConfigError, build, compose
 from detector.export.export import Exportable, export, export_program, output_names, save_onnx
+from detector.export.export import survivors as fixed_survivors
 from detector.heads import (
     BoxHead,
     CascadeBoxHead,
@@ -28,6 +29,7 @@ from detector.heads import (
     ResNetTrunk,
 )
 from detector.model import TwoStageDetector
+from detector.ops.boxes import nms_by_image, survivors
 from detector.roi import (
     DeformableRoIPool,
     GRoIE,
@@ -166,6 +168,16 @@ def test_the_exportable_path_is_the_models():
     assert same_detections(nothing, Exportable(nothing), *CASES[0]) == 0
     large = small_model(min_size=30.0, min_size_last=True, nms_agnostic=True)
     assert same_detections(large, Exportable(large), *CASES[1]) > 0
+
+
+def test_a_first_entry_that_is_not_finite_harms_nobody():
+    """Padding points at it, and NMS compares all boxes with each other."""
+    boxes = torch.tensor([[[torch.nan] * 4, [0, 0, 10, 10], [0, 0, 10, 11], [50, 50, 60, 60]]])
+    scores, group = torch.tensor([[torch.nan, 0.5, 0.9, 0.7]]), torch.tensor([[0, 0, 0, 1]])
+    args = (boxes[..., 0] >= 0, torch.zeros(1, dtype=torch.long), group, nms_by_image, 0.5, 1, 4)
+    found, expected = fixed_survivors(boxes, scores, *args), survivors(boxes, scores, *args)
+    assert found.valid.tolist() == expected.valid.tolist() == [[True, True, False, False]]
+    assert torch.equal(found.of(boxes), expected.of(boxes)) and torch.equal(found.scores, expected.scores)
 
 
 @pytest.mark.slow
