@@ -12,6 +12,9 @@ from typing import Literal
 from detector.ops.checks import require
 
 Length = int | float | str
+# keys of a run's config that do not change what it learns: where it lies, how it is executed, watched and measured, and
+# where its data come from. With the seed these may differ between runs of one method.
+UNLEARNT = ("name", "run_dir", "resume", "runtime", "evaluation", "data.prepare", "data.cache")
 
 
 def to_iterations(length: Length, per_epoch: int, total: int | None = None, name: str = "length") -> int:

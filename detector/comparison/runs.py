@@ -20,9 +20,10 @@ from detector.data.annotations import Truth
 from detector.data.file_names import find_files
 from detector.data.read_coco import read_coco, read_json, read_truth
 from detector.evaluation.coco import check_predictions
+from detector.settings import UNLEARNT
 
 # what may differ between the runs of one method, and says nothing about it
-IRRELEVANT = ("seed", "name", "run_dir", "resume", "runtime", "evaluation")
+IRRELEVANT = {"seed", *UNLEARNT}
 OFFSET_WEIGHT = "model.offset_loss_weight"
 HEADS = ("model.box_head.roi", "model.mask_head.roi", "model.keypoint_head.roi")
 
@@ -190,7 +191,7 @@ def group(runs: Sequence[Run]) -> tuple[list[Method], dict[Path, str]]:
 
 def relevant(run: Run) -> dict[str, Any]:
     """The settings of a run, {dotted key: value}, that can make a difference."""
-    found = {key: value for key, value in flatten(run.config).items() if key.split(".")[0] not in IRRELEVANT}
+    found = {k: v for k, v in flatten(run.config).items() if not {k, k.split(".")[0]} & IRRELEVANT}
     if run.log and not any("loss_offset" in line for line in run.log):  # its methods learn no offsets
         found.pop(OFFSET_WEIGHT, None)
     return found

@@ -14,12 +14,13 @@ from typing import Any
 
 from detector.checkpoint import CheckpointError, atomically, flatten, load, save
 from detector.config import ConfigError, RunError, make_folder
+from detector.settings import UNLEARNT
 
 # a run that differs from its checkpoint in one of these is another run; in the others it may go on differently
 IDENTITY = ("seed", "model", "roi", "data", "augment", "optimizer", "training")
-IRRELEVANT = ("name", "run_dir", "resume", "runtime", "evaluation", "weights")
+IRRELEVANT = (*UNLEARNT, "weights")  # what the weights were before is past
 # the same data may lie elsewhere, and what stopped a run may be left out
-MOVABLE = tuple(f"data.{key}" for key in ("root", "prepare", "cache", "on_error", "max_pixels"))
+MOVABLE = tuple(f"data.{key}" for key in ("root", "on_error", "max_pixels"))
 GROWING = ("model", "data", "training")  # where new versions add keys
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def compare_configs(stored: Mapping[str, Any], current: Mapping[str, Any], chose
     """
     old, new = flatten(stored), flatten(current)
     differing = [key for key in sorted({*old, *new}) if old.get(key, "absent") != new.get(key, "absent")]
-    differing = [key for key in differing if key.split(".")[0] not in IRRELEVANT]
+    differing = [key for key in differing if not {key, key.split(".")[0]} & {*IRRELEVANT}]
     lines = {key: f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}" for key in differing}
     since = {key for key in differing if key.split(".")[0] in GROWING and is_new(key, stored) and key not in chosen}
     serious = [lines[k] for k in differing if k.split(".")[0] in IDENTITY and k not in MOVABLE and k not in since]
