@@ -52,20 +52,10 @@ PROGRAMS = {  # it, the module and function that gets the configuration, and the
 }
 CODE = ("augment.", "model.", "optimizer.", "roi.", "runtime.", "schedule.", "training.")  # arguments of constructors
 NO_PATHS = {  # settings that are texts, or may be, and no paths: a new one stands here or in PATHS
-    *("baseline", "data.on_error", "data.pad_to", "data.prepare", "device", "evaluation.evaluator", "evaluation.every"),
-    *(
-        "evaluation.metric",
-        "evaluation.sigmas",
-        "evaluator",
-        "head",
-        "iou_types",
-        "name",
-        "paste",
-        "precision",
-        "threads",
-        "trust",
-    ),
-    *("weights.source", "weights.style"),
+    *("baseline", "data.keypoints", "data.max_pixels", "data.on_error", "data.pad_to", "data.prepare", "device"),
+    *("evaluation.evaluator", "evaluation.every", "evaluation.metric", "evaluation.sigmas", "evaluator", "head"),
+    *("iou_types", "max_pixels", "name", "paste", "precision", "sigmas", "threads", "trust", "weights.source"),
+    *("weights.style",),
 }
 
 
