@@ -174,8 +174,8 @@ def test_backbones_have_torchvisions_parameters():
         with torch.device("meta"):
             wanted = builder(num_classes=1).state_dict()
             found = build(
-                config("model=faster_rcnn", f"backbone@model.backbone={name}").backbone, "backbone"
-            ).state_dict()
+                config("model=faster_rcnn", f"backbone@model.backbone={name}"), "model", num_classes=2
+            ).backbone.state_dict()
         wanted = {k: v.shape for k, v in wanted.items() if not k.startswith("fc.") and "num_batches" not in k}
         assert {k: v.shape for k, v in found.items()} == wanted
 

@@ -55,9 +55,11 @@ A = both_axes([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0,
 def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether `conv3x3` may replace the plain convolution of x [N, C, H, W] with weight [O, C, 3, 3] and is faster: on
     the CPU in float32 and channels_last, for the many channels and large maps of an FPN's fine levels."""
+    if torch.compiler.is_compiling():  # whose sizes may be unknown
+        return False
     usable = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.stride(1) == 1
     large = min(weight.shape[:2]) >= 256 and x.shape[2] * x.shape[3] >= 2048
-    return usable and large and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return usable and large and not torch.is_autocast_enabled("cpu")
 
 
 @torch.library.custom_op("detector::conv3x3", mutates_args=())

@@ -204,7 +204,7 @@ def test_metric_of_choice(run):
         "value": json.loads((folder / "metrics.json").read_text())["bbox"]["AR100"],
         "iteration": 3,
     }
-    with pytest.raises(ValueError, match=r"evaluation\.metric = 'keypoints\.AP': was not measured"):
+    with pytest.raises(ValueError, match=r"evaluation\.metric = 'keypoints\.AP': is not measured"):
         run("evaluation.metric=keypoints.AP", "schedule.max_iterations=3", "resume=none")
 
 
