@@ -575,6 +575,8 @@ def read_mask(segmentation: Any, size: Sequence[int], notice: Callable[[str], No
         unknown = not size[0] and len(read) == 2 and None not in read and min(read) > 0
         if not unknown and read != tuple(size):
             raise OtherSize(f"size={_short(own)}, the image has {list(size)}")
+        if not all(isinstance(value, (int, np.integer)) for value in own):
+            notice("size of a mask that is not written as whole numbers, read as such")
         return _read_runs(segmentation["counts"], read, notice)
     if not isinstance(segmentation, (list, tuple)):
         if segmentation:
@@ -615,8 +617,11 @@ def _read_polygons(segmentation: Sequence, size: tuple[int, int], notice: Callab
     polygons = []
     for polygon in segmentation:
         points = np.asarray(polygon, np.float64)
+        if len(polygon) and isinstance(polygon[0], str):
+            notice("polygon written as text, read as numbers")
         if points.ndim == 2 and points.shape[1] == 2:
             points = points.ravel()
+            notice("polygon of pairs of numbers, read as one list")
         if points.ndim != 1 or not np.isfinite(points).all():
             raise ValueError(f"polygon {_short(polygon)} must be a flat list of finite x, y pairs")
         if len(points) >= 6 and len(points) % 2 == 0:

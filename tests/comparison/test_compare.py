@@ -195,6 +195,34 @@ def test_detections_that_training_left_are_those_of_the_last_checkpoint(make_run
         read_run(folder, "best")
 
 
+def test_what_an_evaluation_left_out_is_left_out_of_the_comparison(make_run, tmp_path, shapes_tiny):
+    """data.on_error=skip: a wrong record and a missing image, on a file that only our reader takes."""
+    truth = json.loads((shapes_tiny / "annotations" / "instances_val.json").read_text())
+    gone = truth["images"][0]["id"]
+    left = [a for a in truth["annotations"] if a["image_id"] != gone]
+    clean = truth | {"images": truth["images"][1:], "annotations": left[1:]}
+    truth["images"][0]["file_name"] = "gone.jpg"
+    for image in truth["images"]:
+        image |= {"date_captured": 0, "width": str(image["width"])}
+    left[0]["bbox"] = [None, 1, 2, 3]
+    (tmp_path / "dirty.json").write_text(json.dumps(truth))
+    runs = []
+    for name in ("align", "pool"):
+        folder = make_run(name, roi(name))
+        results = json.loads((folder / "eval_last" / "predictions.json").read_text())
+        results = [r for r in results if r["image_id"] != gone]
+        (folder / "eval_last" / "predictions.json").write_text(json.dumps(results))
+        about = json.loads((folder / "eval_last" / "about.json").read_text())
+        about |= {"annotations": str(tmp_path / "dirty.json"), "settings": {"data": {"on_error": "skip"}}}
+        (folder / "eval_last" / "about.json").write_text(json.dumps(about))
+        runs.append(results)
+    report = compare_runs(settings(tmp_path, pictures=1))
+    for kind in ("bbox", "segm"):
+        expected = [coco_metrics(clean, results, kind)["AP"] for results in runs]
+        assert [report["metrics"][kind][name]["AP"]["mean"] for name in ("align", "pool")] == expected
+    assert report["validation"]["images"] == len(clean["images"])
+
+
 def test_nothing_to_compare(make_run, tmp_path):
     with pytest.raises(ConfigError, match="names no run"):
         compare_runs(settings(tmp_path))

@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval, Params
 from detector.evaluation import coco_metrics
 from detector.evaluation.boundary import boundary_rle, boundary_width
 from detector.evaluation.coco import BOX_METRICS, KEYPOINT_METRICS, coco_sigmas
+from tests.cases.border import plain
 
 CONFORMANCE = ["val2014_fake_bbox", "val2014_fake_segm", "dataset_bbox", "dataset_segm"]
 
@@ -357,3 +358,55 @@ def test_shapes_truth_as_predictions(shapes_tiny, iou_type):
     metrics = perfect_metrics(shapes_tiny / "annotations" / "instances_val.json", iou_type)
     assert metrics["AP"] == metrics["AR100"] == pytest.approx(1)
     assert all(v["AP"] == pytest.approx(1) for v in metrics["per_class"].values())
+
+
+# -------------------------------------------------------------------------------------------- against plain pycocotools
+
+
+def wild_case(seed: int) -> tuple[dict, list[dict]]:
+    """Ground truth of polygons and run lengths, with crowds and `ignore`, boxes and masks that reach out of small
+    images; results with ties, and in every tenth case more than the 100 that count."""
+    chance = np.random.default_rng(seed)
+    crowded = seed % 10 == 0
+    images = [{"id": int(i), "width": 70, "height": 50} for i in chance.permutation(20)[: 1 if crowded else 3]]
+    annotations, predictions = [], []
+    for image in images:
+        for _ in range(chance.integers(0, 7)):
+            x, y, w, h = (chance.uniform(-6, 60), chance.uniform(-6, 40), *chance.uniform(0.2, 40, 2))
+            angle = np.sort(chance.uniform(0, 2 * np.pi, chance.integers(3, 9)))
+            ring = np.column_stack([x + w / 2 + w / 2 * np.cos(angle), y + h / 2 + h / 2 * np.sin(angle)])
+            entry = {"image_id": image["id"], "category_id": int(chance.integers(1, 3)), "bbox": [x, y, w, h]}
+            segmentation, extra = [ring.ravel().tolist()], {}
+            if chance.random() < 0.3:
+                mask = np.zeros((50, 70), np.uint8)
+                mask[max(int(y), 0) : max(int(y + h), 0), max(int(x), 0) : max(int(x + w), 0)] = 1
+                segmentation = rle_of(mask)
+            if chance.random() < 0.2:
+                extra["ignore"] = int(chance.integers(0, 2))
+            extra["iscrowd"] = int(chance.random() < 0.2)
+            number = {"id": len(annotations) + 1, "area": float(w * h * chance.uniform(0.5, 1))}
+            annotations.append(entry | number | extra | {"segmentation": segmentation})
+            for _ in range(60 if crowded else chance.integers(0, 4)):
+                box = np.array([x, y, w, h]) + chance.normal(0, 1, 4)
+                box[2:] = np.maximum(box[2:], 1)
+                mask = np.zeros((50, 70), np.uint8)
+                (left, top), (right, bottom) = box[:2].clip(0).astype(int), (box[:2] + box[2:]).clip(0).astype(int)
+                mask[top:bottom, left:right] = 1
+                score = float(chance.integers(1, 6) / 5)
+                predictions.append(entry | {"bbox": box.tolist(), "score": score, "segmentation": rle_of(mask)})
+    truth = {"images": images, "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]}
+    return truth | {"annotations": annotations}, predictions
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_random_truths_give_the_numbers_of_plain_pycocotools(iou_type):
+    most = 0
+    for seed in range(120):
+        truth, predictions = wild_case(seed)
+        if not predictions:  # loadRes looks at the first one
+            continue
+        most = max(most, len(predictions))
+        expected = plain(truth, predictions, iou_type)
+        for backend in ("hotcoco", "pycocotools"):
+            assert coco_metrics(truth, predictions, iou_type, backend) == expected, (seed, backend)
+    assert most > 100
