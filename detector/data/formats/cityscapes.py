@@ -11,10 +11,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
-from detector.data.formats.common import Notes, upright_size
+from detector.data.formats.common import Notes
 
 CATEGORIES = {
     24: "person",
@@ -52,7 +53,8 @@ def read_cityscapes(root: Path, split: str, notes: Notes | None = None) -> dict:
         photograph = root / "leftImg8bit" / split / path.parent.name / name
         if not photograph.is_file():
             raise ValueError(f"{photograph} is missing, the photograph of {path}: unpack leftImg8bit beside gtFine")
-        width, height, _ = upright_size(photograph)
+        with Image.open(photograph) as picture:
+            width, height = picture.size
         if (height, width) != pixels.shape:
             sizes = f"{pixels.shape[1]} x {pixels.shape[0]}, {photograph} {width} x {height}"
             raise ValueError(f"{path} is {sizes}: unpack both again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def decode(data: bytes, encoding: str = "utf-8") -> str:
 
 
 def upright_size(path: Path) -> tuple[int, int, bool]:
-    """(width, height) of a picture once it is upright, and whether its EXIF data turn it; only the header is read."""
+    """(width, height) of a picture once it is upright, and whether its EXIF data turn it."""
     try:
         with Image.open(path) as picture:
             turned = picture.getexif().get(0x0112) in TURNED
@@ -87,9 +88,9 @@ class Stems:
 
     def __init__(self, folder: Path, suffixes: Collection[str]):
         self.folder = folder
-        paths = sorted(folder.iterdir()) if folder.is_dir() else []
-        paths = [path for path in paths if path.suffix.lower() in suffixes and not path.name.startswith(HIDDEN)]
-        self.files = [path for path in paths if path.is_file()]
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else []
+        entries = [entry for entry in entries if os.path.splitext(entry.name)[1].lower() in suffixes]
+        self.files = [folder / e.name for e in entries if not e.name.startswith(HIDDEN) and e.is_file()]
         self._exact, self._spelt = defaultdict(list), defaultdict(list)
         for path in self.files:
             self._exact[path.stem].append(path)
