@@ -30,13 +30,16 @@ def convert(kind: str, root: str | Path, splits: Sequence[str], notes: Notes | N
     kind: voc, cityscapes, lvis or yolo; see `detector.data.formats`. root, splits: see the readers there.
     notes: counts what is read although it is not as the format says.
 
-    Raises ValueError for an unknown kind or no splits, and what the reader raises.
+    Raises ValueError for an unknown kind, no splits or file names that are no text, and what the reader raises.
     """
     if kind not in READERS:
         raise ValueError(f"format {kind!r} is unknown; choose one of {', '.join(READERS)}")
     if not splits:
         raise ValueError("splits: there are none")
     parts = [READERS[kind](Path(root), split, notes) for split in splits]
+    for image in (image for part in parts for image in part["images"]):
+        if not _is_text(image["file_name"]):
+            raise ValueError(f"the file name {image['file_name']!a} is not UTF-8: rename the file")
     if len(parts) == 1:
         return parts[0]
     names = list(dict.fromkeys(category["name"] for part in parts for category in part["categories"]))
@@ -50,6 +53,14 @@ def convert(kind: str, root: str | Path, splits: Sequence[str], notes: Notes | N
             own = {"id": number, "image_id": image_ids[entry["image_id"]], "category_id": ids[entry["category_id"]]}
             joined["annotations"].append(entry | own)
     return joined
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,6 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
             contents[name] = convert(args.format, args.root, splits, notes)
             for line in notes.lines():
                 print(f"{name}: {line}", file=sys.stderr)
+            if not contents[name]["annotations"]:
+                count = len(contents[name]["images"])
+                raise ValueError(f"{name}: none of the {count} images has an object: use a split that is annotated")
         for name, content in contents.items():
             path = args.root / "annotations" / f"{args.format}_{name}.json"
             write_json(path, content)

@@ -41,7 +41,7 @@ def find_files(folder: Path, names: Sequence[str]) -> tuple[list[str | None], di
     taken = {path for path in paths if path is not None}
     by_key = defaultdict(list)
     for path in _walk(folder):
-        by_key[_key(path)].append(path)
+        by_key[spelling_key(path)].append(path)
     for i in missing:
         found = _candidates(names[i], by_key)
         free = [path for path in found if path not in taken]
@@ -90,7 +90,7 @@ class _scan:
             self.entries.close()
 
 
-def _key(path: str) -> str:
+def spelling_key(path: str) -> str:
     """What does not tell files apart: case and the form of Unicode."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
@@ -109,7 +109,7 @@ def _candidates(name: str, by_key: dict[str, list[str]]) -> list[str]:
         leaf = parts[-1]
         for last in dict.fromkeys((leaf, UPLOAD.sub("", leaf, count=1) if UPLOAD.match(leaf) else leaf)):
             for start in range(len(parts)):
-                matches = by_key.get(_key("/".join([*parts[start:-1], last])), ())
+                matches = by_key.get(spelling_key("/".join([*parts[start:-1], last])), ())
                 if matches:
                     length = len(parts) - start
                     found = {} if length > longest else found

@@ -65,10 +65,6 @@ READ = {
     "a size of nothing": (annotation(size=SIZE_XML.replace("60", "0")), {"notes": ["<size>"]}),
     "a wrong size": (annotation(size=SIZE_XML.replace("60", "640")), {"notes": ["<size>"]}),
     "a size that is no number": (annotation(size=SIZE_XML.replace("60", "wide")), {"notes": ["<size>"]}),
-    "corners that change places": (
-        annotation(box="<bndbox><xmin>20</xmin><ymin>30</ymin><xmax>2</xmax><ymax>3</ymax></bndbox>"),
-        {"notes": ["corners"]},
-    ),
     "a path as filename": (annotation(filename="C:\\set\\a.jpg"), {}),
     "a filename without an extension": (annotation(filename="a"), {"notes": ["<filename>"]}),
     "a filename in another case": (annotation(filename="A.JPG"), {"notes": ["<filename>"]}),
@@ -204,7 +200,7 @@ def test_yolo_lists_of_images(tmp_path):
     content, _ = yolo(tmp_path, "train: train.txt\nnames: [cat, dog]\n", LINE)
     assert len(content["images"]) == len(content["annotations"]) == 1
     (tmp_path / "train.txt").write_text("./train/images/b.jpg\n")
-    with pytest.raises(ValueError, match=r"train\.txt: 1 of its images are not below"):
+    with pytest.raises(ValueError, match=r"train\.txt:1: 1 of its images are not below"):
         convert("yolo", tmp_path, ["train"])
 
 

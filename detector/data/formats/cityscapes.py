@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
@@ -31,9 +32,11 @@ CATEGORIES = {
 def read_cityscapes(root: Path, split: str, notes: Notes | None = None) -> dict:
     """COCO instances of the folders gtFine/SPLIT and leftImg8bit/SPLIT below root; category ids are Cityscapes' own.
 
-    Raises FileNotFoundError where there are no instanceIds pictures, ValueError for one that cannot be read.
+    Raises FileNotFoundError where there are no instanceIds pictures, ValueError for one that cannot be read, or whose
+    photograph is missing or of another size.
     """
-    paths = sorted((root / "gtFine" / split).glob("*/*_gtFine_instanceIds.png"))
+    paths = (root / "gtFine" / split).glob("*/*_gtFine_instanceIds.*")
+    paths = sorted(p for p in paths if p.suffix.lower() == ".png" and not p.name.startswith("."))
     if not paths:
         pattern = root / "gtFine" / split / "*" / "*_gtFine_instanceIds.png"
         raise FileNotFoundError(
@@ -44,9 +47,19 @@ def read_cityscapes(root: Path, split: str, notes: Notes | None = None) -> dict:
         pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED) if path.stat().st_size else None
         if pixels is None or pixels.ndim != 2:
             raise ValueError(f"{path} is no picture with one channel: unpack it again")
-        name = path.name.replace("_gtFine_instanceIds", "_leftImg8bit")
-        image = {"id": len(images) + 1, "file_name": f"leftImg8bit/{split}/{path.parent.name}/{name}"}
-        images.append(image | {"height": pixels.shape[0], "width": pixels.shape[1]})
+        if pixels.dtype == np.uint8 and np.isin(list(CATEGORIES), pixels).any():
+            raise ValueError(f"{path} has 8 bits a pixel, which hold no numbers of instances: unpack it again")
+        name = path.stem.replace("_gtFine_instanceIds", "_leftImg8bit.png")
+        photograph = root / "leftImg8bit" / split / path.parent.name / name
+        if not photograph.is_file():
+            raise ValueError(f"{photograph} is missing, the photograph of {path}: unpack leftImg8bit beside gtFine")
+        with Image.open(photograph) as picture:
+            width, height = picture.size
+        if (height, width) != pixels.shape:
+            sizes = f"{pixels.shape[1]} x {pixels.shape[0]}, {photograph} {width} x {height}"
+            raise ValueError(f"{path} is {sizes}: unpack both again")
+        image = {"id": len(images) + 1, "file_name": photograph.relative_to(root).as_posix()}
+        images.append(image | {"height": height, "width": width})
         for value in np.unique(pixels).tolist():
             category = value // 1000 if value >= 1000 else value
             if category in CATEGORIES:
