@@ -450,7 +450,9 @@ class _Reader:
         if crowd is None:
             return problems.error("iscrowd is not 0 or 1", f"{where} iscrowd={_short(record['iscrowd'])}")
         if type(record.get("iscrowd", 0)) is not int:
-            problems.notice("iscrowd that is not written as 0 or 1, read as such", f"{where} {record['iscrowd']!r}")
+            problems.notice(
+                "iscrowd that is not written as 0 or 1, read as such", f"{where} iscrowd={_short(record['iscrowd'])}"
+            )
 
         bbox = record.get("bbox")
         no_box = bbox is None or (isinstance(bbox, list) and not bbox)

@@ -123,9 +123,8 @@ def ground_truth(dataset) -> Truth:
     return truth.select(dataset.rows)
 
 
-def measurable(annotations: dict | Truth, predicted: set[str]) -> list[str]:
+def measurable(truth: Truth, predicted: set[str]) -> list[str]:
     """Those of the predicted IoU types that objects of the data set have the truth for; the others are logged."""
-    truth = check_annotations(annotations)
     objects = ~truth.crowd
     known = {"segm": truth.has_mask(), "keypoints": truth.num_keypoints > 0}
     kinds = [kind for kind in ("bbox", "segm", "keypoints") if kind in predicted]

@@ -123,7 +123,7 @@ def check_iou_types(iou_types: Sequence[str], predicted: set[str], kinds: Sequen
     for kind in iou_types:
         need = NEEDS[kind]
         if need not in kinds:
-            who = f"not all objects of {file} have" if need in predicted else "the model does not predict"
+            who = f"no object of {file} has" if need in predicted else "the model does not predict"
             raise ConfigError(f"{given}: {kind!r} needs {NAMES[need]}, which {who}; {choices}")
 
 

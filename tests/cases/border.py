@@ -185,6 +185,11 @@ class Border:
     def measured(self, path: Path, val: CocoDataset, results: list[dict], on_error: str) -> dict:
         """The numbers of both backends, which are the same, and those of the file by itself."""
         truth = ground_truth(val)
+        learnt = np.isin(truth.object_ids, val.annotations.object_ids)
+        (height, width), (x, y, w, h) = truth.image_sizes[truth.images_of()[~learnt]].T, truth.boxes[~learnt].T
+        assert (
+            (w < 0.01) | (h < 0.01) | (x >= width - 0.01) | (y >= height - 0.01) | (x + w < 0.01) | (y + h < 0.01)
+        ).all()
         arrays = [value.tobytes() for value in vars(truth).values() if isinstance(value, np.ndarray)]
         key = b"".join([*arrays, repr([truth.category_ids, truth.federated, results]).encode()])
         if key not in self.known:

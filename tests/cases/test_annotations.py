@@ -11,6 +11,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from detector.engine import setup
 from tests.cases.border import (
@@ -20,6 +22,7 @@ from tests.cases.border import (
     clean,
     convert,
     detections,
+    drawn,
     drop,
     each,
     plain,
@@ -447,3 +450,69 @@ def test_every_shared_case_is_in_the_table(shared, border):
     assert set(module.CASES) <= set(READ) and set(module.ENCODINGS) <= set(ENCODINGS)
     for change in module.CASES.values():
         assert border.outcome(made(change), RESULTS).error is None
+
+
+# variations that leave the clean file's meaning as it is, by the objects they are made to
+VARIATIONS = {
+    "no bbox": lambda only: drop("bbox", only),
+    "area": lambda only: put("area", 0, only),
+    "area as text": lambda only: convert("area", str, only),
+    "iscrowd as text": lambda only: convert("iscrowd", str, only),
+    "iscrowd true": lambda only: convert("iscrowd", bool, only),
+    "no id": lambda only: drop("id", only),
+    "image_id as text": lambda only: convert("image_id", str, only),
+    "category_id as a fraction": lambda only: convert("category_id", float, only),
+    "box turned round": lambda only: convert("bbox", lambda b: [b[0] + b[2], b[1], -b[2], b[3]], only),
+    "box as text": lambda only: convert("bbox", lambda b: list(map(str, b)), only),
+    "masks as run lengths": lambda only: each(
+        lambda e: (
+            isinstance(e["segmentation"], list)
+            and e.__setitem__("segmentation", [drawn(e["segmentation"], SIZES[e["image_id"]])])
+        ),
+        only,
+    ),
+    "pairs": lambda only: each(
+        lambda e: (
+            isinstance(e["segmentation"], list)
+            and not isinstance(e["segmentation"][0], dict)
+            and e.__setitem__("segmentation", list(map(pairs, e["segmentation"])))
+        ),
+        only,
+    ),
+    "no say": lambda only: put("attributes", {"occluded": None}, only),
+}
+APART = [
+    {"no bbox", "box turned round"},
+    {"no bbox", "masks as run lengths"},
+    {"no bbox", "box as text"},
+    {"masks as run lengths", "pairs"},
+]
+DAMAGE = {
+    "iscrowd": lambda only: put("iscrowd", 2, only),
+    "image": lambda only: put("image_id", None, only),
+    "category": lambda only: put("category_id", "cat", only),
+    "box": lambda only: put("bbox", [1, None, 3, 4], only),
+    "mask": lambda only: put("segmentation", {"size": [1, 1], "counts": "1"}, only),
+}
+PLACES = st.sets(st.integers(0, 14), min_size=1, max_size=15)
+
+
+@settings(max_examples=40)
+@given(
+    variations=st.dictionaries(st.sampled_from(sorted(VARIATIONS)), PLACES, min_size=1, max_size=4),
+    damage=st.dictionaries(st.sampled_from(sorted(DAMAGE)), st.sets(st.integers(0, 14), max_size=2), max_size=2),
+)
+def test_mixtures_of_variations(border, variations, damage):
+    """Reader, validate, one training step and both evaluators agree on what pycocotools says of the clean file without
+    the damaged objects."""
+    for names in APART:
+        if names <= set(variations):
+            del variations[sorted(names)[0]]
+    order = sorted(variations, key=lambda name: name == "no bbox")  # what looks at boxes comes before
+    changes = [VARIATIONS[name](variations[name]) for name in order]
+    lost = set().union(*damage.values()) if damage else set()
+    data = made(*changes, *(DAMAGE[name](places) for name, places in damage.items()))
+    if lost:
+        assert "file.json" in border.outcome(data, RESULTS).error
+    kept = border.outcome(data, RESULTS, on_error="skip" if lost else "raise")
+    assert kept.error is None and kept.numbers == expected(without(*lost))
