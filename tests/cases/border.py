@@ -153,6 +153,7 @@ class Border:
             *TINY, "data=custom", f"data.root={folder}", f"run_dir={folder / 'run'}", "augment=none",
             *map("{}={}".format, settings, values), "data.cache=null",
         )  # fmt: skip
+        self.settings = {k: OmegaConf.merge(self.cfg, {"data": {"on_error": k}}) for k in ("raise", "skip")}
         self.model = tiny_model(num_classes=2)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3)
         self.learnt: set[bytes] = set()
@@ -163,7 +164,7 @@ class Border:
         """Write the file, or bytes, and do with it what a run does, and what validate and coco_metrics do."""
         path = self.folder / "file.json"
         path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-        cfg = OmegaConf.merge(self.cfg, {"data": {"on_error": on_error}})
+        cfg = self.settings[on_error]
         with listening() as said:
             try:
                 train, val = (build_dataset(cfg.data, split, cfg.augment) for split in ("train", "val"))
