@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import yaml
 
@@ -18,7 +19,9 @@ def test_texts_from_runs_and_data_are_escaped(make_run, tmp_path, shapes_tiny):
     for category in truth["categories"]:
         category["name"] += EVIL
     for number, image in enumerate(truth["images"]):  # pictures that lead out are left out
-        image["file_name"] = str((shapes_tiny / "val" / image["file_name"]).resolve()) if number % 2 else f"{EVIL}.png"
+        outside = tmp_path / f"outside_{number}.jpg"
+        shutil.copy(shapes_tiny / "val" / image["file_name"], outside)
+        image["file_name"] = str(outside) if number % 2 else f"{EVIL}.png"
     (tmp_path / "evil.json").write_text(json.dumps(truth))
     for name in ("align", "pool"):
         folder = make_run(f"{name}_run", roi(name), noise=0.1)
