@@ -33,7 +33,7 @@ class Waits(TorchDispatchMode):
             waits = (kwargs or {}).get("output_size") is None
         if waits:
             frames = [frame for frame in traceback.extract_stack() if "/detector/" in frame.filename]
-            self.callers.append(" > ".join([*(frame.name for frame in frames[-3:]), name]))
+            self.callers.append(" > ".join([*(frame.name for frame in frames[-4:]), name]))
         return operation(*args, **(kwargs or {}))
 
 

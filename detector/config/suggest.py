@@ -75,7 +75,7 @@ def explain(error: Exception, config_name: str, overrides: Sequence[str]) -> str
         found = culprit(config_name, overrides)
     except Exception:
         found = None  # the files themselves do not compose
-    return found or " ".join(str(error).split())
+    return " ".join((found or str(error)).split())
 
 
 def culprit(config_name: str, overrides: Sequence[str]) -> str | None:

@@ -21,7 +21,7 @@ from tensorboard.compat.tensorflow_stub.io import gfile
 
 from detector import checkpoint
 from detector.config import RunError
-from detector.engine import evaluation, faults, journal, train
+from detector.engine import evaluation, faults, journal, run_folder, train
 from tests.engine.test_resume import FULL, assert_same_run
 from tests.runs import curve
 
@@ -93,7 +93,7 @@ def die_at(moment: str, cfg) -> None:
         case "with half a checkpoint":
             before(os, "fsync")
         case "before best.pt":
-            before(checkpoint, "duplicate", lambda _, target: target.name == "best.pt")
+            before(run_folder, "duplicate", lambda _, target: target.name == "best.pt")
         case "with half a log line":
             original = journal.Journal.write
 
