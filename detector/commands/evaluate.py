@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import json
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from detector.checkpoint import write_json
-from detector.config import config_errors, make_folder
+from detector.config import ConfigError, config_errors, make_folder
 from detector.data import CocoDataset, build_dataset, build_loader
-from detector.data.contents import contents, same
+from detector.data.contents import contents, same, short_key
 from detector.evaluation.evaluator import evaluate, ground_truth
 from detector.evaluation.fit import rehearse
 from detector.evaluation.proposals import without_classes
@@ -50,6 +50,9 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
         ranks = {"rank": world.rank, "world": world.size}
         loader = build_loader(dataset, cfg.batch_size, cfg.workers, training=False, **ranks, **padding)
     folder = make_folder(cfg.output or usual_folder(cfg, model, dataset), "output")
+    key = short_key(contents(dataset))
+    if cfg.output:
+        refuse_other_results(folder, key)
     plain = not cfg.flip and list(cfg.scales) == [1.0]
     with config_errors("scales"):
         network = model if plain else Augmented(model, list(cfg.scales), cfg.flip, dataset.mirrored)
@@ -68,7 +71,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
         )
     if world.main:
         about = {"checkpoint": str(cfg.checkpoint), "settings": changes}
-        about |= {"annotations": str(dataset.annotation_file), "images": str(dataset.folder)}
+        about |= {"annotations": str(dataset.annotation_file), "images": str(dataset.folder), "data": key}
         write_json(folder / "about.json", about, indent=1)
         truth = without_classes(ground_truth(dataset)) if proposals_only else ground_truth(dataset)
         summary, classes = summary_table(metrics), class_table(metrics, truth)
@@ -80,6 +83,19 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     return metrics
 
 
+def refuse_other_results(folder: Path, key: str) -> None:
+    """Raises ConfigError if the results in `folder` are those of a data set that holds something else."""
+    try:
+        before = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if before.get("data", key) != key:
+        raise ConfigError(
+            f"output: {folder} holds the results on {before['annotations']}, which is not what is evaluated now; "
+            "name another folder, or remove that one"
+        )
+
+
 def usual_folder(cfg: DictConfig, model: nn.Module, dataset: CocoDataset) -> Path:
     """eval_<checkpoint> beside the checkpoint for the run's own validation set, wherever it lies now; for another one
     with its name and a key of what it holds, so that neither overwrites the other."""
@@ -89,6 +105,5 @@ def usual_folder(cfg: DictConfig, model: nn.Module, dataset: CocoDataset) -> Pat
         stored = model.config["data"]["val"]
         moved = all(cfg.data.val[key] in (None, stored[key]) for key in ("images", "annotations"))
         if not same(now, own) if own else not moved:  # older checkpoints do not tell
-            key = hashlib.sha256(now["annotations"].encode() + now["sizes"].numpy().tobytes()).hexdigest()[:8]
-            name += f"_{dataset.annotation_file.stem[:60]}-{key}"
+            name += f"_{dataset.annotation_file.stem[:60]}-{short_key(now)}"
     return Path(cfg.checkpoint).parent / name

@@ -258,10 +258,12 @@ def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def readable(batches: Iterable) -> Iterator:
-    """The batches; an image that cannot be read becomes a RunError."""
+def readable(batches: Iterable, last: Path) -> Iterator:
+    """The batches; an image that cannot be read becomes a RunError, with the ways on from the checkpoint `last`, which
+    the run then saves."""
     try:
         yield from batches
     except (ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")  # a worker sends its traceback too
-        raise RunError(f"{reason}. Mend it, or go on without what cannot be read: data.on_error=skip") from error
+        ways = f"Mend it and go on with resume={last}, or go on without what cannot be read: data.on_error=skip"
+        raise RunError(f"{reason}. {ways}") from error

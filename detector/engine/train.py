@@ -91,7 +91,7 @@ def train(cfg: DictConfig) -> float | None:
         )
         stack.callback(train_loader.close)
         stack.callback(val_loader.close)
-        batches = readable(train_loader)
+        batches = readable(train_loader, folder / "last.pt")
         save_every = to_iterations(runtime.checkpoint_every, per_epoch, total)
         evaluate_every = to_iterations(evaluation.every, per_epoch, total) if evaluation.every else total
 
@@ -108,7 +108,7 @@ def train(cfg: DictConfig) -> float | None:
                 state.iteration == total or is_due(state.iteration, evaluate_every)
             ):
                 with journal.paused():
-                    found = readable(val_loader)
+                    found = readable(val_loader, folder / "last.pt")
                     better = measure(state, found, val_set, evaluation, runtime, journal, stop, world)
                     save(best=better)
             if state.iteration == total:

@@ -78,6 +78,10 @@ def test_another_data_set_and_other_thresholds(checkpoint, shapes_tiny, tmp_path
     changed["model.box_head.detections_per_image"] = 3
     evaluate_checkpoint(compose("eval", options(checkpoint, **changed)))
     assert len(json.loads((tmp_path / "other" / "predictions.json").read_text())) == 8 * 3
+    written = (tmp_path / "other" / "metrics.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"output: \S*other holds the results on \S*moved\.json.*another folder"):
+        evaluate_checkpoint(compose("eval", options(checkpoint, output=tmp_path / "other")))
+    assert (tmp_path / "other" / "metrics.json").read_bytes() == written
 
 
 def test_max_pixels_of_the_data(checkpoint):

@@ -130,9 +130,17 @@ def change_a_picture(root: Path) -> None:
     file.write_bytes(file.read_bytes() + b"more")
 
 
+def change_no_size(root: Path) -> None:
+    file = max((root / "val").iterdir())
+    held = bytearray(file.read_bytes())
+    held[-3] ^= 1  # of the last coefficients
+    file.write_bytes(held)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (change_no_size, r"data\.val\.images: 1 of 8 files in \S*val \(000007\.jpg: another content\)"),
         (change_annotations, r"data\.train\.annotations: the content of \S*instances_train\.json"),
         (change_a_picture, r"data\.val\.images: 1 of 8 files in \S*val \(000007\.jpg: \d+ bytes, now \d+ bytes\)"),
     ],

@@ -9,6 +9,7 @@ import io
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -215,16 +216,20 @@ def damaged_copy(shapes_tiny: Path, folder: Path) -> Path:
     return victim
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_picture_in_mid_epoch(run, shapes_tiny, tmp_path, workers):
-    """The run stops by the picture's name with all steps saved, and goes on without it on request."""
+@pytest.mark.parametrize(("workers", "mended"), [(0, True), (2, False)])
+def test_a_damaged_picture_in_mid_epoch(run, shapes_tiny, tmp_path, workers, mended):
+    """The run stops by the picture's name with all steps saved, and goes on with it mended or, if wished, without."""
     victim = damaged_copy(shapes_tiny, tmp_path / "data")
     common = [f"data.root={tmp_path / 'data'}", f"runtime.workers={workers}"]
-    with pytest.raises(RunError, match=rf"image \S*{victim.name} cannot be read.*data\.on_error=skip"):
+    says = rf"image \S*{victim.name} cannot be read.*Mend it and go on with (\S+), or .*(data\.on_error=skip)"
+    with pytest.raises(RunError, match=says) as error:
         run(*common)
+    mend, skip = re.search(says, str(error.value)).groups()
     done = checkpoint.load(tmp_path / "run" / "last.pt")["iteration"]
     assert done == max(curve(tmp_path / "run"), default=0) < 6  # an epoch is six steps
-    run(*common, "data.on_error=skip")
+    if mended:
+        shutil.copy(shapes_tiny / "train" / victim.name, victim)
+    run(*common, mend if mended else skip)
     assert list(curve(tmp_path / "run")) == list(range(1, 9))
 
 
