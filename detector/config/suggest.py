@@ -20,6 +20,42 @@ from detector.config.schema import find_target, near
 from detector.ops.checks import ConfigError
 
 CONFIGS = (Path(__file__).parents[1] / "configs").resolve()  # in the wheel; in a checkout a link to configs/
+# What other frameworks call things, and the override that does it here; a key of which only the last part is given is
+# found without this table.
+ELSEWHERE = {
+    "optimizer.lr=...": ("learning_rate", "lr0", "base_lr"),
+    "schedule.max_epochs=...": ("epochs", "num_epochs", "n_epochs", "epoch"),
+    "schedule.max_iterations=...": ("iterations", "iters", "max_iter", "max_iters", "steps", "max_steps"),
+    "schedule.warmup=...": ("warmup_iters", "warmup_steps", "warmup_epochs"),
+    "training.batch_size=...": ("batch", "bs", "batchsize", "ims_per_batch", "samples_per_gpu"),
+    "training.accumulate=...": ("accumulate_grad_batches", "gradient_accumulation_steps"),
+    "training.clip_norm=...": ("grad_clip", "max_norm", "clip_grad"),
+    "augment=default augment.short_edge=... augment.max_size=...": (
+        "imgsz",
+        "img_size",
+        "image_size",
+        "imsize",
+        "input_size",
+        "size",
+    ),
+    "backbone@model.backbone=resnet18": ("backbone", "model.backbone", "encoder", "arch"),
+    "neck@model.neck=pafpn": ("neck", "model.neck"),
+    "model.weights=...": ("weights", "pretrained", "pretrained_weights", "load_from", "checkpoint", "ckpt", "init"),
+    "resume=...": ("resume_from", "auto_resume"),
+    "data.root=...": ("dataset", "data_dir", "data_root", "path", "dir"),
+    "run_dir=...": ("output", "output_dir", "out", "out_dir", "work_dir", "project", "save_dir", "log_dir"),
+    "runtime.precision=bf16": ("amp", "fp16", "bf16", "half", "mixed_precision"),
+    "runtime.workers=...": ("num_workers", "n_workers", "workers_per_gpu"),
+    "runtime.device=...": ("gpu", "cuda", "accelerator"),
+    "model.box_head.score_threshold=...": ("conf", "confidence", "score_thr", "score_thresh"),
+    "threshold=...": ("conf", "confidence", "score_thr", "score_thresh", "score_threshold"),
+    "model.box_head.nms_threshold=...": ("iou", "iou_threshold", "nms", "nms_thr", "nms_thresh"),
+    "model.box_head.detections_per_image=...": ("max_det", "max_per_img", "detections", "max_detections"),
+    "images=...": ("source", "input", "inputs", "img", "image", "files", "path", "dir"),
+    "checkpoint=...": ("weights", "model.weights", "ckpt", "load_from"),
+    "data.val.annotations=... data.val.images=...": ("annotations", "ann_file", "dataset", "data"),
+    "torchrun --nproc-per-node=N before the command": ("gpus", "num_gpus", "devices", "nproc", "world_size"),
+}
 OPTIONS = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # those of Hydra's that say where configs are
 OPTIONS.add_argument("--config-dir", "-cd")
 OPTIONS.add_argument("--config-name", "-cn")
@@ -100,10 +136,12 @@ def culprit(config_name: str, overrides: Sequence[str]) -> str | None:
                 return f"{override.key_or_group}={option}: configs/{override.key_or_group} has no {option!r}{others}"
     known = compose(config_name, folders=folders)
     slots = [slot.removeprefix("/") for slot in known.hydra.runtime.choices if not slot.startswith("hydra/")]
-    for text, _ in chosen:
+    for text, override in chosen:
         slot = text.lstrip("+~").partition("=")[0]
-        if "@" in slot and slot not in slots:
-            return f"{text}: no {slot!r} in this configuration{near(slot, slots)} There are: {', '.join(slots)}"
+        if slot not in slots and ("@" in slot or not override.is_add()):
+            meant = elsewhere(slot, slots)
+            meant = f"{meant}." if meant else near(slot, slots)
+            return f"{text}: no {slot!r} in this configuration{meant} There are: {', '.join(slots)}"
     single = [text for text, _ in chosen if "," not in text]
     known = compose(config_name, single, folders)
     names = leaves(known) + slots
@@ -114,8 +152,17 @@ def culprit(config_name: str, overrides: Sequence[str]) -> str | None:
         if key not in names:
             if key.rpartition(".")[2] in arguments_of(known, key.rpartition(".")[0]):
                 return f"{text}: {key} has no value yet; add one with +{text}"
-            return f"{text}: there is no {key!r}{near(key, names)}"
+            return f"{text}: there is no {key!r}{elsewhere(key, names) or near(key, names)}"
     return None
+
+
+def elsewhere(key: str, names: Sequence[str]) -> str:
+    """'; here that is optimizer.lr=...' for the last part of a key, or a word of another framework; else ''."""
+    ours = [f"{name}=..." for name in names if name.endswith(f".{key}") and "@" not in name]
+    theirs = [override for override, words in ELSEWHERE.items() if key.lower() in words]
+    theirs = [override for override in theirs if override.split("=")[0] in names or override.startswith("torchrun")]
+    shown = dict.fromkeys(sorted(ours, key=len)[:3] + theirs)
+    return f"; here that is {' or '.join(shown)}" if shown else ""
 
 
 def arguments_of(cfg: DictConfig, path: str) -> list[str]:

@@ -22,10 +22,10 @@ from detector import config
 from detector.commands import programs
 from detector.commands.main import COMMANDS, main
 from detector.commands.programs import TrainKeys, train
-from detector.config import CONFIGS, ConfigError, build, check, explain
+from detector.config import CONFIGS, ConfigError, build, check, explain, suggest
 from detector.config.program import check_heads, share_roi
 from detector.config.schema import check_model_config, fits, near
-from detector.config.suggest import leaves, list_options
+from detector.config.suggest import ELSEWHERE, elsewhere, leaves, list_options
 
 
 def compose(*overrides: str):
@@ -71,6 +71,12 @@ def test_every_configuration_passes(override):
         ("roi@model.boxhead.roi=pool", "did you mean roi@model.box_head.roi"),
         ("experiment=quikstart", "did you mean quickstart"),
         ("optimiser=sgd", "there is no 'optimiser'; did you mean optimizer"),
+        ("lr=0.01", r"there is no 'lr'; here that is optimizer\.lr=\.\.\.$"),
+        ("epochs=3", r"here that is schedule\.max_epochs="),
+        ("batch_size=4", r"here that is training\.batch_size=\.\.\. or evaluation\.batch_size="),
+        ("imgsz=640", r"here that is augment=default augment\.short_edge=\.\.\. augment\.max_size="),
+        ("backbone=resnet18", r"no 'backbone' in this configuration; here that is backbone@model\.backbone=resnet18\."),
+        ("gpus=2", "here that is torchrun --nproc-per-node=N"),
         ("optimizer=[", "no viable alternative"),
         ("+model.backbone.wdth=8", "detector.backbone.ResNet has no 'wdth'; did you mean width?"),
         ("+optimizer.fusde=true", "optimizer.fusde: torch.optim.* has no 'fusde'; did you mean fused?"),
@@ -92,6 +98,21 @@ def test_one_line_names_key_value_and_near_matches(override, message):
     found = complaint(override)
     assert re.search(message, found), found
     assert "\n" not in found.split(" There are:")[0]
+
+
+def test_words_of_other_frameworks():
+    """What is named instead of such a word is an override of that program, and every entry is one of some program."""
+    offered = set()
+    for program, chosen in (("train", ["experiment=none"]), ("eval", []), ("predict", [])):
+        names = leaves(suggest.compose(program, chosen))
+        names += ["backbone@model.backbone", "neck@model.neck"] if program == "train" else []
+        shown = {elsewhere(word, names) for words in ELSEWHERE.values() for word in words} - {""}
+        overrides = {text for line in shown for text in line.removeprefix("; here that is ").split(" or ")}
+        offered |= overrides
+        for override in overrides:
+            if not override.startswith("torchrun"):
+                suggest.compose(program, [*chosen, *override.replace("...", "1").split()])
+    assert set(ELSEWHERE) <= offered
 
 
 def test_optional_argument_without_a_value_hints_at_plus():
