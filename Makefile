@@ -5,7 +5,7 @@ OLDEST ?= .venv-oldest
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test test-oldest lint format bench wheels gpu-check clean
+.PHONY: help install demo test test-oldest lint format docs bench wheels gpu-check clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -14,7 +14,7 @@ install: $(READY)  ## virtual environment with the project and its tested versio
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,timm,export,cluster]' -c constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,timm,export,cluster]' -c constraints.txt
 	@touch $@
 
 demo: $(READY) data/shapes/annotations/instances_val.json  ## train, evaluate and draw on generated shapes
@@ -34,7 +34,7 @@ test-oldest: $(OLDEST)/.ready  ## the test suite on the oldest supported PyTorch
 $(OLDEST)/.ready: pyproject.toml constraints.txt constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	grep -vE '^(torch|torchvision)==' constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,timm,export,cluster]' \
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,timm,export,cluster]' \
 		-c $(OLDEST)/constraints.txt -c constraints-oldest.txt
 	@touch $@
 
@@ -46,6 +46,9 @@ lint: $(READY)  ## style, correctness and spelling
 format: $(READY)  ## apply the style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+docs: $(READY)  ## the documentation's site, into site/
+	$(PY) -m mkdocs build --strict
 
 bench: $(READY)  ## every benchmark that fits in ten minutes on this machine
 	$(PY) benchmarks/roi_ops.py --methods align deformable --rois 1000 --repeats 3 --json benchmarks/results/roi_ops_cpu.json
