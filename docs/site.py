@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 from griffe import Docstring
 from mkdocs.structure.files import File
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -38,9 +40,20 @@ groups. A misspelt key, a wrong type and a value out of range end a command befo
 """
 
 
+PACKAGE = "two-stage-detector"
+LICENCES = """# Licences
+
+The project is under Apache-2.0; checkpoints and reports that it makes from your data are yours. What it is installed
+with, listed from the packages' own metadata, is under licences as permissive; NVIDIA's CUDA libraries, which PyTorch
+brings for GPUs, are free to use and not open source. Nothing is under the GPL or AGPL, which a test holds.
+
+"""
+
+
 def on_files(files, config):
     """A hook of mkdocs."""
     files.append(File.generated(config, "reference/configuration.md", content=configuration()))
+    files.append(File.generated(config, "reference/licences.md", content=licence_page()))
     return files
 
 
@@ -144,3 +157,29 @@ def first_paragraph(target: Any) -> str:
 
 def cell(text: str) -> str:
     return re.sub(r"(?<!\\)\|", r"\\|", text)
+
+
+def licences(name: str, found: dict[str, tuple[str, str]] | None = None) -> dict[str, tuple[str, str]]:
+    """{package: (version, licence)} of a package and all that it needs, as their metadata have it."""
+    found = {} if found is None else found
+    key = name.lower().replace("_", "-")
+    if key not in found:
+        try:
+            about = distribution(name)
+        except PackageNotFoundError:
+            return found  # of another platform
+        kinds = [text for text in about.metadata.get_all("Classifier") or [] if text.startswith("License ::")]
+        licence = about.metadata.get("License-Expression") or "; ".join(text.split(" :: ")[-1] for text in kinds)
+        found[key] = (about.version, licence or (about.metadata.get("License") or "not stated").splitlines()[0])
+        for line in about.requires or []:
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                licences(requirement.name, found)
+    return found
+
+
+def licence_page() -> str:
+    rows = [
+        f"| {name} | {version} | {cell(licence)} |" for name, (version, licence) in sorted(licences(PACKAGE).items())
+    ]
+    return LICENCES + "\n".join(["| package | version | licence |", "| --- | --- | --- |", *rows]) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -68,4 +69,15 @@ def test_pages_of_the_site_are_all_in_its_menu():
     menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     listed = {page for entry in menu for page in ([entry] if isinstance(entry, str) else next(iter(entry.values())))}
     pages = {page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/**/*.md")}
-    assert pages == listed - {"reference/configuration.md"}
+    assert pages == listed - {"reference/configuration.md", "reference/licences.md"}
+
+
+def test_nothing_that_is_installed_with_it_forbids_a_use(site):
+    page = (site / "reference" / "licences" / "index.html").read_text(encoding="utf-8")
+    rows = re.findall(r"<tr>\s*<td>(.*?)</td>\s*<td>(.*?)</td>\s*<td>(.*?)</td>", page)
+    found = {name: licence for name, _, licence in rows}
+    assert {"torch", "torchvision", "hydra-core", "albumentations", "hotcoco"} <= set(found)
+    permissive = r"Apache|MIT|BSD|PSF|Python Software|MPL|ISC|Zlib" + "|NVIDIA"  # the last are PyTorch's
+    assert not {name: licence for name, licence in found.items() if re.search(r"\bA?GPL", licence)}
+    unknown = {name for name, licence in found.items() if not re.search(permissive, licence)}
+    assert unknown <= {"cuda-toolkit"}  # says nothing, and holds nothing but the names of the others
