@@ -20,8 +20,9 @@ from detector.heads.trunk import SharedTrunk
 from detector.ops import losses
 from detector.protocols import Backbone, BoxHead, DetectionHead, Neck
 from detector.rpn import RPN
-from detector.structures import Batch, Detections, RoIFeatures, Targets
+from detector.structures import Batch, Detections, RoIFeatures, Targets, each
 
+Output = Detections | dict[str, Tensor] | tuple[dict[str, Tensor], dict[str, Tensor]]
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
@@ -42,7 +43,7 @@ def part_by_part(detect: Callable[[Batch], Detections], batch: Batch, canvases: 
     rows = parts(canvases, alone=batch.images.device.type == "cpu")
     found = [detect(Batch(*(t[part] for t in batch))) for part in rows]
     back = torch.cat(rows).argsort()
-    return Detections(*(None if field[0] is None else torch.cat(field)[back] for field in zip(*found)))
+    return each(lambda *of_parts: torch.cat(of_parts)[back], *found)
 
 
 class TwoStageDetector(nn.Module):
@@ -65,6 +66,9 @@ class TwoStageDetector(nn.Module):
             in training.
         pad_multiple: in inference, where size_divisibility is None, an image is padded to the next multiple of it.
     """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(
         self,
@@ -103,11 +107,11 @@ class TwoStageDetector(nn.Module):
         self.rpn = rpn(self.neck.out_channels, self.neck.strides)
         roi_args = self.neck.out_channels, self.neck.strides[: self.neck.roi_levels], num_classes
         self.box_head = box_head and box_head(*roi_args)
-        shared = {"trunk": partial(SharedTrunk, trunk=self.box_head.trunk)} if share_trunk else {}
+        shared = {"trunk": partial(SharedTrunk, head=self.box_head)} if share_trunk else {}
         self.mask_head = mask_head and mask_head(*roi_args, **shared)
         self.keypoint_head = keypoint_head and keypoint_head(*roi_args)
 
-    def forward(self, batch: Batch, targets: Targets | None = None, stats: bool = False):
+    def forward(self, batch: Batch, targets: Targets | None = None, stats: bool = False) -> Output:
         """Losses in training, detections in inference.
 
         Args:
@@ -197,7 +201,7 @@ class TwoStageDetector(nn.Module):
             for roi, rows in roi_features.values()
             if roi.offsets is not None
         ]
-        return {"loss_offset": self.offset_loss_weight * sum(terms)} if terms else {}
+        return {"loss_offset": self.offset_loss_weight * sum(terms[1:], terms[0])} if terms else {}
 
     @staticmethod
     def stats(roi_features: dict[str, tuple[RoIFeatures, SampledRoIs]], positives: SampledRoIs) -> dict[str, Tensor]:

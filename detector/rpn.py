@@ -32,6 +32,8 @@ class AnchorGenerator(nn.Module):
     At each cell the order is ratio by ratio, and size by size within a ratio.
     """
 
+    cells: Tensor  # [L, A, 4], around the origin
+
     def __init__(
         self,
         strides: Sequence[int],
@@ -50,10 +52,10 @@ class AnchorGenerator(nn.Module):
         self.strides = list(strides)
         self.num_anchors = len(sizes[0]) * len(aspect_ratios)
         cells = torch.stack([self._cell(level, aspect_ratios, rounding) for level in sizes])
-        self.register_buffer("cells", cells, persistent=False)  # [L, A, 4], around the origin
+        self.register_buffer("cells", cells, persistent=False)
 
     @staticmethod
-    def _cell(sizes, ratios, rounding: bool) -> Tensor:
+    def _cell(sizes: Sequence[float], ratios: Sequence[float], rounding: bool) -> Tensor:
         shapes = [(size / math.sqrt(ratio), size * math.sqrt(ratio)) for ratio in ratios for size in sizes]
         cell = torch.tensor([(-w / 2, -h / 2, w / 2, h / 2) for w, h in shapes])
         return cell.round() if rounding else cell
@@ -95,13 +97,14 @@ class RPNHead(nn.Module):
         Only their cells are computed, from the windows of the maps that they see. So the backward pass of a loss on a
         sample costs next to nothing, where that of the convolution over whole maps is a tenth of a training step.
         """
-        num_anchors = len(self.objectness_logits.bias)
+        num_anchors = self.objectness_logits.out_channels
         cells = torch.div(anchors.flatten(), num_anchors, rounding_mode="floor")
         image = torch.arange(len(anchors), device=anchors.device).repeat_interleave(anchors.shape[1])
         hidden, inside = windows(features, image, cells, radius=len(self.conv))
-        for conv, relu in self.conv:
-            hidden = F.conv2d(hidden * inside[:, None], conv.weight, conv.bias)  # beyond the map is zero, not bias
-            hidden, inside = relu(hidden), inside[:, 1:-1, 1:-1]
+        for conv in self.conv.modules():
+            if isinstance(conv, nn.Conv2d):  # beyond the map is zero, not bias
+                hidden = F.conv2d(hidden * inside[:, None], conv.weight, conv.bias).relu_()
+                inside = inside[:, 1:-1, 1:-1]
         which = (anchors.flatten() % num_anchors)[:, None]
         logits = self.objectness_logits(hidden).flatten(1).gather(1, which)
         deltas = take(self.deltas(hidden).view(len(hidden), num_anchors, 4), which)
@@ -120,8 +123,7 @@ def windows(features: Sequence[Tensor], image: Tensor, cells: Tensor, radius: in
         total += level.shape[-2] * level.shape[-1]
     reach = torch.arange(-radius, radius + 1, device=cells.device)
     y = (torch.div(cells - start, width, rounding_mode="floor")[:, None] + reach)[:, :, None]
-    x = ((cells - start) % width)[:, None] + reach
-    x = x[:, None, :]
+    x = (((cells - start) % width)[:, None] + reach)[:, None, :]
     height, width, start = (t[:, None, None] for t in (height, width, start + image * total))
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     table = torch.cat([level.permute(0, 2, 3, 1).flatten(1, 2) for level in features], 1).flatten(0, 1)
@@ -181,7 +183,7 @@ class RPN(nn.Module):
         self.anchors = AnchorGenerator(strides, anchor_sizes, aspect_ratios, anchor_rounding)
         self.head = RPNHead(in_channels, self.anchors.num_anchors, conv_channels or [in_channels])
         self.coder = BoxCoder(clamp_shrinking=clamp_shrinking)
-        self.box_loss = losses.BoxLoss(box_loss, beta)
+        self.box_loss = losses.BoxLoss(self.coder, box_loss, beta)
         self.pre_nms_top_n, self.post_nms_top_n = tuple(pre_nms_top_n), tuple(post_nms_top_n)
         self.nms_threshold, self.min_size, self.rank_by = nms_threshold, min_size, rank_by
         self.batch_size_per_image, self.positive_fraction = batch_size_per_image, positive_fraction
@@ -193,10 +195,9 @@ class RPN(nn.Module):
         """Proposals of features [N, C, Hl, Wl] over L levels; with targets also loss_objectness, loss_rpn_box_reg."""
         anchors = self.anchors(features)
         with torch.no_grad():  # proposals are constants to the heads, and the losses look at a sample only
-            proposals = self.propose(*self.head(features), anchors, batch.image_sizes)
-        if targets is None:
-            return proposals, {}
-        return proposals, self.losses(features, torch.cat(anchors), batch, targets)
+            logits, deltas = self.head(features)
+            proposals = self.propose(logits, deltas, anchors, batch.image_sizes)
+        return proposals, {} if targets is None else self.losses(features, torch.cat(anchors), batch, targets)
 
     @torch.no_grad()
     def propose(
@@ -212,14 +213,13 @@ class RPN(nn.Module):
         suppress: `ops.boxes.survivors`, or what stands for it in an exported program.
         """
         pre, post = self.pre_nms_top_n[not self.training], self.post_nms_top_n[not self.training]
-        boxes, scores, levels = [], [], []
+        candidates = []
         for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors)):
             score, index = self.best(logit.float(), torch.sym_min(pre, logit.shape[1]))
-            boxes.append(self.coder.decode(take(delta, index), anchor[index]))
-            scores.append(score)
-            levels.append(torch.full_like(index, level))
-        boxes = clip(torch.cat(boxes, 1), image_sizes)
-        scores, levels = torch.cat(scores, 1), torch.cat(levels, 1)
+            box = self.coder.decode(take(delta, index), anchor[index])
+            candidates.append((box, score, torch.full_like(index, level)))
+        boxes, scores, levels = (torch.cat(of_levels, 1) for of_levels in zip(*candidates))
+        boxes = clip(boxes, image_sizes)
 
         large = (boxes[..., 2:] - boxes[..., :2] > self.min_size).all(-1)
         image = torch.arange(len(image_sizes), device=boxes.device)
@@ -229,7 +229,7 @@ class RPN(nn.Module):
         scores = found.scores.sigmoid() * found.valid if self.rank_by == "logit" else found.scores
         return Proposals(found.of(boxes), scores, found.valid)
 
-    def best(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def best(self, logits: Tensor, count: int | torch.SymInt) -> tuple[Tensor, Tensor]:
         """The `count` highest of logits [N, A], or all of them, and where they are, both [N, count]."""
         scores = logits if self.rank_by == "logit" else logits.sigmoid()
         if self.rank_by == "logit" or torch.compiler.is_exporting():  # a program does not know how many there will be
@@ -243,14 +243,13 @@ class RPN(nn.Module):
         """Losses of the head's predictions on a random sample of the anchors [A, 4] of all levels."""
         with torch.no_grad():
             matches = match(anchors, targets, self.negative_iou, self.positive_iou, low_quality=True)
-            samples = sample(
-                matches.verdict, batch.sample_keys, self.batch_size_per_image, self.positive_fraction, stage=0
-            )
-            gt_boxes = take(targets.boxes, take(matches.matched_idxs, samples.index))
+            args = batch.sample_keys, self.batch_size_per_image, self.positive_fraction
+            samples = sample(matches.verdict, *args, stage=0)
+            gt_boxes = take(targets.boxes, take(matches.matched_idxs, samples.indices))
             count = losses.global_mean_count(samples.valid.sum())
-        logits, deltas = self.head.at(features, samples.index)
+        logits, deltas = self.head.at(features, samples.indices)
         positive = samples.positive.float()
         return {
             "loss_objectness": losses.objectness(logits, positive, samples.valid.float(), count),
-            "loss_rpn_box_reg": self.box_loss(deltas, gt_boxes, anchors[samples.index], self.coder, positive, count),
+            "loss_rpn_box_reg": self.box_loss(deltas, gt_boxes, anchors[samples.indices], positive, count),
         }

@@ -9,10 +9,13 @@ of the network's input image, continuous and half-open, float32. Labels: 0 backg
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Fields = TypeVar("Fields", bound=tuple[Tensor | None, ...])
 
 
 class Batch(NamedTuple):
@@ -65,9 +68,15 @@ class Detections(NamedTuple):
     keypoints: Tensor | None = None  # [N, D, points, 3] float (x, y, score)
 
 
-def to_device(batch, device, non_blocking: bool = True):
+def each(change: Callable[..., Tensor], *tuples: Fields) -> Fields:
+    """A tuple of their kind with what `change` makes of each field of the tuples; None where the first has None."""
+    kind: Callable[..., Fields] = type(tuples[0])
+    return kind(*(None if fields[0] is None else change(*fields) for fields in zip(*tuples)))
+
+
+def to_device(batch: Fields, device: torch.device | str, non_blocking: bool = True) -> Fields:
     """Copy of a tuple of tensors (None allowed) on `device`."""
-    return type(batch)(*(t if t is None else t.to(device, non_blocking=non_blocking) for t in batch))
+    return each(lambda t: t.to(device, non_blocking=non_blocking), batch)
 
 
 def flatten_valid(valid: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -77,8 +86,7 @@ def flatten_valid(valid: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     0: their number is then known without waiting for the device.
     """
     if valid.device.type == "cpu":
-        rows = tuple(t[valid] for t in tensors)
-        return torch.ones(int(valid.sum())), *rows
+        return torch.ones(int(valid.sum())), *(t[valid] for t in tensors)
     return valid.flatten().float(), *(t.flatten(0, 1) for t in tensors)
 
 

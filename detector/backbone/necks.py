@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detector.ops.layers import conv_block, conv_layout
+from detector.ops.layers import conv_block, conv_layout, init_uniform
 
 
 class FPN(nn.Module):
@@ -50,15 +50,7 @@ class FPN(nn.Module):
         self.out_channels = out_channels
         self.roi_levels = len(strides)
         self.strides = list(strides) if top == "none" else [*strides, 2 * strides[-1]]
-        self.init_convs()
-
-    def init_convs(self) -> None:
-        """Uniform weights by fan-in, as Caffe2's XavierFill, and zero biases."""
-        for conv in self.modules():
-            if isinstance(conv, nn.Conv2d):
-                nn.init.kaiming_uniform_(conv.weight, a=1)
-                if conv.bias is not None:
-                    nn.init.zeros_(conv.bias)
+        init_uniform(self)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Levels [N, C, Hl, Wl], finest first, of the backbone's maps."""
@@ -99,7 +91,7 @@ class PAFPN(FPN):
             return nn.ModuleList(blocks)
 
         self.downsample, self.bottom_up = convs(stride=2), convs(stride=1)
-        self.init_convs()
+        init_uniform(self)
 
     def merge(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Levels [N, C, Hl, Wl], one per map of the backbone."""

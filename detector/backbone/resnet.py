@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights, resnet
 from torchvision.ops import deform_conv2d
 
-from detector.ops.layers import conv_norm, norm_layer
+from detector.ops.layers import conv_norm, init_zero, norm_layer
 
 
 class DeformConv2d(nn.Conv2d):
@@ -31,22 +31,20 @@ class DeformConv2d(nn.Conv2d):
         offset_groups: groups of input channels with offsets of their own.
     """
 
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
     def __init__(self, plain: nn.Conv2d, modulated: bool = False, offset_groups: int = 1):
-        settings = {
-            "stride": plain.stride,
-            "padding": plain.padding,
-            "dilation": plain.dilation,
-        }
-        super().__init__(
-            plain.in_channels, plain.out_channels, plain.kernel_size, groups=plain.groups, bias=False, **settings
-        )
+        kernel = plain.kernel_size[0], plain.kernel_size[1]
+        settings: dict[str, Any] = {"stride": plain.stride, "padding": plain.padding, "dilation": plain.dilation}
+        super().__init__(plain.in_channels, plain.out_channels, kernel, groups=plain.groups, bias=False, **settings)
         self.weight = plain.weight
         if offset_groups < 1 or plain.in_channels % offset_groups:
             raise ValueError(f"offset_groups={offset_groups}: expected a divisor of the {plain.in_channels} channels")
-        points = offset_groups * plain.kernel_size[0] * plain.kernel_size[1]
-        self.offset = nn.Conv2d(plain.in_channels, (3 if modulated else 2) * points, plain.kernel_size, **settings)
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        points = offset_groups * kernel[0] * kernel[1]
+        self.offset = nn.Conv2d(plain.in_channels, (3 if modulated else 2) * points, kernel, **settings)
+        init_zero(self.offset)
         self.modulated = modulated
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,8 +61,13 @@ class DeformConv2d(nn.Conv2d):
 class Residual:
     """The forward pass of torchvision's blocks, with frozen norms folded into the convolutions."""
 
+    convolutions: int
+    downsample: nn.Module | None
+    relu: nn.ReLU
+    conv2: nn.Conv2d
+
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else conv_norm(x, *self.downsample)
+        shortcut = x if self.downsample is None else conv_norm(x, *self.downsample.children())
         for i in range(1, self.convolutions):
             x = self.relu(conv_norm(x, getattr(self, f"conv{i}"), getattr(self, f"bn{i}")))
         i = self.convolutions
@@ -79,7 +82,7 @@ class Bottleneck(Residual, resnet.Bottleneck):
     convolutions = 3
 
 
-BLOCKS = {
+BLOCKS: dict[int, tuple[type[BasicBlock | Bottleneck], tuple[int, ...]]] = {
     10: (BasicBlock, (1, 1, 1, 1)),
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
@@ -149,7 +152,7 @@ class ResNet(nn.Module):
                 f"deform_stages={list(deform_stages)}: expected some of the stages 2 to {max(stages)}, and bottlenecks "
                 "(depth 50 or more)"
             )
-        settings = {"groups": groups, "base_width": width_per_group, "norm_layer": norm_layer(norm)}
+        settings: dict[str, Any] = {"groups": groups, "base_width": width_per_group, "norm_layer": norm_layer(norm)}
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm_layer(norm)(width)
         self.relu = nn.ReLU(inplace=True)
@@ -160,8 +163,9 @@ class ResNet(nn.Module):
             dilate = dilate_last and stage == 5
             planes, stride = width << (stage - 2), 1 if stage == 2 or dilate else 2
             layer = make_stage(block, channels, planes, repeats[stage - 2], stride, **settings)
-            for part in layer if dilate else ():  # from the first block on, as in detectron2, not in torchvision
-                part.conv2.dilation = part.conv2.padding = (2, 2)
+            for part in layer.modules() if dilate else ():
+                if isinstance(part, Residual):  # from the first block on, as in detectron2, not in torchvision
+                    part.conv2.dilation = part.conv2.padding = (2, 2)
             setattr(self, f"layer{stage - 1}", layer)
             channels = planes * block.expansion
         self.out_channels = [(width << (stage - 2)) * block.expansion for stage in self.stages]

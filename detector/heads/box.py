@@ -28,7 +28,7 @@ from detector.ops.boxes import (
 from detector.ops.checks import check_choice, check_counts, check_fractions
 from detector.ops.sampling import IGNORED, check_thresholds, match, sample
 from detector.protocols import Trunk
-from detector.roi import RoIExtractor, make_op
+from detector.roi import RoIExtractor, RoIOp, make_op
 from detector.structures import (
     Batch,
     Detections,
@@ -49,8 +49,10 @@ class SampledRoIs(NamedTuple):
     labels: Tensor  # [R] int64, 0 for negatives
     matched_idxs: Tensor  # [R] the ground-truth box of its image that the RoI answers for
 
-    def of_targets(self, values: Tensor) -> Tensor:
+    def of_targets(self, values: Tensor | None) -> Tensor:
         """The rows [R, ...] of values [N, G, ...] that belong to the matched ground truth."""
+        if values is None:
+            raise ValueError("the targets lack what a head learns from: masks or keypoints")
         return values[self.rois[:, 0].long(), self.matched_idxs]
 
 
@@ -104,7 +106,7 @@ class BoxHead(nn.Module):
         in_channels: int,
         strides: Sequence[int],
         num_classes: int,
-        roi: Callable[..., nn.Module],
+        roi: Callable[..., RoIOp],
         output_size: int | Sequence[int] = 7,
         trunk: Callable[..., Trunk] = FCTrunk,
         level_rule: str = "detectron2",
@@ -140,7 +142,7 @@ class BoxHead(nn.Module):
         self.trunk = trunk(op.output_channels(in_channels), op.output_size)
         self.predictor = BoxPredictor(self.trunk.out_channels, num_classes, class_agnostic)
         self.coder = BoxCoder(coder_weights, clamp_shrinking=clamp_shrinking)
-        self.box_loss = losses.BoxLoss(box_loss, beta)
+        self.box_loss = losses.BoxLoss(self.coder, box_loss, beta)
         self.batch_size_per_image, self.positive_fraction = batch_size_per_image, positive_fraction
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.add_ground_truth = add_ground_truth
@@ -157,7 +159,8 @@ class BoxHead(nn.Module):
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> BoxPrediction:
         """Predictions for rois [R, 5] = (batch_index, x1, y1, x2, y2)."""
         roi_features = self.extractor(features, rois)
-        return BoxPrediction(*self.predictor(self.trunk(roi_features.features)), roi_features)
+        class_logits, box_deltas = self.predictor(self.trunk(roi_features.features))
+        return BoxPrediction(class_logits, box_deltas, roi_features)
 
     @torch.no_grad()
     def sample(self, proposals: Proposals, batch: Batch, targets: Targets) -> tuple[SampledRoIs, SampledRoIs]:
@@ -170,9 +173,9 @@ class BoxHead(nn.Module):
         matches = match(boxes, targets, self.negative_iou, self.positive_iou)
         verdict = torch.where(valid, matches.verdict, IGNORED)
         drawn = sample(verdict, batch.sample_keys, self.batch_size_per_image, self.positive_fraction, stage=1)
-        matched_idxs = take(matches.matched_idxs, drawn.index)
+        matched_idxs = take(matches.matched_idxs, drawn.indices)
         labels = take(targets.labels, matched_idxs) * drawn.positive
-        rows = with_image(take(boxes, drawn.index)), labels, matched_idxs
+        rows = with_image(take(boxes, drawn.indices)), labels, matched_idxs
         most = int(self.batch_size_per_image * self.positive_fraction)  # positives come first
         positives = flatten_valid(drawn.positive[:, :most], *(t[:, :most] for t in rows))
         return SampledRoIs(*flatten_valid(drawn.valid, *rows)), SampledRoIs(*positives)
@@ -184,7 +187,7 @@ class BoxHead(nn.Module):
         gt_boxes, boxes = sampled.of_targets(targets.boxes), sampled.rois[:, 1:]
         return {
             "loss_classifier": losses.classification(prediction.class_logits, labels, weight, count),
-            "loss_box_reg": self.box_loss(deltas, gt_boxes, boxes, self.coder, weight * (labels > 0), count),
+            "loss_box_reg": self.box_loss(deltas, gt_boxes, boxes, weight * (labels > 0), count),
         }
 
     def detect(self, features: Sequence[Tensor], proposals: Proposals, batch: Batch) -> Detections:
@@ -218,8 +221,8 @@ class BoxHead(nn.Module):
         large = (boxes[..., 2:] - boxes[..., :2] > self.min_size).all(-1)
         wanted = (scores > self.score_threshold) & (large | self.min_size_last)
         group = torch.arange(scores.shape[1], device=scores.device) * (not self.nms_agnostic)
-        nms = {"hard": nms_by_image, "mmcv": nms_like_mmcv}.get(self.nms)
-        nms = nms or partial(soft_nms_by_image, decay=self.nms, min_score=self.score_threshold)
+        soft = partial(soft_nms_by_image, decay=self.nms, min_score=self.score_threshold)
+        nms: Callable[..., tuple[Tensor, ...]] = {"hard": nms_by_image, "mmcv": nms_like_mmcv}.get(self.nms, soft)
         args = (image, group.expand_as(scores), nms, self.nms_threshold, images, limit)
         found = suppress(boxes, scores, wanted, *args)
         found = found._replace(valid=found.valid & large[found.row, found.column])

@@ -16,6 +16,7 @@ from detector.heads.box import BoxHead, BoxPrediction, SampledRoIs
 from detector.heads.mask import MaskHead, MaskPrediction
 from detector.ops.boxes import clip
 from detector.ops.checks import check_choice
+from detector.ops.layers import module_list
 from detector.ops.sampling import IGNORED, POSITIVE, match
 from detector.structures import Batch, Detections, Proposals, RoIFeatures, Targets, rois_from_boxes
 
@@ -56,7 +57,7 @@ class CascadeBoxHead(nn.Module):
                 f"coder_weights, positive_iou and stage_weights must be of one length, one entry per stage, got "
                 f"{len(coder_weights)}, {len(positive_iou)}, {len(stage_weights)}"
             )
-        self.stages = nn.ModuleList(
+        self.stages = module_list(
             BoxHead(
                 in_channels,
                 strides,
@@ -131,7 +132,7 @@ class CascadeMaskHead(nn.Module):
 
     def __init__(self, *args: Any, stage_weights: Sequence[float] = (1.0, 0.5, 0.25), **settings: Any):
         super().__init__()
-        self.stages = nn.ModuleList(MaskHead(*args, **settings) for _ in stage_weights)
+        self.stages = module_list(MaskHead(*args, **settings) for _ in stage_weights)
         self.stage_weights = list(stage_weights)
 
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> CascadeMaskPrediction:
@@ -141,23 +142,24 @@ class CascadeMaskHead(nn.Module):
 
     def losses(self, prediction: CascadeMaskPrediction, positives: SampledRoIs, targets: Targets) -> dict[str, Tensor]:
         """loss_mask, summed over the heads with their weights."""
-        terms = (
+        terms = [
             weight * stage.losses(of_stage, positives, targets)["loss_mask"]
             for stage, weight, of_stage in zip(self.stages, self.stage_weights, prediction.stages)
-        )
-        return {"loss_mask": sum(terms)}
+        ]
+        return {"loss_mask": sum(terms[1:], terms[0])}
 
     def detect(self, features: Sequence[Tensor], detections: Detections) -> Detections:
         """`detections` with the heads' mean masks [N, D, M, M]."""
-        masks = [stage.detect(features, detections).masks for stage in self.stages]
-        return detections._replace(masks=torch.stack(masks).mean(dim=0))
+        found = [stage.detect(features, detections).masks for stage in self.stages]
+        return detections._replace(masks=torch.stack([masks for masks in found if masks is not None]).mean(dim=0))
 
 
 def side_by_side(parts: Sequence[RoIFeatures]) -> RoIFeatures:
     """The first part's features, and the offsets and modulation of all parts, joined along their rows."""
 
     def join(tensors: list[Tensor | None], dim: int) -> Tensor | None:
-        return None if tensors[0] is None else torch.cat(tensors, dim=dim)
+        there = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(there, dim=dim) if there else None
 
     return RoIFeatures(parts[0].features, join([p.offsets for p in parts], 2), join([p.modulation for p in parts], 1))
 

@@ -17,8 +17,9 @@ from detector.heads.box import SampledRoIs
 from detector.heads.trunk import ConvTrunk
 from detector.ops import losses
 from detector.ops.checks import check_choice
+from detector.ops.layers import init_kaiming
 from detector.protocols import Trunk
-from detector.roi import RoIExtractor, make_op
+from detector.roi import RoIExtractor, RoIOp, make_op
 from detector.structures import Detections, RoIFeatures, Targets, rois_from_boxes
 
 KEYPOINT_TRUNK = partial(ConvTrunk, conv_channels=(512,) * 8)
@@ -48,7 +49,7 @@ class KeypointHead(nn.Module):
         in_channels: int,
         strides: Sequence[int],
         num_classes: int,
-        roi: Callable[..., nn.Module],
+        roi: Callable[..., RoIOp],
         num_keypoints: int | None = None,
         output_size: int | Sequence[int] = 14,
         trunk: Callable[..., Trunk] = KEYPOINT_TRUNK,
@@ -63,8 +64,7 @@ class KeypointHead(nn.Module):
         self.extractor = RoIExtractor(op, strides, level_rule, canonical_level, canonical_size)
         self.trunk = trunk(op.output_channels(in_channels), op.output_size)
         self.predictor = nn.ConvTranspose2d(self.trunk.out_channels, num_keypoints or 17, 4, stride=2, padding=1)
-        nn.init.kaiming_normal_(self.predictor.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.predictor.bias)
+        init_kaiming(self.predictor)
         self.score = score
 
     @property

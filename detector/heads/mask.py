@@ -16,9 +16,9 @@ from torchvision.ops import roi_align
 from detector.heads.box import SampledRoIs
 from detector.heads.trunk import ConvTrunk
 from detector.ops import losses
-from detector.ops.layers import init_kaiming
+from detector.ops.layers import bias_of, init_kaiming
 from detector.protocols import Trunk
-from detector.roi import RoIExtractor, make_op
+from detector.roi import RoIExtractor, RoIOp, make_op
 from detector.structures import Detections, RoIFeatures, Targets, rois_from_boxes
 
 
@@ -42,11 +42,11 @@ class MaskPredictor(nn.Module):
         A transposed convolution whose stride is its kernel is one of 1 x 1: each cell makes its own 2 x 2 cells.
         """
         weight = self.upsample.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [2 * 2 * channels, in_channels]
-        cells = F.conv2d(hidden, weight[:, :, None, None], self.upsample.bias.repeat(4)).relu_()
+        cells = F.conv2d(hidden, weight[:, :, None, None], bias_of(self.upsample).repeat(4)).relu_()
         cells = cells.permute(0, 2, 3, 1).unflatten(-1, (4, -1))  # [R, h, w, 2 * 2, channels]
-        which = torch.zeros_like(labels) if len(self.mask_logits.bias) == 1 else (labels - 1).clamp(min=0)
-        of_class = self.mask_logits.weight[which].flatten(1)[:, :, None]  # [R, channels, 1]
-        logits = cells.flatten(1, 3) @ of_class + self.mask_logits.bias[which][:, None, None]
+        which = torch.zeros_like(labels) if self.mask_logits.out_channels == 1 else (labels - 1).clamp(min=0)
+        of_class, bias = self.mask_logits.weight[which].flatten(1), bias_of(self.mask_logits)[which]
+        logits = cells.flatten(1, 3) @ of_class[:, :, None] + bias[:, None, None]
         rows, height, width = len(hidden), *hidden.shape[2:]
         return logits.view(rows, height, width, 2, 2).transpose(2, 3).reshape(rows, 2 * height, 2 * width)
 
@@ -72,7 +72,7 @@ class MaskHead(nn.Module):
         in_channels: int,
         strides: Sequence[int],
         num_classes: int,
-        roi: Callable[..., nn.Module],
+        roi: Callable[..., RoIOp],
         output_size: int | Sequence[int] = 14,
         trunk: Callable[..., Trunk] = ConvTrunk,
         upsample_channels: int = 256,

@@ -6,13 +6,14 @@ Dimensions: R RoIs, C channels. Every trunk has `out_channels`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, conv1x1
 
-from detector.ops.layers import conv_block, init_kaiming, norm_layer
+from detector.ops.layers import conv_block, init_kaiming, init_uniform, norm_layer
 
 
 class FCTrunk(nn.Module):
@@ -39,9 +40,7 @@ class FCTrunk(nn.Module):
         init_kaiming(self.conv)
         first = [RoILinear(channels[-1], output_size, width) for width in fc_channels[:1]]
         self.fc = nn.ModuleList([*first, *(nn.Linear(a, b) for a, b in zip(fc_channels, fc_channels[1:]))])
-        for layer in self.fc:
-            nn.init.kaiming_uniform_(layer.weight, a=1)
-            nn.init.zeros_(layer.bias)
+        init_uniform(self.fc)
         self.out_channels = fc_channels[-1] if fc_channels else channels[-1] * output_size[0] * output_size[1]
 
     def forward(self, features: Tensor) -> Tensor:
@@ -62,7 +61,7 @@ class RoILinear(nn.Conv2d):
     def __init__(self, in_channels: int, output_size: tuple[int, int], out_features: int):
         super().__init__(in_channels, out_features, output_size)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the weight [out_features, in_channels h w] of a plain linear layer, too."""
         weight = state_dict.get(f"{prefix}weight")
         if weight is not None and weight.shape == self.weight.flatten(1).shape:
@@ -125,9 +124,9 @@ class ResNetTrunk(nn.Module):
         stride_in_1x1: bool = False,
     ):
         super().__init__()
-        planes, self.out_channels, norm = in_channels // 2, 2 * in_channels, norm_layer(norm)
-        shortcut = nn.Sequential(conv1x1(in_channels, self.out_channels, stride=2), norm(self.out_channels))
-        width = {"groups": groups, "base_width": width_per_group, "norm_layer": norm}
+        planes, self.out_channels = in_channels // 2, 2 * in_channels
+        width: dict[str, Any] = {"groups": groups, "base_width": width_per_group, "norm_layer": norm_layer(norm)}
+        shortcut = nn.Sequential(conv1x1(in_channels, self.out_channels, stride=2), norm_layer(norm)(self.out_channels))
         first = Bottleneck(in_channels, planes, stride=2, downsample=shortcut, **width)
         if stride_in_1x1:
             first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
@@ -144,8 +143,13 @@ class ResNetTrunk(nn.Module):
 class SharedTrunk(nn.Module):
     """The box head's ResNetTrunk, before the mean, for the mask head: used, not owned, so its weights count once."""
 
-    def __init__(self, in_channels: int, output_size: tuple[int, int], trunk: ResNetTrunk):
+    trunk: ResNetTrunk
+
+    def __init__(self, in_channels: int, output_size: tuple[int, int], head: object):
         super().__init__()
+        trunk: Any = getattr(head, "trunk", None)
+        if not hasattr(trunk, "layer4"):
+            raise ValueError("share_trunk=true: needs a box_head with a ResNetTrunk; set share_trunk=false without one")
         self.__dict__["trunk"] = trunk  # past nn.Module's registry
         self.out_channels = trunk.out_channels
 

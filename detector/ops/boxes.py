@@ -109,8 +109,8 @@ def nms_by_image(
     for i in range(images):  # one by one: of too many boxes at once torchvision takes every group apart
         rows = torch.nonzero(image == i)[:, 0]
         keep.append(rows[batched_nms(boxes[rows], scores[rows], group[rows], threshold)])
-    keep = torch.cat(keep)
-    return group_by_image(keep, image[keep], images, limit)
+    kept = torch.cat(keep)
+    return group_by_image(kept, image[kept], images, limit)
 
 
 def nms_like_mmcv(
@@ -126,8 +126,8 @@ def nms_like_mmcv(
             apart = boxes[rows] + (group[rows] * (boxes[rows].max() + 1))[:, None]
             falling = torch.arange(len(rows), 0, -1, dtype=torch.float32, device=boxes.device)
             keep.append(rows[nms(apart, falling, threshold)])
-    keep = torch.cat(keep) if keep else image[:0]
-    return group_by_image(keep, image[keep], images, limit)
+    kept = torch.cat(keep) if keep else image[:0]
+    return group_by_image(kept, image[kept], images, limit)
 
 
 def soft_nms_by_image(

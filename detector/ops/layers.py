@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from torchvision.ops import FrozenBatchNorm2d
 
 from detector.ops import winograd
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):
@@ -21,6 +25,11 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
         fold: `conv_norm` may fold it into the convolution before it; else it is a layer of its own, with the arithmetic
             of nn.BatchNorm2d to the bit.
     """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int, fold: bool = True):
         super().__init__(channels)
@@ -33,7 +42,7 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
         return F.batch_norm(x, *statistics, training=False, eps=self.eps)
 
 
-NORMS = {
+NORMS: dict[str, Callable[[int], nn.Module]] = {
     "frozen_batch_norm": FrozenBatchNorm,
     "plain_frozen_batch_norm": partial(FrozenBatchNorm, fold=False),
     "batch_norm": nn.BatchNorm2d,
@@ -42,7 +51,7 @@ NORMS = {
 }
 
 
-def norm_layer(name: str):
+def norm_layer(name: str) -> Callable[[int], nn.Module]:
     """The factory `norm(channels)` of that name; ValueError for a name that is not in NORMS."""
     if name not in NORMS:
         raise ValueError(f"norm={name!r}: expected one of {', '.join(NORMS)}")
@@ -85,7 +94,7 @@ class _ScaledConv(torch.autograd.Function):
     """(scale W) * x + bias, which keeps W for its gradient and not the product: a copy of all weights less."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, conv: nn.Conv2d) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, conv: nn.Conv2d) -> Tensor:
         ctx.save_for_backward(x, weight, scale)
         ctx.conv = conv
         return F.conv2d(
@@ -94,7 +103,7 @@ class _ScaledConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight, scale), conv = ctx.saved_tensors, ctx.conv
         scale = scale.view(-1, 1, 1, 1)
         inputs = grad, x.to(grad.dtype), (weight * scale).to(grad.dtype)  # autocast made the result in grad's type
@@ -133,11 +142,36 @@ def conv_block(
     return nn.Sequential(*layers)
 
 
+def module_list(modules: Iterable[Layer]) -> Sequence[Layer]:
+    """nn.ModuleList of modules of one kind, which it does not remember for type checkers."""
+    return nn.ModuleList(modules)  # type: ignore[return-value]  # a sequence in all but its base classes
+
+
+def bias_of(layer: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
+    """Its bias [out_channels], zero if it has none."""
+    return layer.weight.new_zeros(layer.out_channels) if layer.bias is None else layer.bias
+
+
+def init_zero(layer: nn.Module) -> None:
+    """Zero weights and biases."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
 def init_normal(module: nn.Module, std: float) -> None:
     """Normal weights with that standard deviation and zero biases in every convolution and linear layer."""
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def init_uniform(module: nn.Module) -> None:
+    """Uniform weights by fan-in, as Caffe2's XavierFill, and zero biases in every convolution and linear layer."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 

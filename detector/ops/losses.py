@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import complete_box_iou_loss, generalized_box_iou_loss
 
+from detector.ops.boxes import BoxCoder
+
 
 def global_mean_count(count: Tensor) -> Tensor:
     """Mean over the ranks of `count`, at least 1.
@@ -61,24 +63,25 @@ class BoxLoss:
     """Box regression loss by name, summed over positive rows.
 
     Args:
+        coder: between boxes and deltas.
         name: 'smooth_l1', 'l1' (on deltas), 'giou' or 'ciou' (on decoded boxes).
         beta: where smooth L1 turns from quadratic to linear, in delta units.
     """
 
-    def __init__(self, name: str = "smooth_l1", beta: float = 1.0 / 9):
+    def __init__(self, coder: BoxCoder, name: str = "smooth_l1", beta: float = 1.0 / 9):
         if name not in DELTA_LOSSES | BOX_LOSSES:
             raise ValueError(f"box_loss={name!r}: expected one of {', '.join(DELTA_LOSSES | BOX_LOSSES)}")
         if beta < 0:
             raise ValueError(f"beta={beta}: must not be negative")
-        self.on_boxes = name in BOX_LOSSES
+        self.coder, self.on_boxes = coder, name in BOX_LOSSES
         self.loss = partial(smooth_l1, beta=beta) if name == "smooth_l1" else (DELTA_LOSSES | BOX_LOSSES)[name]
 
-    def __call__(self, deltas, boxes, anchors, coder, weight: Tensor, count: Tensor) -> Tensor:
-        """deltas [R, 4] predicted at anchors [R, 4], boxes [R, 4] wanted, coder with encode and decode, weight [R]."""
+    def __call__(self, deltas: Tensor, boxes: Tensor, anchors: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+        """deltas [R, 4] predicted at anchors [R, 4], boxes [R, 4] wanted, weight [R]."""
         if self.on_boxes:
-            loss = self.loss(coder.decode(deltas, anchors), boxes)
+            loss = self.loss(self.coder.decode(deltas, anchors), boxes)
         else:
-            loss = self.loss(deltas, coder.encode(boxes, anchors))
+            loss = self.loss(deltas, self.coder.encode(boxes, anchors))
         # where, not a product: a padded row may hold inf or NaN.
         return torch.where(weight > 0, loss * weight, 0.0).sum() / count
 

@@ -7,6 +7,7 @@ A mask of M x M probabilities covers its box. A pixel (i, j) belongs to the obje
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 from pycocotools import mask as rle_tools
 
 PASTE_METHODS = ("aligned", "torchvision")
@@ -56,10 +57,13 @@ def _torchvision_box(box: np.ndarray, cells: int) -> np.ndarray:
     return np.concatenate([first + cell, last - cell])
 
 
-def paste_masks(masks, boxes, height: int, width: int, threshold: float = 0.5, paste: str = "aligned") -> np.ndarray:
+def paste_masks(
+    masks: ArrayLike, boxes: ArrayLike, height: int, width: int, threshold: float = 0.5, paste: str = "aligned"
+) -> np.ndarray:
     """Full-size masks [D, height, width] bool of masks [D, M, M] in boxes [D, 4]."""
+    masks, boxes = np.asarray(masks, np.float32), np.asarray(boxes, np.float32)
     image = np.zeros((len(boxes), height, width), dtype=bool)
-    for out, mask, box in zip(image, np.asarray(masks, np.float32), np.asarray(boxes, np.float32)):
+    for out, mask, box in zip(image, masks, boxes):
         window, top, left = paste_window(mask, box, height, width, threshold, paste)
         out[top : top + window.shape[0], left : left + window.shape[1]] = window
     return image

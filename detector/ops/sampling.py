@@ -73,7 +73,7 @@ _GAMMA, _MIX1, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCE
 
 
 class Samples(NamedTuple):
-    index: Tensor  # [N, S] into the candidates, positives first
+    indices: Tensor  # [N, S] into the candidates, positives first
     valid: Tensor  # [N, S] bool
     positive: Tensor  # [N, S] bool, a subset of valid
 
@@ -86,7 +86,7 @@ def random_keys(sample_keys: Tensor, count: int, stage: int) -> Tensor:
     """Pseudo-random int64 >= 0, [N, count], a function of (sample_keys [N], stage, position) alone."""
     position = torch.arange(1, count + 1, device=sample_keys.device)
 
-    def mix(x):
+    def mix(x: Tensor) -> Tensor:
         x = (x ^ _shift(x, 30)) * _MIX1
         x = (x ^ _shift(x, 27)) * _MIX2
         return x ^ _shift(x, 31)
@@ -116,8 +116,8 @@ def sample(
     room = size - drawn_positives.sum(dim=1, keepdim=True)
     drawn_negatives = (negatives.values >= 0) & (torch.arange(size, device=keys.device) < room)
 
-    index = torch.cat([positives.indices, negatives.indices], dim=1)
+    indices = torch.cat([positives.indices, negatives.indices], dim=1)
     valid = torch.cat([drawn_positives, drawn_negatives], dim=1)
     front = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)[:, :size]
-    index, valid = take(index, front), take(valid, front)
-    return Samples(index, valid, valid & take(is_positive, index))
+    indices, valid = take(indices, front), take(valid, front)
+    return Samples(indices, valid, valid & take(is_positive, indices))

@@ -13,6 +13,8 @@ Dimensions: N images, C input and O output channels, T tiles of 4 x 4 outputs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -92,17 +94,17 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @register_flop_formula(torch.ops.detector.conv3x3)
-def _(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+def _(x_shape: list[int], weight_shape: list[int], *_: Any, out_shape: list[int], **__: Any) -> int:
     """Those of the plain convolution, so that a model costs the same whatever computes it."""
     return conv_flop_count(x_shape, weight_shape, out_shape)
 
 
-def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.has_bias = inputs[2] is not None
 
 
-def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The input's gradient is a 3 x 3 convolution too, with the kernels turned round and the channels swapped."""
     x, weight = ctx.saved_tensors
     to_x = to_weight = to_bias = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from detector.ops.checks import check_choice
+from detector.ops.layers import init_zero
 from detector.roi.align import RoIAlign
 from detector.roi.base import RoIOp, check_inputs, make_op
 from detector.structures import RoIFeatures
@@ -69,6 +70,7 @@ class GRoIE(SumLevels):
         check_choice("attention", attention, ("content", "position", "mmdetection"))
         channels = self.op.output_channels(channels)
         self.before = nn.Sequential(nn.Conv2d(channels, channels, kernel, padding=kernel // 2), nn.ReLU(inplace=True))
+        self.after: NonLocal | PositionAttention
         if attention == "content":
             self.after = NonLocal(channels)
         else:
@@ -85,8 +87,7 @@ class NonLocal(nn.Module):
         super().__init__()
         self.query, self.key, self.value = (nn.Conv2d(channels, channels // 2, 1) for _ in range(3))
         self.project = nn.Conv2d(channels // 2, channels, 1)
-        nn.init.zeros_(self.project.weight)
-        nn.init.zeros_(self.project.bias)
+        init_zero(self.project)
 
     def forward(self, x: Tensor) -> Tensor:
         # one head: [R, 1, h*w, C/2]
@@ -103,6 +104,8 @@ class PositionAttention(nn.Module):
     crossed: in the vertical part, bin (y, x) asks with the q of bin (x, y). That is what mmcv computes, so what its
     models were trained with; such RoI features must be square.
     """
+
+    scales: Tensor  # [C / 4], the wavelengths
 
     def __init__(self, channels: int, heads: int = 6, wavelength: float = 1000.0, crossed: bool = False):
         super().__init__()

@@ -93,7 +93,7 @@ class RoIAlign(RoIOp):
         x1, y1, x2, y2 = regions.boxes.unbind(1)
         y, x = self.grid(y1, y2, self.output_size[0]), self.grid(x1, x2, self.output_size[1])
         y, x = y._replace(first=y.first[:, :, None]), x._replace(first=x.first[:, None])
-        if shift_x is not None:
+        if shift_x is not None and shift_y is not None:
             y = y._replace(first=y.first + shift_y * (y2 - y1)[:, None, None])
             x = x._replace(first=x.first + shift_x * (x2 - x1)[:, None, None])
         return mean_of_points(y, regions.heights), mean_of_points(x, regions.widths)
@@ -192,11 +192,10 @@ def points(grid: Grid, size: Tensor) -> tuple[Tensor, Tensor]:
 
     Of a bin with more points than fit the map, those around the map: the others read 0, as their neighbours here do.
     """
-    if not isinstance(grid.counts, int):
-        check_fixed("the number of points follows the RoI's size")
     if isinstance(grid.counts, int):
         positions = grid.at(torch.arange(grid.counts, dtype=grid.first.dtype, device=size.device))
         return positions, torch.ones_like(positions, dtype=torch.bool)
+    check_fixed("the number of points follows the RoI's size")
     shape = (-1, *[1] * (grid.first.ndim - 1))
     counts = grid.counts.view(shape)
     step = grid.bin_size.detach().view(shape) / counts.clamp(min=1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from detector.roi.base import choose_path
 from detector.roi.geometry import Axis, Regions, per_level
+from detector.structures import each
 
 CHUNK = 1 << 23
 """Cells read in one go: bounds the indices, weights and their sorting in memory to about 200 MB, whatever the RoIs."""
@@ -40,7 +41,7 @@ def weighted_bag(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     dtype = torch.promote_types(table.dtype, torch.float32)
     if path == "plain":
         cells = zip(indices.unbind(1), weights.to(dtype).unbind(1))
-        return sum(table[i.long()].to(dtype) * weight[:, None] for i, weight in cells).to(table.dtype)
+        return reduce(torch.add, (table[i.long()].to(dtype) * weight[:, None] for i, weight in cells)).to(table.dtype)
     bags = Bags(indices.reshape(-1).int(), torch.arange(len(indices), device=table.device) * indices.shape[1], None)
     return _WeightedSum.apply(len(indices), [bags], table.to(dtype), weights.reshape(-1).to(dtype)).to(table.dtype)
 
@@ -140,7 +141,7 @@ class _WeightedSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, count: int, bags: Sequence[Bags], *tables_and_weights: Tensor) -> Tensor:
+    def forward(ctx: Any, count: int, bags: Sequence[Bags], *tables_and_weights: Tensor) -> Tensor:
         ctx.bags = bags
         ctx.save_for_backward(*tables_and_weights)
         tables, weights = tables_and_weights[: len(bags)], tables_and_weights[len(bags) :]
@@ -149,29 +150,29 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         levels, saved = len(ctx.bags), ctx.saved_tensors
         tables, weights = saved[:levels], saved[levels:]
-        table_grads, weight_grads = [None] * levels, [None] * levels
+        grads: list[Tensor | None] = [None] * len(saved)
         grad = grad.contiguous()
         for level, (bags, table, weight) in enumerate(zip(ctx.bags, tables, weights)):
             owners = bags.owners()
             if ctx.needs_input_grad[2 + level]:
                 cells, order = bags.indices.sort(stable=True)
                 starts = torch.searchsorted(cells, torch.arange(len(table), dtype=torch.int32, device=cells.device))
-                table_grads[level] = _embedding_bag(grad, owners[order].int(), starts, weight[order])
+                grads[level] = _embedding_bag(grad, owners[order].int(), starts, weight[order])
             if ctx.needs_input_grad[2 + levels + level]:
-                weight_grads[level] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                grads[levels + level] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
                     grad, table, bags.indices, bags.offsets.int(), owners.int(), 0
                 )
-        return None, None, *table_grads, *weight_grads
+        return None, None, *grads
 
 
 class _Maximum(torch.autograd.Function):
     """out[b] = maximum of table[indices[e]] over the entries e of bag b, for L tables with bags of their own."""
 
     @staticmethod
-    def forward(ctx, count: int, bags: Sequence[Bags], *tables: Tensor) -> Tensor:
+    def forward(ctx: Any, count: int, bags: Sequence[Bags], *tables: Tensor) -> Tensor:
         ctx.bags, ctx.shapes, ctx.winners = bags, [table.shape for table in tables], []
         maxima = []
         for table, b in zip(tables, bags):
@@ -186,7 +187,7 @@ class _Maximum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         table_grads = []
         for bags, shape, winners in zip(ctx.bags, ctx.shapes, ctx.winners):
             table_grads.append(grad.new_zeros(shape))
@@ -205,14 +206,13 @@ def _embedding_bag(table: Tensor, indices: Tensor, offsets: Tensor, weights: Ten
 
 def _gather(count: int, bags: Sequence[Bags], parts: list[Tensor]) -> Tensor:
     """The levels' results in the order of the RoIs."""
-    if bags[0].rois is None:
+    rois_of = [b.rois for b in bags if b.rois is not None]
+    if not rois_of:
         return parts[0]
-    channels = parts[0].shape[1]
-    out = parts[0].new_empty(count, channels)
-    rois = sum(len(b.rois) for b in bags)
-    for b, part in zip(bags, parts):
-        if len(b.rois):
-            out.view(rois, -1).index_copy_(0, b.rois, part.view(len(b.rois), -1))
+    out = parts[0].new_empty(count, parts[0].shape[1])
+    for rois, part in zip(rois_of, parts):
+        if len(rois):
+            out.view(sum(map(len, rois_of)), -1).index_copy_(0, rois, part.view(len(rois), -1))
     return out
 
 
@@ -237,19 +237,19 @@ def _ragged_bags(levels: int, regions: Regions, y: Axis, x: Axis) -> Iterator[tu
         torch.full_like(regions.images, axis.cells.shape[4]) if axis.used is None else axis.used for axis in (y, x)
     )
     for at in runs(h * w * y.cells.shape[3] * tall.long() * wide, CHUNK):
-        part = [_rows(whole, at) for whole in (regions, y, x)]
-        found = [[] for _ in range(levels)]
+        part = _rows(at, regions, y, x)
+        found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(levels)]
         kinds, which = (regions.levels << 40 | tall.long() << 20 | wide)[at].unique(return_inverse=True)
         for i, kind in enumerate(kinds.tolist()):
             rois = (which == i).nonzero()[:, 0]
-            own, rows, columns = (_rows(whole, rois) for whole in part) if len(kinds) > 1 else part
+            own, rows, columns = _rows(rois, *part) if len(kinds) > 1 else part
             rows = Axis(*(t[..., : kind >> 20 & 0xFFFFF] for t in rows[:2]))
             columns = Axis(*(t[..., : kind & 0xFFFFF] for t in columns[:2]))
             found[kind >> 40].append((*_expand(own, rows, columns), rois))
         none = which[:0]
         empty = none.int()[:, None], y.weights.flatten()[:0, None], none
         joined = [_join(groups or [empty], in_order=levels == len(kinds) == 1) for groups in found]
-        yield len(which) * h * w, *zip(*joined)
+        yield len(which) * h * w, [bags for bags, _ in joined], [weights for _, weights in joined]
 
 
 def _padded_bags(tables: list[Tensor], regions: Regions, y: Axis, x: Axis) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -263,11 +263,11 @@ def _padded_bags(tables: list[Tensor], regions: Regions, y: Axis, x: Axis) -> It
     step = max(1, CHUNK // (h * w * y.cells.shape[3] * y.cells.shape[4] * x.cells.shape[4]))
     for i in range(0, max(1, len(starts)), step):
         at = slice(i, i + step)
-        yield table, *_expand(*(_rows(whole, at) for whole in (regions, y, x)), starts[at])
+        yield table, *_expand(*_rows(at, regions, y, x), starts[at])
 
 
-def _rows(whole: Regions | Axis, at: Tensor | slice) -> Regions | Axis:
-    return type(whole)(*(t if t is None else t[at] for t in whole))
+def _rows(at: Tensor | slice, regions: Regions, y: Axis, x: Axis) -> tuple[Regions, Axis, Axis]:
+    return each(lambda t: t[at], regions), each(lambda t: t[at], y), each(lambda t: t[at], x)
 
 
 def _join(groups: list[tuple[Tensor, Tensor, Tensor]], in_order: bool) -> tuple[Bags, Tensor]:

@@ -83,7 +83,7 @@ def check_inputs(features: Sequence[Tensor], rois: Tensor, levels: Tensor, strid
     the device in every step. There the indices are clamped where they are used, so a wrong one reads the wrong map but
     never foreign memory.
     """
-    if isinstance(features, Tensor) or len(features) == 0:
+    if isinstance(features, Tensor) or len(features) == 0:  # type: ignore[unreachable]  # of callers without types
         raise TypeError("features must be a non-empty list of feature maps [N, C, H, W], one per level")
     first = features[0]
     for i, feature in enumerate(features):
@@ -184,7 +184,7 @@ def choose_path(features: Tensor, paths: Sequence[str] = PATHS) -> str:
     forced = "plain" if exporting() else _forced or os.environ.get("ROI_PATH")
     if forced and forced not in PATHS:
         raise ValueError(f"the environment variable ROI_PATH must be one of {PATHS}, got {forced!r}")
-    if forced in paths:
+    if forced and forced in paths:
         return forced
     if features.is_cuda and features.dtype != torch.float64:
         order = ("triton", "torchvision", "bag") if triton_available() else ("torchvision", "bag")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detector.ops.checks import check_choice
+from detector.ops.layers import init_zero
 from detector.roi.align import RoIAlign
 from detector.roi.bag import pool_cells
 from detector.roi.base import RoIOp, check_inputs, choose_path, exporting, make_op
@@ -56,8 +57,7 @@ def fully_connected(inputs: int, width: int, depth: int, outputs: int) -> nn.Seq
         layers += [nn.Linear(inputs, width), nn.ReLU(inplace=True)]
         inputs = width
     last = nn.Linear(inputs, outputs)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    init_zero(last)
     return nn.Sequential(*layers, last)
 
 

@@ -49,8 +49,8 @@ class RoIPool(RoIOp):
         rows = bin_ranges(y1, y2, self.output_size[0], regions.heights, self.quantization)
         columns = bin_ranges(x1, x2, self.output_size[1], regions.widths, self.quantization)
         if choose_path(features[0], ("bag", "plain")) == "plain":
-            rows, columns = [r[:, :, None] for r in rows], [c[:, None] for c in columns]
-            return RoIFeatures(max_between(features, regions, rows, columns))
+            row_ranges, column_ranges = [r[:, :, None] for r in rows], [c[:, None] for c in columns]
+            return RoIFeatures(max_between(features, regions, row_ranges, column_ranges))
         y_cells, y_there, y_used = cells_between(*rows, regions.heights)
         x_cells, x_there, x_used = cells_between(*columns, regions.widths)
         y = Axis(y_cells[:, :, None, None], y_there[:, :, None, None].float(), y_used)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from detector.ops.checks import check_choice
+from detector.ops.layers import init_zero
 from detector.roi.align import RoIAlign
 from detector.roi.bag import pool_cells
 from detector.roi.base import RoIOp, check_inputs, choose_path
@@ -84,8 +85,8 @@ class PositionSensitiveRoIPool(PositionSensitive):
             rows = self.ranges(y1, y2, self.output_size[0], regions.heights)
             columns = self.ranges(x1, x2, self.output_size[1], regions.widths)
             tall, start = self.tall(features, regions)
-            rows, columns = [r[:, :, None] + start for r in rows], [c[:, None] for c in columns]
-            return RoIFeatures(mean_between(tall, regions, rows, columns))
+            row_ranges, column_ranges = [r[:, :, None] + start for r in rows], [c[:, None] for c in columns]
+            return RoIFeatures(mean_between(tall, regions, row_ranges, column_ranges))
         return RoIFeatures(self.pool(features, regions, *self.axes(regions)))
 
     def axes(self, regions: Regions) -> tuple[Axis, Axis]:
@@ -160,8 +161,7 @@ class DeformablePositionSensitiveRoIPool(PositionSensitive):
         self.gamma = gamma
         h, w = self.output_size
         self.offset_predictor = nn.Conv2d(channels, 2 * h * w, 1)
-        nn.init.zeros_(self.offset_predictor.weight)
-        nn.init.zeros_(self.offset_predictor.bias)
+        init_zero(self.offset_predictor)
 
     def forward(
         self, features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]

@@ -46,9 +46,10 @@ class PreciseRoIPool(RoIOp):
         if choose_path(features[0], ("triton", "bag", "plain")) == "plain":
             sums = [F.pad(f.double().cumsum(2).cumsum(3), (1, 0, 1, 0)) for f in features]  # of all cells before each
             regions = regions._replace(heights=regions.heights + 1, widths=regions.widths + 1)
-            y = of_sums(y1, y2, self.output_size[0], regions.heights)
-            x = of_sums(x1, x2, self.output_size[1], regions.widths)
-            y, x = Axis(*(t[:, :, None, None] for t in y)), Axis(*(t[:, None, :, None] for t in x))
+            rows, row_weights = of_sums(y1, y2, self.output_size[0], regions.heights)
+            columns, column_weights = of_sums(x1, x2, self.output_size[1], regions.widths)
+            y = Axis(rows[:, :, None, None], row_weights[:, :, None, None])
+            x = Axis(columns[:, None, :, None], column_weights[:, None, :, None])
             return RoIFeatures(pool_cells(sums, regions, y, x).to(features[0].dtype))
         rows, row_weights, y_used = integral(y1, y2, self.output_size[0], regions.heights)
         columns, column_weights, x_used = integral(x1, x2, self.output_size[1], regions.widths)

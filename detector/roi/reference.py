@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import ceil, floor, isfinite, log2, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +22,15 @@ def over_rois(
     levels: Tensor,
     strides: Sequence[float],
     *per_roi: Tensor,
-    **settings,
+    **settings: Any,
 ) -> Tensor:
     """`function` for every RoI [R, 5] on the map of its image and level, with row r of the `per_roi` tensors."""
     results = []
     for r in range(len(rois)):
-        image, *box = rois[r].tolist()
-        feature = features[levels[r]][int(image)].double()
+        (image, *box), level = rois[r].tolist(), int(levels[r])
+        feature = features[level][int(image)].double()
         extra = [t[r].double() for t in per_roi]
-        results.append(function(feature, box, strides[levels[r]], *extra, **settings))
+        results.append(function(feature, box, strides[level], *extra, **settings))
     return torch.stack(results)
 
 
@@ -130,7 +131,7 @@ def roi_align(
                     far = 0.5 if placement == "centre" else 1
                     y = y1 + i * height / h + (n + far) * height / h / rows
                     x = x1 + j * width / w + (m + far) * width / w / columns
-                    weight = 1
+                    weight: Tensor | float = 1
                     per_bin = offsets is None or offsets.shape[1:] == size
                     at = (i, j) if per_bin else (i * rows + n, j * columns + m)
                     if offsets is not None:
@@ -187,7 +188,12 @@ def precise_roi_pool(
 
 
 def position_sensitive(
-    feature: Tensor, box: Sequence[float], stride: float, *per_roi: Tensor, method: Callable[..., Tensor], **settings
+    feature: Tensor,
+    box: Sequence[float],
+    stride: float,
+    *per_roi: Tensor,
+    method: Callable[..., Tensor],
+    **settings: Any,
 ) -> Tensor:
     """R-FCN, equation 1: bin (i, j) of output channel d comes from channel (d h + i) w + j. [C / (h w), h, w]."""
     h, w = settings["size"]
@@ -234,10 +240,7 @@ def average_pool(
     return out
 
 
-def sum_levels(features: Sequence[Tensor], rois: Tensor, strides: Sequence[float], **settings) -> Tensor:
+def sum_levels(features: Sequence[Tensor], rois: Tensor, strides: Sequence[float], **settings: Any) -> Tensor:
     """RoI Align of every RoI on every level, summed."""
-    total = 0
-    for level in range(len(features)):
-        levels = torch.full((len(rois),), level)
-        total = total + over_rois(roi_align, features, rois, levels, strides, **settings)
-    return total
+    levels = [torch.full((len(rois),), level) for level in range(len(features))]
+    return torch.stack([over_rois(roi_align, features, rois, each, strides, **settings) for each in levels]).sum(0)

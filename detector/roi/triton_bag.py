@@ -126,14 +126,14 @@ class Accumulator:
         device = next(f.device for f in factors if f is not None)
         self.fixed_point = torch.are_deterministic_algorithms_enabled()
         self.sums = torch.zeros(rows, channels, dtype=torch.int64 if self.fixed_point else torch.float32, device=device)
-        self.scale = None
+        self.scale: Tensor | None = None
         if self.fixed_point:
-            largest = sum(f.abs().amax().float().log2() for f in factors if f is not None)
-            self.scale = (62 - log2(terms) - largest).floor().clamp(max=100).exp2()
+            largest = [f.abs().amax().float().log2() for f in factors if f is not None]
+            self.scale = (62 - log2(terms) - sum(largest[1:], largest[0])).floor().clamp(max=100).exp2()
 
     def result(self, dtype: torch.dtype) -> Tensor:
         """The sums [rows, channels]."""
-        return (self.sums / self.scale if self.fixed_point else self.sums).to(dtype)
+        return (self.sums if self.scale is None else self.sums / self.scale).to(dtype)
 
 
 def tile(channels: int) -> dict[str, int]:

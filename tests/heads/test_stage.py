@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from functools import partial
 
+import pytest
 import torch
 from torchvision.models import resnet50
 
 from detector.backbone import ResNet, SingleLevel
-from detector.heads import BoxHead, MaskHead, ResNetTrunk
+from detector.heads import BoxHead, CascadeBoxHead, MaskHead, ResNetTrunk
 from detector.model import TwoStageDetector
 from detector.roi import RoIAlign
 from detector.rpn import RPN
@@ -55,6 +56,21 @@ def test_boxes_and_masks_share_it():
     model.box_head.score_threshold = 0.0
     with torch.no_grad():
         assert model(batch).masks.shape[2:] == (14, 14)
+
+
+@pytest.mark.parametrize("box_head", [BoxHead, CascadeBoxHead])
+def test_a_trunk_of_another_kind_is_not_shared(box_head):
+    parts = (
+        ResNet(10, width=8, stages=[4]),
+        SingleLevel,
+        partial(RPN, anchor_sizes=[[16]]),
+        partial(box_head, roi=RoIAlign),
+    )
+    build = partial(TwoStageDetector, 3, *parts)
+    with pytest.raises(ValueError, match="ResNetTrunk; set share_trunk=false"):
+        build(mask_head=partial(MaskHead, roi=RoIAlign), share_trunk=True)
+    build(mask_head=partial(MaskHead, roi=RoIAlign), share_trunk=False)
+    build(share_trunk=True)  # there is nothing that could share it
 
 
 def test_padding_is_cut_where_the_model_was_trained_without():

@@ -34,7 +34,7 @@ def test_smooth_l1_equals_torch(beta):
 def test_giou_is_taken_on_boxes():
     coder, anchors, wanted = BoxCoder((10, 10, 5, 5)), random_boxes(5), random_boxes(5, seed=1)
     deltas = torch.randn(5, 4)
-    found = losses.BoxLoss("giou")(deltas, wanted, anchors, coder, torch.ones(5), torch.tensor(5.0))
+    found = losses.BoxLoss(coder, "giou")(deltas, wanted, anchors, torch.ones(5), torch.tensor(5.0))
     expected = generalized_box_iou_loss(coder.decode(deltas, anchors), wanted, reduction="mean")
     torch.testing.assert_close(found, expected)
 
@@ -44,11 +44,11 @@ def test_padding_rows_of_any_value_do_not_count(name):
     coder, anchors, wanted = BoxCoder(), random_boxes(4), random_boxes(4, seed=1)
     deltas = torch.randn(4, 4, requires_grad=True)
     weight, count = torch.tensor([1.0, 1, 0, 0]), torch.tensor(2.0)
-    loss = losses.BoxLoss(name)
-    expected = loss(deltas[:2], wanted[:2], anchors[:2], coder, weight[:2], count)
+    loss = losses.BoxLoss(coder, name)
+    expected = loss(deltas[:2], wanted[:2], anchors[:2], weight[:2], count)
     anchors[2:] = 0
     wanted[2:] = float("nan")
-    found = loss(deltas, wanted, anchors, coder, weight, count)
+    found = loss(deltas, wanted, anchors, weight, count)
     torch.testing.assert_close(found, expected)
 
 
@@ -56,14 +56,14 @@ def test_padding_rows_of_any_value_do_not_count(name):
 def test_no_rows_give_zero_with_a_gradient(name):
     deltas = torch.zeros(0, 4, requires_grad=True)
     empty, count = torch.zeros(0, 4), losses.global_mean_count(torch.tensor(0))
-    loss = losses.BoxLoss(name)(deltas, empty, empty, BoxCoder(), torch.zeros(0), count)
+    loss = losses.BoxLoss(BoxCoder(), name)(deltas, empty, empty, torch.zeros(0), count)
     loss.backward()
     assert float(loss) == 0 and deltas.grad is not None
 
 
 def test_unknown_box_loss_is_named():
     with pytest.raises(ValueError, match="smoothl1"):
-        losses.BoxLoss("smoothl1")
+        losses.BoxLoss(BoxCoder(), "smoothl1")
 
 
 def test_mask_loss_is_a_mean_over_pixels_of_weighted_rows():

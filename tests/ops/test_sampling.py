@@ -18,7 +18,7 @@ def test_counts_and_kinds(seed, candidates, size, fraction):
     verdict = verdicts(seed, 2, candidates)
     drawn = sample(verdict, torch.tensor([seed, seed + 1]), size, fraction, stage=0)
     for i in range(2):
-        index = drawn.index[i][drawn.valid[i]]
+        index = drawn.indices[i][drawn.valid[i]]
         assert len(set(index.tolist())) == len(index), "drawn twice"
         assert (verdict[i, index] != IGNORED).all()
         positives = int((verdict[i] == POSITIVE).sum())
@@ -26,7 +26,7 @@ def test_counts_and_kinds(seed, candidates, size, fraction):
         expected = min(positives, int(size * fraction), candidates)
         assert int(drawn.positive[i].sum()) == expected
         assert int(drawn.valid[i].sum()) == expected + min(negatives, min(size, candidates) - expected)
-        assert (verdict[i, drawn.index[i]][drawn.positive[i]] == POSITIVE).all()
+        assert (verdict[i, drawn.indices[i]][drawn.positive[i]] == POSITIVE).all()
         assert not (drawn.positive[i, 1:] & ~drawn.positive[i, :-1]).any(), "positives come first"
 
 
@@ -35,7 +35,7 @@ def test_a_sample_depends_on_its_image_alone():
     together = sample(verdict, keys, 10, 0.5, stage=1)
     for i in range(4):
         alone = sample(verdict[i : i + 1], keys[i : i + 1], 10, 0.5, stage=1)
-        assert torch.equal(alone.index[0], together.index[i])
+        assert torch.equal(alone.indices[0], together.indices[i])
         assert torch.equal(alone.valid[0], together.valid[i])
 
 
@@ -44,8 +44,8 @@ def test_keys_and_stages_draw_differently_and_evenly():
     keys = torch.arange(2000)
     first = sample(verdict, keys, 5, 0.25, stage=0)
     second = sample(verdict, keys, 5, 0.25, stage=1)
-    assert not torch.equal(first.index, second.index)
-    counts = torch.bincount(first.index.flatten(), minlength=20).float()
+    assert not torch.equal(first.indices, second.indices)
+    counts = torch.bincount(first.indices.flatten(), minlength=20).float()
     assert ((counts - 500).abs() < 100).all(), counts  # 500 expected, standard deviation about 19
 
 
