@@ -38,9 +38,10 @@ $(OLDEST)/.ready: pyproject.toml constraints.txt constraints-oldest.txt
 		-c $(OLDEST)/constraints.txt -c constraints-oldest.txt
 	@touch $@
 
-lint: $(READY)  ## style, correctness and spelling
+lint: $(READY)  ## style, correctness, types and spelling
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(VENV)/bin/codespell $$(git ls-files)
 
 format: $(READY)  ## apply the style
