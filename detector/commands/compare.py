@@ -29,13 +29,13 @@ from detector.comparison.runs import (
 from detector.comparison.statistics import match
 from detector.comparison.summary import compare, without_nan
 from detector.config import CONFIGS, ConfigError, config_errors, literal, make_folder
-from detector.data import build_dataset, collate, read_image
+from detector.data import build_dataset, collate_images, read_image
 from detector.data.annotations import Truth
 from detector.data.file_names import find_files
 from detector.evaluation.coco import check_annotations, check_predictions
 from detector.inference.draw import draw, panel
 from detector.inference.load import load
-from detector.inference.predict import largest
+from detector.inference.predict import max_pixels
 from detector.ops.text import one_line
 from detector.runtime import start_ranks
 from detector.settings import Runtime
@@ -102,13 +102,14 @@ def compare_runs(cfg: DictConfig) -> dict:
 def probe(run: Run, device, images: int, trust: str | Sequence[str] | None = ()) -> dict[str, dict]:
     """Cost, alignment and offsets of a run's model on some validation images; {} if its checkpoint cannot be used."""
     try:
-        model = load(run.checkpoint, device, trust=trust)
-        dataset = build_dataset(run.config["data"], "val", run.config["augment"], categories=model.categories)
+        detector = load(run.checkpoint, device, trust=trust)
+        dataset = build_dataset(run.config["data"], "val", run.config["augment"], categories=detector.categories)
         samples = [dataset[i] for i in range(min(images, len(dataset)))]
     except (ValueError, OSError, KeyError) as error:
         log.warning("%s: cost and alignment are not measured: %s", run.folder, error)
         return {}
-    batches = [collate([sample])[0] for sample in samples]
+    model = detector.model
+    batches = [collate_images([s.image], [s.original_size], [s.image_id], [s.key]) for s in samples]
     found = {"cost": measure_cost(model, batches), "offsets": measure_offsets(model, batches)}
     if model.box_head is not None and any(len(sample.boxes) for sample in samples):
         found["alignment"] = measure_alignment(model, samples)
@@ -140,7 +141,7 @@ def disagreements(methods: Sequence[Method], truth: Truth, report: Mapping, coun
             (path,), _, problems = find_files(runs[0].images, [name])
             if path is None:
                 raise ValueError(f"image {image_id}: {problems[0]} is not in {runs[0].images}")
-            image = read_image(runs[0].images / path, largest(runs[0].config))
+            image = read_image(runs[0].images / path, max_pixels(runs[0].config))
         except (ValueError, OSError) as error:
             log.warning("no picture: %s", error)
             continue

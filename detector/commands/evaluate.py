@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from detector.checkpoint import write_json
 from detector.config import ConfigError, config_errors, make_folder
@@ -19,6 +18,7 @@ from detector.evaluation.fit import rehearse
 from detector.evaluation.proposals import without_classes
 from detector.evaluation.tables import class_table, summary_table
 from detector.inference.load import load, merge
+from detector.inference.predict import Detector
 from detector.inference.tta import Augmented
 from detector.runtime import start_ranks
 from detector.settings import Runtime
@@ -37,19 +37,20 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     with config_errors("runtime"):
         runtime = Runtime(device=cfg.device, precision=cfg.precision, workers=cfg.workers, threads=cfg.threads)
     world = start_ranks(runtime)
-    model = load(cfg.checkpoint, world.device, changes["model"], changes["trust"])
-    data = merge(model.config["data"], changes["data"])
+    detector = load(cfg.checkpoint, world.device, changes["model"], changes["trust"])
+    model = detector.model
+    data = merge(detector.config["data"], changes["data"])
     proposals_only = model.box_head is None
-    sigmas = changes["sigmas"] or (model.config.get("evaluation") or {}).get("sigmas")
+    sigmas = changes["sigmas"] or (detector.config.get("evaluation") or {}).get("sigmas")
     with config_errors("data"):
-        categories = None if proposals_only else model.categories
-        dataset = build_dataset(data, "val", model.config["augment"], categories=categories)
-        names = model.keypoint_names
+        categories = None if proposals_only else detector.categories
+        dataset = build_dataset(data, "val", detector.config["augment"], categories=categories)
+        names = detector.keypoint_names
         kinds = list(rehearse(model, dataset, cfg.evaluator, changes["iou_types"], sigmas, keypoint_names=names))
         padding = {key: data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
         ranks = {"rank": world.rank, "world": world.size}
         loader = build_loader(dataset, cfg.batch_size, cfg.workers, training=False, **ranks, **padding)
-    folder = make_folder(cfg.output or usual_folder(cfg, model, dataset), "output")
+    folder = make_folder(cfg.output or usual_folder(cfg, detector, dataset), "output")
     key = short_key(contents(dataset))
     if cfg.output:
         refuse_other_results(folder, key)
@@ -96,13 +97,13 @@ def refuse_other_results(folder: Path, key: str) -> None:
         )
 
 
-def usual_folder(cfg: DictConfig, model: nn.Module, dataset: CocoDataset) -> Path:
+def usual_folder(cfg: DictConfig, detector: Detector, dataset: CocoDataset) -> Path:
     """eval_<checkpoint> beside the checkpoint for the run's own validation set, wherever it lies now; for another one
     with its name and a key of what it holds, so that neither overwrites the other."""
     name = f"eval_{Path(cfg.checkpoint).stem}"
     if any(value is not None for value in (cfg.data.root, cfg.data.val.images, cfg.data.val.annotations)):
-        now, own = contents(dataset), model.contents and model.contents["val"]
-        stored = model.config["data"]["val"]
+        now, own = contents(dataset), detector.contents and detector.contents["val"]
+        stored = detector.config["data"]["val"]
         moved = all(cfg.data.val[key] in (None, stored[key]) for key in ("images", "annotations"))
         if not same(now, own) if own else not moved:  # older checkpoints do not tell
             name += f"_{dataset.annotation_file.stem[:60]}-{short_key(now)}"

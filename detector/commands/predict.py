@@ -22,7 +22,6 @@ from detector.data import image_suffixes, read_image
 from detector.evaluation.results import coco_keypoints
 from detector.inference.draw import draw
 from detector.inference.load import load
-from detector.inference.predict import largest, predict_batch
 from detector.ops.paste import encode_window
 from detector.runtime import start_ranks
 from detector.settings import Runtime
@@ -89,14 +88,15 @@ def predict_files(cfg: DictConfig) -> int:
     paths = find_images(cfg.images if isinstance(cfg.images, str) else list(cfg.images))
     with config_errors("device"):
         device = start_ranks(Runtime(device=cfg.device)).device
-    model = load(cfg.checkpoint, device, OmegaConf.to_container(cfg.model, resolve=True), cfg.trust)
-    head = model.box_head and model.box_head.stages[-1]
+    detector = load(cfg.checkpoint, device, OmegaConf.to_container(cfg.model, resolve=True), cfg.trust)
+    box_head = detector.model.box_head
+    head = box_head and box_head.stages[-1]
     if head is not None and cfg.threshold < head.score_threshold:
         log.warning(
             "threshold = %g: the model gives no scores below %g; model.box_head.score_threshold=%g makes it",
             *(cfg.threshold, head.score_threshold, cfg.threshold),
         )
-    limit = largest(model.config) if cfg.max_pixels is None else cfg.max_pixels
+    limit = detector.max_pixels if cfg.max_pixels is None else cfg.max_pixels
     shared = Path(os.path.commonpath([p.absolute().parent for p in paths]))
     output, images, annotations, failed, full = make_folder(cfg.output, "output"), [], [], [], 0
     about = PngInfo()
@@ -116,13 +116,13 @@ def predict_files(cfg: DictConfig) -> int:
         images.append(
             {"id": len(images) + 1, "file_name": str(path), "height": image.shape[0], "width": image.shape[1]}
         )
-        for entry in to_annotations(found, images[-1]["id"], model.category_ids):
+        for entry in to_annotations(found, images[-1]["id"], detector.category_ids):
             annotations.append({"id": len(annotations) + 1, **entry})
         if cfg.draw:
             masks = None if found.masks is None else found.masks.numpy()
             numbers = found.boxes.numpy(), found.labels.numpy()
             keypoints = None if found.keypoints is None else found.keypoints.numpy()
-            picture = draw(image, *numbers, model.categories, found.scores.numpy(), masks, keypoints)
+            picture = draw(image, *numbers, detector.categories, found.scores.numpy(), masks, keypoints)
             target = picture_of(path)
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(target, pnginfo=about)
@@ -137,12 +137,12 @@ def predict_files(cfg: DictConfig) -> int:
                     failed.append(path)
                     tqdm.write(f"left out: {error}", file=sys.stderr)
             arrays = [image for _, image in readable]
-            found = predict_batch(model, arrays, cfg.threshold, cfg.paste, cfg.precision) if readable else []
+            found = detector.predict_batch(arrays, cfg.threshold, cfg.paste, cfg.precision) if readable else []
             for (path, image), detections in zip(readable, found):
                 full += head is not None and len(detections.boxes) >= head.detections_per_image
                 finish(path, image, detections)
     finally:
-        categories = [{"id": i, "name": name} for i, name in zip(model.category_ids, model.categories)]
+        categories = [{"id": i, "name": name} for i, name in zip(detector.category_ids, detector.categories)]
         content = {"images": images, "categories": categories, "annotations": annotations}
         write_json(output / "predictions.json", content)
     print(f"{len(annotations)} objects in {len(images)} images, {len(failed)} files unreadable; see {output}")

@@ -1,7 +1,7 @@
 """COCO-format data sets: annotations, augmentation, sampling and batches."""
 
 from detector.data.annotations import Annotations
-from detector.data.dataset import CocoDataset, Sample, collate, image_suffixes, read_image
+from detector.data.dataset import CocoDataset, Sample, collate, collate_images, image_suffixes, read_image
 from detector.data.loader import EvaluationSampler, Loader, TrainingSampler, build_dataset, build_loader
 from detector.data.read_coco import read_coco
 from detector.data.store import open_coco
@@ -20,6 +20,7 @@ __all__ = [
     "build_dataset",
     "build_loader",
     "collate",
+    "collate_images",
     "open_coco",
     "read_coco",
     "image_suffixes",

@@ -301,34 +301,48 @@ def mirrored_keypoints(names: Sequence[str]) -> list[int]:
 def collate(
     samples: Sequence[Sample], multiple: int = 32, size: tuple[int, int] | None = None
 ) -> tuple[Batch, Targets]:
-    """Join samples; images are padded with zeros at the right and the bottom.
+    """Join samples; `multiple` and `size` as in `collate_images`."""
+    about = [(s.image, s.original_size, s.image_id, s.key) for s in samples]
+    return collate_images(*zip(*about), multiple=multiple, size=size), collate_targets(samples)
+
+
+def collate_images(
+    images: Sequence[np.ndarray],
+    original_sizes: Sequence[tuple[int, int]],
+    image_ids: Sequence[int],
+    sample_keys: Sequence[int],
+    multiple: int = 32,
+    size: tuple[int, int] | None = None,
+) -> Batch:
+    """Join images [H, W, 3] uint8, padded with zeros at the right and the bottom.
 
     Args:
+        original_sizes, image_ids, sample_keys: of each image, see `Batch`.
         multiple: height and width of the batch are multiples of this.
         size: (height, width) of every batch instead, for compiled models.
 
     Raises:
         ValueError: an image is larger than `size`.
     """
-    height, width = np.max([sample.image.shape[:2] for sample in samples], axis=0)
+    sizes = [image.shape[:2] for image in images]
+    height, width = np.max(sizes, axis=0)
     if size is None:
         height, width = -(-height // multiple) * multiple, -(-width // multiple) * multiple
     elif height > size[0] or width > size[1]:
         raise ValueError(f"an image of {width} x {height} does not fit data.pad_to={list(size)} (height, width)")
     else:
         height, width = size
-    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
-    for canvas, sample in zip(images.numpy(), samples):
-        for plane, channel in zip(canvas, cv2.split(sample.image)):
+    canvases = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    for canvas, image in zip(canvases.numpy(), images):
+        for plane, channel in zip(canvas, cv2.split(image)):
             plane[: channel.shape[0], : channel.shape[1]] = channel
-    batch = Batch(
-        images=images,
-        image_sizes=torch.tensor([sample.image.shape[:2] for sample in samples]),
-        original_sizes=torch.tensor([sample.original_size for sample in samples]),
-        image_ids=torch.tensor([sample.image_id for sample in samples]),
-        sample_keys=torch.tensor([sample.key for sample in samples]),
-    )
-    most = max(1, *(len(sample.boxes) for sample in samples))
+    return Batch(canvases, *map(torch.tensor, (sizes, original_sizes, image_ids, sample_keys)))
+
+
+def collate_targets(samples: Sequence[Sample]) -> Targets:
+    """Join the objects of samples."""
+    counts = torch.tensor([len(sample.boxes) for sample in samples])
+    most = max(1, int(counts.max()))
 
     def padded(name: str) -> torch.Tensor | None:
         values = [getattr(sample, name) for sample in samples]
@@ -339,7 +353,5 @@ def collate(
             row[: len(value)] = value
         return torch.from_numpy(joined)
 
-    counts = torch.tensor([len(sample.boxes) for sample in samples])
     names = ("boxes", "labels", "crowd", "masks", "mask_windows", "has_mask", "keypoints")
-    targets = Targets(valid=torch.arange(most) < counts[:, None], **{name: padded(name) for name in names})
-    return batch, targets
+    return Targets(valid=torch.arange(most) < counts[:, None], **{name: padded(name) for name in names})

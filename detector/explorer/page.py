@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from detector.config import ConfigError, config_errors, make_folder
 from detector.data import read_image
 from detector.inference.load import load
-from detector.inference.predict import as_batch, largest
+from detector.inference.predict import Detector
 from detector.roi import (
     DeformableRoIPool,
     PreciseRoIPool,
@@ -53,16 +53,16 @@ def explore(cfg: DictConfig) -> Path:
     """Write the page that `cfg` (configs/explorer.yaml) asks for; returns its path."""
     with config_errors("device"):
         device = start_ranks(Runtime(device=cfg.device)).device
-    model = load(cfg.checkpoint, device, trust=cfg.trust)
+    detector = load(cfg.checkpoint, device, trust=cfg.trust)
     with config_errors("image"):
-        image = read_image(cfg.image, largest(model.config))
-    output = write_page(model, image, cfg.output, cfg.image, str(cfg.checkpoint), cfg.head, cfg.max_mb)
+        image = read_image(cfg.image, detector.max_pixels)
+    output = write_page(detector, image, cfg.output, cfg.image, str(cfg.checkpoint), cfg.head, cfg.max_mb)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, opens in any browser")
     return output
 
 
 def write_page(
-    model: nn.Module,
+    detector: Detector,
     image: np.ndarray,
     output: str | Path,
     image_name: str = "",
@@ -70,7 +70,7 @@ def write_page(
     head: str = "box_head",
     max_mb: float = 8,
 ) -> Path:
-    """Write the page for a model, as `detector.load` returns it, and an image [H, W, 3] uint8 RGB.
+    """Write the page for what `detector.load` returns and an image [H, W, 3] uint8 RGB.
 
     Args:
         image_name, checkpoint: what the page calls them.
@@ -82,7 +82,7 @@ def write_page(
     """
     if max_mb <= 0:
         raise ConfigError(f"max_mb = {max_mb}: must be positive")
-    content = collect(model, image, head, max_mb)
+    content = collect(detector, image, head, max_mb)
     content |= {"name": Path(image_name).name or "image", "checkpoint": checkpoint}
     output = Path(output)
     make_folder(output.parent, "output")
@@ -107,14 +107,15 @@ def render(content: Mapping[str, Any]) -> str:
 
 
 @torch.inference_mode()
-def collect(model: nn.Module, image: np.ndarray, head: str, max_mb: float) -> dict[str, Any]:
+def collect(detector: Detector, image: np.ndarray, head: str, max_mb: float) -> dict[str, Any]:
     """What the page needs to know, ready for JSON."""
+    model = detector.model
     extractor = find_extractor(model, head)
     allowed = max_mb * 1e6 * 3 / 4  # base64 writes four letters for three bytes
     learned = encode_predictors(extractor.op, allowed)
     left = max(allowed - size_of(learned), allowed / 2)
 
-    batch = as_batch(model, [image])
+    batch = detector.as_batch([image])
     features = model.features(batch)
     whole, scale, wanted = batch.image_sizes[0].tolist(), 1.0, None
     while (needed := 2 * sum(f[0].numel() for f in features[: model.neck.roi_levels])) > left:
@@ -122,7 +123,7 @@ def collect(model: nn.Module, image: np.ndarray, head: str, max_mb: float) -> di
         scale *= min((left / needed) ** 0.5, 0.95)  # padding does not shrink along
         if scale * min(whole) < 16:
             break
-        batch = as_batch(model, [image], scale)
+        batch = detector.as_batch([image], scale)
         features = model.features(batch)
     found = model.detect(features, batch)
     found = Detections(*(None if t is None else t[0][found.valid[0]][:SHOWN].cpu() for t in found))
@@ -150,7 +151,7 @@ def collect(model: nn.Module, image: np.ndarray, head: str, max_mb: float) -> di
             "canonical_size": extractor.canonical_size,
         },
         "boxes": [
-            {"name": model.categories[label - 1], "score": score, "box": box}
+            {"name": detector.categories[label - 1], "score": score, "box": box}
             for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist())
         ],
         "head": head,

@@ -158,7 +158,7 @@ def output_names(model: TwoStageDetector) -> list[str]:
 def check_exportable(model: nn.Module) -> None:
     """Raise ValueError naming each part of the model that `Exportable` has no form for."""
     if not isinstance(model, TwoStageDetector):
-        raise TypeError(f"model is a {type(model).__name__}, not a TwoStageDetector: give what detector.load returns")
+        raise TypeError(f"model is a {type(model).__name__}, not a TwoStageDetector: give detector.load(...).model")
     wrong = []
     for name, part in model.named_modules():
         if isinstance(part, BoxHead) and part.nms not in ("hard", "mmcv"):
@@ -223,7 +223,7 @@ def export(
         raise ValueError(f"{out}: the name must end in .safetensors, .pt2 or .onnx")
     if suffix == ".safetensors":
         return save_safetensors(checkpoints.load(checkpoint), out)
-    model = load(checkpoint, trust=trust)
+    model = load(checkpoint, trust=trust).model
     program = export_program(model, size, precision)
     return torch.export.save(program, out) if suffix == ".pt2" else save_onnx(program, output_names(model), out)
 

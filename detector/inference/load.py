@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from torch import nn
 
 from detector.checkpoint import load as load_checkpoint
 from detector.checkpoint import load_safetensors
@@ -17,7 +15,7 @@ from detector.config import ConfigError, build, config_errors
 from detector.config.schema import check_model_config, check_transforms_config
 from detector.data import Pipeline
 from detector.evaluation.proposals import OBJECT
-from detector.inference.predict import predict
+from detector.inference.predict import Detector
 
 
 def load(
@@ -25,18 +23,13 @@ def load(
     device: str | torch.device = "cpu",
     changes: Mapping | None = None,
     trust: str | Sequence[str] | None = (),
-) -> nn.Module:
-    """The model of a checkpoint (path, or what checkpoint.load returned) in evaluation mode.
+) -> Detector:
+    """The detector of a checkpoint (path, or what checkpoint.load returned) in evaluation mode.
 
     The averaged weights are taken if the run kept any. changes: nested dict of settings of the model that differ from
     the checkpoint's, such as {"box_head": {"score_threshold": 0.01}}. trust: names of modules, beyond the detector's,
     whose classes the checkpoint may name as parts of the model: they are imported. What a checkpoint itself says of
     trust is never asked.
-
-    It has, beyond the model that was trained: `categories` (names of label 1, 2, ...), `category_ids` (their COCO ids
-    in the training set; of a model without a box head only "object"), `keypoint_names` and `contents` (what its data
-    held, see data/contents.py; both None if the file does not tell), `preprocess` (the validation transforms), `config`
-    (the run's), and `predict`, which is the function below for this model.
 
     Raises ConfigError (a ValueError) naming the file if it is missing, damaged, or its weights do not fit its config.
     """
@@ -52,15 +45,11 @@ def load(
     except RuntimeError as error:
         raise ConfigError(f"{name}: the weights do not fit the model of the same file: {error}") from None
     model.to(device).eval()
+    ids = list(state["category_ids"])
     if model.box_head is None:  # proposals, of whatever class
-        model.categories, model.category_ids = ["object"], [OBJECT]
-    else:
-        model.categories, model.category_ids = categories, list(state["category_ids"])
-    model.config, model.contents = config, state.get("contents")
-    model.keypoint_names = state.get("keypoint_names")
-    model.preprocess = validation_transforms(config, trust)
-    model.predict = partial(predict, model)
-    return model
+        categories, ids = ["object"], [OBJECT]
+    transforms = validation_transforms(config, trust)
+    return Detector(model, categories, ids, config, transforms, state.get("keypoint_names"), state.get("contents"))
 
 
 def read(path: str | Path) -> dict:

@@ -1,83 +1,107 @@
-"""Detections of a trained detector in any image."""
+"""A trained detector, and its detections in any image."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from torch import nn
 
-from detector.data import Sample, collate, read_image
+from detector.data import Pipeline, collate_images, read_image
 from detector.data.dataset import MAX_PIXELS
 from detector.evaluation.results import to_original
+from detector.model import TwoStageDetector
 from detector.ops.paste import paste_masks
 from detector.runtime import autocast
 from detector.structures import Batch, Detections, to_device
 
 
-def predict(
-    model: nn.Module,
-    image: str | Path | np.ndarray,
-    threshold: float = 0.0,
-    paste: str = "aligned",
-    precision: str = "fp32",
-    max_pixels: int | None = None,
-) -> Detections:
-    """Detections of at least `threshold` in one image: a file, or an array [H, W, 3] uint8 RGB.
+@dataclass
+class Detector:
+    """A model in evaluation mode, with what its checkpoint says about it; `detector.load` makes one."""
 
-    Returns boxes [D, 4] in pixels of the image, scores [D], labels [D] (1..K), valid [D] (all True) and, of a model
-    with a mask head, masks [D, H, W] bool; best first, on the CPU. model: as `load` returns it. precision: fp32, or
-    bf16, fp16: autocast of the network's layers. max_pixels: files of more pixels are refused; None: as in training.
-    """
-    return predict_batch(model, [image], threshold, paste, precision, max_pixels)[0]
+    model: TwoStageDetector
+    categories: list[str]  # names of labels 1, 2, ...; of a model without a box head only "object"
+    category_ids: list[int]  # their COCO ids in the training set
+    config: Mapping[str, Any]  # the run's
+    preprocess: Pipeline  # the transforms that it was evaluated with
+    keypoint_names: list[str] | None = None  # None if the checkpoint does not tell, and so
+    contents: Mapping[str, Any] | None = None  # what the run's data held, see data/contents.py
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.pixel_mean.device
 
-@torch.inference_mode()
-def predict_batch(
-    model: nn.Module,
-    images: Sequence[str | Path | np.ndarray],
-    threshold: float = 0.0,
-    paste: str = "aligned",
-    precision: str = "fp32",
-    max_pixels: int | None = None,
-) -> list[Detections]:
-    """`predict` for several images in one pass of the network."""
-    limit = largest(model.config) if max_pixels is None else max_pixels
-    arrays = [read_image(image, limit) if isinstance(image, (str, Path)) else _check(image) for image in images]
-    batch = as_batch(model, arrays)
-    device = batch.images.device
-    with autocast(device, precision):
-        found = model(batch)
-    found = to_original(found, batch)
-    results = []
-    for n, array in enumerate(arrays):
-        keep = found.valid[n] & (found.scores[n] >= threshold)
-        one = Detections(*(None if t is None else t[n][keep].cpu() for t in found))
-        if one.masks is not None:
-            masks = paste_masks(one.masks.float().numpy(), one.boxes.numpy(), *array.shape[:2], paste=paste)
-            one = one._replace(masks=torch.from_numpy(masks))
-        results.append(one)
-    return results
+    @property
+    def max_pixels(self) -> int:
+        """How many pixels an image could have in the run."""
+        return max_pixels(self.config)
 
+    def to(self, device: str | torch.device) -> Detector:
+        """Move the model; returns the detector itself."""
+        self.model.to(device)
+        return self
 
-def largest(config: Mapping) -> int:
-    """How many pixels an image could have in the training of this config: data.max_pixels."""
-    return (config.get("data") or {}).get("max_pixels", MAX_PIXELS)
+    def predict(
+        self,
+        image: str | Path | np.ndarray,
+        threshold: float = 0.0,
+        paste: str = "aligned",
+        precision: str = "fp32",
+        max_pixels: int | None = None,
+    ) -> Detections:
+        """Detections of at least `threshold` in one image: a file, or an array [H, W, 3] uint8 RGB.
 
+        Returns boxes [D, 4] in pixels of the image, scores [D], labels [D] (1..K), valid [D] (all True) and, of a model
+        with a mask head, masks [D, H, W] bool; best first, on the CPU. precision: fp32, or bf16, fp16: autocast of the
+        network's layers. max_pixels: files of more pixels are refused; None: as in training.
+        """
+        return self.predict_batch([image], threshold, paste, precision, max_pixels)[0]
 
-def as_batch(model: nn.Module, arrays: Sequence[np.ndarray], scale: float = 1.0) -> Batch:
-    """Images [H, W, 3] uint8 as the model wants them, on its device; `scale` makes them smaller than it is used to."""
-    samples = []
-    for number, array in enumerate(arrays):
-        none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool), None, None, None
-        image = model.preprocess(array).image
+    @torch.inference_mode()
+    def predict_batch(
+        self,
+        images: Sequence[str | Path | np.ndarray],
+        threshold: float = 0.0,
+        paste: str = "aligned",
+        precision: str = "fp32",
+        max_pixels: int | None = None,
+    ) -> list[Detections]:
+        """`predict` for several images in one pass of the network."""
+        limit = self.max_pixels if max_pixels is None else max_pixels
+        arrays = [read_image(image, limit) if isinstance(image, (str, Path)) else _check(image) for image in images]
+        batch = self.as_batch(arrays)
+        with autocast(self.device, precision):
+            found = self.model(batch)
+        found = to_original(found, batch)
+        results = []
+        for n, array in enumerate(arrays):
+            keep = found.valid[n] & (found.scores[n] >= threshold)
+            one = Detections(*(None if t is None else t[n][keep].cpu() for t in found))
+            if one.masks is not None:
+                masks = paste_masks(one.masks.float().numpy(), one.boxes.numpy(), *array.shape[:2], paste=paste)
+                one = one._replace(masks=torch.from_numpy(masks))
+            results.append(one)
+        return results
+
+    def as_batch(self, arrays: Sequence[np.ndarray], scale: float = 1.0) -> Batch:
+        """Images [H, W, 3] uint8 as the model wants them, on its device; `scale` makes them smaller than usual."""
+        images = [self.preprocess(array).image for array in arrays]
         if scale != 1:
-            image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        samples.append(Sample(image, array.shape[:2], number, 0, *none))
-    return to_device(collate(samples, model.pad_multiple)[0], next(model.parameters()).device)
+            images = [cv2.resize(i, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for i in images]
+        numbers = range(len(arrays))
+        sizes = [array.shape[:2] for array in arrays]
+        batch = collate_images(images, sizes, numbers, [0 for _ in numbers], self.model.pad_multiple)
+        return to_device(batch, self.device)
+
+
+def max_pixels(config: Mapping[str, Any]) -> int:
+    """How many pixels an image could have in a run of this config: data.max_pixels."""
+    return (config.get("data") or {}).get("max_pixels", MAX_PIXELS)
 
 
 def _check(image: np.ndarray) -> np.ndarray:

@@ -424,7 +424,7 @@ def model_of(run_config, state):
         config = changed(run_config, method, 0)
         torch.manual_seed(0)
         weights = build(config["model"], "model", num_classes=5).state_dict()
-        return detector.load(state | {"config": config, "model": weights})
+        return detector.load(state | {"config": config, "model": weights}).model
 
     return make
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detector.data import CocoDataset, ResizeShortestEdge, collate, read_image
+from detector.data import CocoDataset, ResizeShortestEdge, collate, collate_images, read_image
 from tests.data.coco_files import minimal, write
 
 
@@ -290,6 +290,8 @@ def test_collate_without_any_object_pads_to_one(tmp_path):
 
 def test_collate_to_a_fixed_size(tmp_path):
     samples = [dataset(tmp_path)[i] for i in (0, 1)]
+    alone = collate_images(*zip(*((s.image, s.original_size, s.image_id, s.key) for s in samples)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, collate(samples)[0]))  # what needs no targets builds none
     assert collate(samples, size=(70, 90))[0].images.shape == (2, 3, 70, 90)
     with pytest.raises(ValueError, match=r"60 x 60 does not fit data.pad_to=\[50, 90\]"):
         collate(samples, size=(50, 90))

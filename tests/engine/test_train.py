@@ -232,7 +232,7 @@ def test_metrics_are_those_of_the_evaluator(run, shapes_tiny):
     model = detector.load(folder / "last.pt")
     dataset = build_dataset(model.config["data"], "val", model.config["augment"])
     loader = build_loader(dataset, 4, 0, training=False, group_by_aspect=False)
-    metrics, results = evaluate(model, loader, dataset, "cpu", per_class=False, progress=False)
+    metrics, results = evaluate(model.model, loader, dataset, "cpu", per_class=False, progress=False)
     assert metrics == json.loads((folder / "metrics.json").read_text())
     file = shapes_tiny / "annotations" / "instances_val.json"
     assert coco_metrics(file, results, "segm")["AP"] == metrics["segm"]["AP"]

@@ -12,7 +12,6 @@ import torch
 import detector
 from detector.data import build_dataset, build_loader, read_image
 from detector.evaluation import evaluate
-from detector.inference.predict import predict_batch
 from tests.tiny import OVERRIDES
 from tests.untrained import configured, untrained
 
@@ -46,10 +45,10 @@ def model(mixed):
     """Its norms have statistics, so that they fill padding with what is not zero, as those of a trained one do."""
     model = detector.load(untrained(configured(*SMALL, f"data.root={mixed}")))
     torch.manual_seed(0)
-    for name, values in model.named_buffers():
+    for name, values in model.model.named_buffers():
         if name.endswith("running_mean"):
             values.normal_()
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.model.named_parameters():
         if "class_logits.weight" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -59,7 +58,7 @@ def measured(model, root, batch_size, annotations="val.json", **padding):
     data = model.config["data"] | {"root": str(root), "val": {"images": ".", "annotations": annotations}}
     dataset = build_dataset(data, "val", model.config["augment"], categories=model.categories)
     loader = build_loader(dataset, batch_size, 0, training=False, **padding)
-    return evaluate(model, loader, dataset, "cpu", progress=False)
+    return evaluate(model.model, loader, dataset, "cpu", progress=False)
 
 
 def test_the_batch_and_the_order_of_images_do_not_matter(model, mixed):
@@ -74,7 +73,7 @@ def test_the_batch_and_the_order_of_images_do_not_matter(model, mixed):
 def test_prediction_finds_what_evaluation_finds(model, mixed):
     _, results = measured(model, mixed, 8)
     images = [read_image(path) for path in sorted(mixed.glob("*.jpg"))]
-    for number, (alone, together) in enumerate(zip(map(model.predict, images), predict_batch(model, images))):
+    for number, (alone, together) in enumerate(zip(map(model.predict, images), model.predict_batch(images))):
         assert all(a is None or torch.equal(a, b) for a, b in zip(alone, together))
         scores = [entry["score"] for entry in results if entry["image_id"] == number + 1]
         assert scores == alone.scores.tolist()
@@ -86,6 +85,6 @@ def test_the_padding_of_a_run_is_that_of_its_model(mixed):
         detector.load(untrained(configured(*SMALL, f"data.root={mixed}", f"data.pad_multiple={multiple}")))
         for multiple in (64, 32)
     )
-    assert (wide.pad_multiple, model.pad_multiple) == (64, 32)
+    assert (wide.model.pad_multiple, model.model.pad_multiple) == (64, 32)
     assert measured(wide, mixed, 1, pad_multiple=64) == measured(wide, mixed, 3, pad_multiple=64, pad_to=(192, 192))
-    assert wide.canvases(torch.tensor([[33, 64], [65, 1]])).tolist() == [[64, 64], [128, 64]]
+    assert wide.model.canvases(torch.tensor([[33, 64], [65, 1]])).tolist() == [[64, 64], [128, 64]]

@@ -95,7 +95,7 @@ def align_page(shapes_tiny, photo, tmp_path_factory):
 def deformable_page(shapes_tiny, photo, tmp_path_factory):
     out = tmp_path_factory.mktemp("explorer") / "deformable.html"
     model = make_model(shapes_tiny, "roi=modulated_deformable", *MODIFIED)
-    return write_page(model, read_image(photo), out, photo.name), model.box_head.extractor
+    return write_page(model, read_image(photo), out, photo.name), model.model.box_head.extractor
 
 
 def content_of(path):
@@ -179,8 +179,8 @@ class TestNumbers:
         page, rois = open_page(align_page), random_rois(40, seed=1) + 20
         model = make_model(shapes_tiny)
         for method, op in (("pool_caffe", RoIPool(7)), ("pool_floor", RoIPool(7, "floor")), ("warp", RoIWarp(7))):
-            model.box_head.extractor.op = op
-            expected = area_error(model, torch.from_numpy(rois))
+            model.model.box_head.extractor.op = op
+            expected = area_error(model.model, torch.from_numpy(rois))
             found = [one["areaError"] for one in page_pools(page, rois, method=method, level="auto")]
             np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
         assert [one["areaError"] for one in page_pools(page, rois, method="align")] == [0] * 40
@@ -216,7 +216,7 @@ class TestNumbers:
     )
     def test_deformable(self, open_page, shapes_tiny, photo, tmp_path, overrides):
         model = make_model(shapes_tiny, *overrides, *MODIFIED)
-        extractor = model.box_head.extractor
+        extractor = model.model.box_head.extractor
         path = write_page(model, read_image(photo), tmp_path / "page.html")
         page, features = open_page(path), features_of(path)
         rois = random_rois(12, seed=3)
@@ -247,7 +247,7 @@ class TestNumbers:
 
     def test_rounded_numbers_stay_within_what_the_page_states(self, open_page, shapes_tiny, photo, tmp_path):
         model = make_model(shapes_tiny, "roi=deformable", *MODIFIED)
-        extractor = model.box_head.extractor
+        extractor = model.model.box_head.extractor
         path = write_page(model, read_image(photo), tmp_path / "page.html", max_mb=0.15)
         content = content_of(path)
         types = {layer["type"] for p in content["learned"]["predictors"] for layer in p["offsets"]}
@@ -257,8 +257,8 @@ class TestNumbers:
         assert "within" in page.locator("#small-print").text_content()
         found = page_pools(page, boxes, method="deformable", level="auto")
         with torch.inference_mode():
-            image = detector.inference.predict.as_batch(model, [read_image(photo)], content["picture"]["width"] / 128)
-            features = model.features(image)[:4]
+            image = model.as_batch([read_image(photo)], content["picture"]["width"] / 128)
+            features = model.model.features(image)[:4]
             assert features[0].shape[2:] == (content["maps"][0]["shape"][1:][0], content["maps"][0]["shape"][2])
             expected = extractor(features, torch.cat([torch.zeros(len(boxes), 1), torch.from_numpy(boxes).float()], 1))
         sides = torch.from_numpy(boxes[:, 2:] - boxes[:, :2]).float()[:, :, None, None]

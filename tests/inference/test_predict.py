@@ -18,7 +18,6 @@ from detector.commands.predict import find_images, predict_files
 from detector.config import ConfigError, RunError, compose
 from detector.data import read_image
 from detector.inference.load import merge, validation_transforms
-from detector.inference.predict import predict_batch
 
 
 @pytest.fixture
@@ -32,9 +31,16 @@ def photo(shapes_tiny):
 
 
 def test_load(model, state):
-    assert not model.training and not model.box_head.training
+    assert not model.model.training and not model.model.box_head.training
     assert model.categories == state["categories"] and model.category_ids == [1, 2, 4, 5, 8]
-    assert all(torch.equal(v, state["model"][k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, state["model"][k]) for k, v in model.model.state_dict().items())
+
+
+def test_a_detector_says_where_it_is_and_goes_where_it_is_told(model):
+    assert model.device.type == "cpu" and model.max_pixels == 100_000_000
+    moved = model.to("meta")
+    assert moved is model and model.device.type == "meta"
+    assert {p.device.type for p in model.model.parameters()} == {"meta"}
 
 
 def test_load_takes_the_average_and_changes(state):
@@ -42,15 +48,16 @@ def test_load_takes_the_average_and_changes(state):
     model = detector.load(
         state | {"ema": averaged}, changes={"box_head": {"score_threshold": 0.9, "nms_threshold": None}}
     )
-    assert torch.equal(model.box_head.predictor.class_logits.bias, averaged["box_head.predictor.class_logits.bias"])
-    assert model.box_head.score_threshold == 0.9 and model.box_head.nms_threshold == 0.5
+    head = model.model.box_head
+    assert torch.equal(head.predictor.class_logits.bias, averaged["box_head.predictor.class_logits.bias"])
+    assert head.score_threshold == 0.9 and head.nms_threshold == 0.5
 
 
 def test_load_needs_no_file_that_the_run_started_from(state):
     config = copy.deepcopy(state["config"])
     config["model"]["weights"] = config["model"]["backbone"]["weights"] = "gone.pth"
     model = detector.load(state | {"config": config})
-    assert all(torch.equal(v, state["model"][k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, state["model"][k]) for k, v in model.model.state_dict().items())
 
 
 def test_load_refuses_what_cannot_work(state, tmp_path):
@@ -93,7 +100,7 @@ def test_merge():
 
 def test_predict_gives_whole_masks_in_pixels_of_the_image(model, photo):
     image, raw = read_image(photo), []
-    model.register_forward_hook(lambda module, args, detections: raw.append(detections))
+    model.model.register_forward_hook(lambda module, args, detections: raw.append(detections))
     found = model.predict(image)
     count, (height, width) = len(found.boxes), image.shape[:2]
     assert (
@@ -122,7 +129,7 @@ def test_threshold_and_batches(model, photo):
     every = model.predict(image)
     score = every.scores[4].item()
     assert len(model.predict(image, threshold=score).boxes) == 5 and len(model.predict(image, threshold=1.1).boxes) == 0
-    for one in predict_batch(model, [image, image]):
+    for one in model.predict_batch([image, image]):
         torch.testing.assert_close(one.boxes, every.boxes, atol=1e-3, rtol=0)
 
 

@@ -203,15 +203,15 @@ def test_convert(tmp_path, capsys):
     assert main([*arguments, "--categories", str(tmp_path / "names.txt")]) == 0
     model = detector.load(tmp_path / "ours.pt")
     assert model.categories == ["cat", "dog", "horse"]
-    assert torch.equal(model.backbone.conv1.weight, theirs.backbone.body.conv1.weight)
-    assert model.rpn.anchors.cells.frac().eq(0).all()  # torchvision rounds its anchors
+    assert torch.equal(model.model.backbone.conv1.weight, theirs.backbone.body.conv1.weight)
+    assert model.model.rpn.anchors.cells.frac().eq(0).all()  # torchvision rounds its anchors
     assert model.preprocess(np.zeros((427, 640, 3), np.uint8)).image.shape[:2] == (800, 1199)  # 1199.06; 889: 1332.6
     assert model.preprocess(np.zeros((427, 889, 3), np.uint8)).image.shape[:2] == (640, 1333)  # 640.26
     assert model.preprocess(np.zeros((600, 451, 3), np.uint8)).image.shape[:2] == (1064, 800)  # 1064.3
     model.preprocess = lambda image: type("Sample", (), {"image": image})  # at its own size: fast
     found = model.predict(np.zeros((64, 96, 3), np.uint8))
     assert found.boxes.shape[1] == 4
-    assert isinstance(model, nn.Module) and not model.training
+    assert isinstance(model.model, nn.Module) and not model.model.training
 
 
 def test_torchvisions_first_detectors_have_no_eps(tmp_path):
