@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -258,12 +258,14 @@ def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def readable(batches: Iterable, last: Path) -> Iterator:
+def readable(batches: Iterable, last: Path, save: Callable[[], None] | None = None) -> Iterator:
     """The batches; an image that cannot be read becomes a RunError, with the ways on from the checkpoint `last`, which
-    the run then saves."""
+    `save` then writes, if it is given."""
     try:
         yield from batches
     except (ValueError, OSError) as error:
+        if save is not None:
+            save()
         reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")  # a worker sends its traceback too
         ways = f"Mend it and go on with resume={last}, or go on without what cannot be read: data.on_error=skip"
         raise RunError(f"{reason}. {ways}") from error

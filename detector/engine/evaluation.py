@@ -3,61 +3,51 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from detector.config import ConfigError
 from detector.engine.journal import Journal
-from detector.engine.state import State
+from detector.engine.state import Run, State
 from detector.evaluation.evaluator import evaluate
 from detector.evaluation.tables import summary_table
 from detector.inference.draw import beside_truth
-from detector.runtime import StopRequest, World, eval_mode, return_freed_memory
-from detector.settings import Evaluation, Runtime
+from detector.runtime import StopRequest, eval_mode, return_freed_memory
 from detector.structures import Batch, Targets, to_device
 
 log = logging.getLogger(__name__)
 
 
-def measure(
-    state: State,
-    loader: Iterable,
-    dataset: Any,
-    evaluation: Evaluation,
-    runtime: Runtime,
-    journal: Journal,
-    stop: StopRequest,
-    world: World,
-) -> bool:
-    """Evaluate the weights that are kept, and record it. Is it the best so far?
+def measure(run: Run, state: State, batches: Iterable, journal: Journal, stop: StopRequest) -> bool:
+    """Evaluate the weights that are kept on the validation set, of which `batches` are, and record it. Is it the best
+    so far?
 
     The last evaluation of a run leaves predictions.json and metrics.json in its folder. A stop request ends it: the
     checkpoint before it is kept, and a resumed run evaluates again.
     """
-    world.share_buffers(state.trained)
+    run.world.share_buffers(state.trained)
     metrics, _ = evaluate(
         state.trained,
-        stop.watch(loader),
-        dataset,
-        world.device,
-        precision=runtime.precision,
-        evaluator=evaluation.evaluator,
-        sigmas=evaluation.sigmas,
+        stop.watch(batches),
+        run.val_set,
+        run.world.device,
+        precision=run.runtime.precision,
+        evaluator=run.evaluation.evaluator,
+        sigmas=run.evaluation.sigmas,
         per_class=False,
-        folder=journal.path.parent if state.iteration == journal.total else None,
+        folder=run.folder if state.iteration == run.total else None,
         progress=journal.interactive,
     )
     return_freed_memory()
     state.metrics, state.evaluated = metrics, state.iteration
     journal.evaluation(state.iteration, metrics)
-    if state.iteration < journal.total:
+    if state.iteration < run.total:
         log.info("iteration %d:\n%s", state.iteration, summary_table(metrics))
-    value = chosen(metrics, evaluation.metric)
+    value = chosen(metrics, run.evaluation.metric)
     better = not state.best or value > state.best["value"]
     if better:
-        state.best = {"metric": evaluation.metric, "value": value, "iteration": state.iteration}
+        state.best = {"metric": run.evaluation.metric, "value": value, "iteration": state.iteration}
     return better
 
 
@@ -70,16 +60,14 @@ def chosen(metrics: Mapping[str, Mapping[str, float]], name: str) -> float:
     return metrics[kind][key]
 
 
-def show(
-    state: State, examples: tuple[Batch, Targets], categories: Sequence[str], journal: Journal, world: World
-) -> None:
+def show(run: Run, state: State, examples: tuple[Batch, Targets], journal: Journal) -> None:
     """Pictures for TensorBoard: what the model finds now in the same few images, beside the truth."""
     if journal.board is None:
         return
     batch, targets = examples
     with eval_mode(state.trained), torch.inference_mode():
-        detections = state.trained(to_device(batch, world.device))
+        detections = state.trained(to_device(batch, run.world.device))
     detections = to_device(detections, "cpu")
     for index in range(len(batch.images)):
-        picture = beside_truth(batch, targets, detections, categories, index)
+        picture = beside_truth(batch, targets, detections, run.train_set.categories, index)
         journal.board.add_image(f"predictions/{index}", picture, state.iteration, dataformats="HWC")

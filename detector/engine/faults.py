@@ -16,9 +16,8 @@ from torch import Tensor
 
 from detector.checkpoint import atomically
 from detector.config import RunError
-from detector.engine.state import State
+from detector.engine.state import Run, State
 from detector.runtime import World
-from detector.settings import Runtime
 from detector.structures import Batch, Targets
 
 log = logging.getLogger(__name__)
@@ -53,16 +52,6 @@ def explain_errors(folder: Path, world: World) -> Iterator[None]:
         raise
 
 
-def fetch(batches: Iterator, count: int, world: World, save: Callable[[], None]) -> list[tuple[Batch, Targets]]:
-    """The next `count` micro-batches. If they cannot be read, what was learned is saved where no other rank waits."""
-    try:
-        return [next(batches) for _ in range(count)]
-    except RunError:
-        if world.size == 1:
-            save()
-        raise
-
-
 def on_main(world: World, work: Callable[[], Any]) -> None:
     """Do `work` on rank 0; if it fails there, all ranks fail with it instead of waiting for ever."""
     error = None
@@ -77,14 +66,11 @@ def on_main(world: World, work: Callable[[], Any]) -> None:
 
 
 def nonfinite(
+    run: Run,
     state: State,
     losses: Mapping[str, Tensor],
     norm: Tensor,
     micro_batches: Sequence[tuple[Batch, Targets]],
-    dataset: Any,
-    folder: Path,
-    runtime: Runtime,
-    world: World,
     save: Callable[[], None],
 ) -> None:
     """A step gave NaN or infinity on some rank: say where, keep its batch, and skip the step or stop.
@@ -92,13 +78,13 @@ def nonfinite(
     Called on all ranks, before the weights are touched: what was learned is saved before a stop. Raises RunError unless
     the step may be skipped.
     """
-    step = state.iteration + 1
+    step, runtime, world = state.iteration + 1, run.runtime, run.world
     bad = [f"{name} = {value.item()}" for name, value in losses.items() if not value.isfinite()]
     if bad or not norm.isfinite():
         what = ", ".join(bad) if bad else f"the gradient's norm = {norm.item()}, with finite losses"
         images = [image for batch, _ in micro_batches for image in batch.image_ids.tolist()]
-        names = ", ".join(f"{image} ({file_name(dataset, image)})" for image in images)
-        path = folder / f"nonfinite_{step:07d}_rank{world.rank}.pt"
+        names = ", ".join(f"{image} ({file_name(run.train_set, image)})" for image in images)
+        path = run.folder / f"nonfinite_{step:07d}_rank{world.rank}.pt"
         content = {
             "losses": {name: value.item() for name, value in losses.items()},
             "batches": [{"batch": cpu(batch), "targets": cpu(targets)} for batch, targets in micro_batches],

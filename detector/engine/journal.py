@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from detector.engine.state import Run
 from detector.runtime import World
-from detector.settings import Runtime
 
 log = logging.getLogger("detector")
 
@@ -55,41 +55,32 @@ def start_log(folder: Path, world: World) -> None:
 
 
 class Journal:
-    """The record of a run that stands at iteration `start` of `total`, last evaluated at `evaluated`.
+    """The record of a run that stands at iteration `start`, last evaluated at `evaluated`.
 
     Later lines of a log.jsonl left by a killed process are cut off, so that the file is one curve.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        world: World,
-        runtime: Runtime,
-        batch_size: int,
-        total: int,
-        start: int = 0,
-        evaluated: int = 0,
-    ):
-        self.world, self.runtime, self.total, self.batch_size = world, runtime, total, batch_size
-        self.path = folder / "log.jsonl"
+    def __init__(self, run: Run, start: int = 0, evaluated: int = 0):
+        self.run, self.world, self.total = run, run.world, run.total
+        self.path = run.folder / "log.jsonl"
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.waited = 0.0
         self.clock = self.began = time.perf_counter()
         self.first = self.clocked = start
         self.board = self.bar = None
-        forget_peak(world.device)
-        if not world.main:
+        forget_peak(self.world.device)
+        if not self.world.main:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         ends = {True: evaluated, False: start}
         kept = [line for line in lines if (entry := parsed(line)) and entry["iteration"] <= ends["metrics" in entry]]
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self.bar = tqdm(total=total, initial=start, disable=not sys.stderr.isatty(), dynamic_ncols=True, unit="it")
-        if runtime.tensorboard:
+        self.bar = tqdm(total=self.total, initial=start, disable=not sys.stderr.isatty(), dynamic_ncols=True, unit="it")
+        if run.runtime.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=start + 1)
 
     @property
     def interactive(self) -> bool:
@@ -116,7 +107,7 @@ class Journal:
         """One step is done; write a line if it is time. All ranks must call it: they average their losses here."""
         if self.bar is not None:
             self.bar.update()
-        if not self.count or (iteration % self.runtime.log_every and iteration != self.total):
+        if not self.count or (iteration % self.run.runtime.log_every and iteration != self.total):
             return
         keys = sorted(self.sums)
         means = self.world.mean(torch.stack([self.sums[key] for key in keys])) / self.count
@@ -127,7 +118,7 @@ class Journal:
         line |= {key: value if math.isfinite(value) else None for key, value in zip(keys, means.tolist(), strict=True)}
         line |= {
             "lr": lr,
-            "images_per_second": round(steps * self.batch_size / took, 3),
+            "images_per_second": round(steps * self.run.training.batch_size / took, 3),
             "data_time": round(self.waited / took, 4),  # share of the time that the step waited for data
             "memory_mb": round(memory_mb(self.world.device)),
         }
@@ -141,7 +132,7 @@ class Journal:
         if self.world.main:
             self.write(line)
             self.say(line, now)
-        every = self.runtime.histograms_every
+        every = self.run.runtime.histograms_every
         if self.board and iteration // every > (iteration - steps) // every:
             for key, value in stats.items():
                 if key.endswith("offsets") and value.numel():

@@ -18,11 +18,11 @@ from detector.data.contents import changes, contents
 from detector.engine import run_folder
 from detector.engine.evaluation import chosen
 from detector.engine.optimizer import build_optimizer
-from detector.engine.state import State
+from detector.engine.state import Run, State
 from detector.evaluation.fit import check_training, rehearse
 from detector.evaluation.tables import summary_table
-from detector.runtime import World, set_random_state
-from detector.settings import Evaluation, Runtime, Training
+from detector.runtime import set_random_state
+from detector.settings import Evaluation, Training
 from detector.structures import Batch, Targets
 
 log = logging.getLogger(__name__)
@@ -61,63 +61,64 @@ def warn_of_random_layers(model: nn.Module) -> None:
         )
 
 
-def find_checkpoint(cfg: DictConfig, folder: Path, world: World) -> dict[str, Any] | None:
+def find_checkpoint(run: Run) -> dict[str, Any] | None:
     """The checkpoint to continue from, None for a fresh start.
 
     Raises ConfigError if it is of a run with other settings, naming them.
     """
-    found = run_folder.find(cfg.resume, folder)
+    found = run_folder.find(run.cfg.resume, run.folder)
     if found is None:
-        log.info("training into %s", folder)
+        log.info("training into %s", run.folder)
     else:
-        run_folder.compare_configs(found["config"], OmegaConf.to_container(cfg, resolve=True), overridden())
-        log.info("continuing in %s after iteration %d", folder, found["iteration"])
-    if world.main:
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+        run_folder.compare_configs(found["config"], OmegaConf.to_container(run.cfg, resolve=True), overridden())
+        log.info("continuing in %s after iteration %d", run.folder, found["iteration"])
+    if run.world.main:
+        (run.folder / "config.yaml").write_text(OmegaConf.to_yaml(run.cfg, resolve=True), encoding="utf-8")
     return found
 
 
-def resume(found: dict[str, Any], state: State, train_set: Any, world: World) -> None:
-    """Put `state` and the random generators where the checkpoint left them."""
-    if found["categories"] != list(train_set.categories):
-        raise ConfigError(f"the checkpoint's categories are {found['categories']}, the data's {train_set.categories}")
+def resume(run: Run, state: State, found: dict[str, Any]) -> None:
+    """Put `state` and the random generators where the checkpoint `found` left them."""
+    categories = run.train_set.categories
+    if found["categories"] != list(categories):
+        raise ConfigError(f"the checkpoint's categories are {found['categories']}, the data's {categories}")
     try:
         state.load_state_dict(found)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"the checkpoint does not fit the model and optimizer configured: {error}") from error
-    if len(found["rng"]) == world.size:
-        set_random_state(found["rng"][world.rank])
+    if len(found["rng"]) == run.world.size:
+        set_random_state(found["rng"][run.world.rank])
 
 
-def contents_of(cfg: DictConfig, train_set: Any, val_set: Any, found: Mapping[str, Any] | None) -> dict[str, Any]:
+def contents_of(run: Run, found: Mapping[str, Any] | None) -> dict[str, Any]:
     """What both data sets hold now. Raises ConfigError if that is not what it was when the checkpoint `found` was made;
     a warning where the user asked to go on: with the path of that checkpoint or, for images, data.on_error=skip."""
-    sets = {"train": train_set, "val": val_set}
+    sets = {"train": run.train_set, "val": run.val_set}
     now = {split: contents(dataset) for split, dataset in sets.items()}
     before = found and found.get("contents")  # older checkpoints have none
     if before:
         differing = [line for split in sets for line in changes(before[split], now[split], sets[split], split)]
-        wanted = cfg.resume not in ("auto", "none")
-        serious = [line for line in differing if not line.startswith(IMAGES) or cfg.data.on_error == "raise"]
+        wanted = run.cfg.resume not in ("auto", "none")
+        serious = [line for line in differing if not line.startswith(IMAGES) or run.cfg.data.on_error == "raise"]
         if serious and not wanted:
             raise ConfigError(
                 f"what the run learns from has changed since it began: {'; '.join(serious)}. Bring it back, or give "
                 "another run_dir, or resume=none to start anew and overwrite, or "
-                f"resume={Path(cfg.run_dir) / 'last.pt'} to go on with what is there now"
+                f"resume={run.folder / 'last.pt'} to go on with what is there now"
             )
         for line in differing:
             log.warning("changed since the run began: %s", line)
     return now
 
 
-def about(cfg: DictConfig, train_set: Any, contents: Mapping[str, Any]) -> dict[str, Any]:
+def about(run: Run, contents: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint tells about its run, for those who use the model and for the run itself when it goes on."""
     return {
         "contents": contents,
-        "config": OmegaConf.to_container(cfg, resolve=True),
-        "categories": list(train_set.categories),
-        "category_ids": list(train_set.category_ids),
-        "keypoint_names": list(train_set.annotations.keypoint_names),
+        "config": OmegaConf.to_container(run.cfg, resolve=True),
+        "categories": list(run.train_set.categories),
+        "category_ids": list(run.train_set.category_ids),
+        "keypoint_names": list(run.train_set.annotations.keypoint_names),
     }
 
 
@@ -144,25 +145,22 @@ def fit(cfg: DictConfig, train_set: Any, val_set: Any, evaluation: Evaluation) -
     chosen(numbers, evaluation.metric)
 
 
-def loaders(
-    cfg: DictConfig, train_set: Any, val_set: Any, iteration: int, training: Training, runtime: Runtime, world: World
-) -> tuple[Loader, Loader, tuple[Batch, Targets]]:
+def loaders(run: Run, iteration: int) -> tuple[Loader, Loader, tuple[Batch, Targets]]:
     """Endless training micro-batches from `iteration` on, the validation batches, and two images to look at."""
-    shared = {key: cfg.data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
-    shared |= {"workers": runtime.workers, "rank": world.rank, "world": world.size}
-    position = iteration * training.batch_size
+    data, training, val_set = run.cfg.data, run.training, run.val_set
+    shared = {key: data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
+    shared |= {"workers": run.runtime.workers, "rank": run.world.rank, "world": run.world.size}
+    where = {"seed": run.cfg.seed, "start_position": iteration * training.batch_size}
     with config_errors("training"):
-        train_loader = build_loader(
-            train_set, training.batch_size // training.accumulate, seed=cfg.seed, start_position=position, **shared
-        )
-    val_loader = build_loader(val_set, cfg.evaluation.batch_size, training=False, **shared)
-    examples = collate([val_set[0], val_set[len(val_set) // 2]], cfg.data.pad_multiple)
+        train_loader = build_loader(run.train_set, training.batch_size // training.accumulate, **where, **shared)
+    val_loader = build_loader(val_set, run.evaluation.batch_size, training=False, **shared)
+    examples = collate([val_set[0], val_set[len(val_set) // 2]], data.pad_multiple)
     return train_loader, val_loader, examples
 
 
-def finish(cfg: DictConfig, state: State, folder: Path) -> None:
+def finish(run: Run, state: State) -> None:
     """The table, and where to look."""
-    own = ",".join(needed_trust(OmegaConf.to_container(cfg, resolve=True)))
+    own = ",".join(needed_trust(OmegaConf.to_container(run.cfg, resolve=True)))
     trust = own and (f" 'trust=[{own}]'" if "," in own else f" trust={own}")
     log.info(
         "finished after %d iterations, the best at %d\n%s\n\n"
@@ -170,5 +168,5 @@ def finish(cfg: DictConfig, state: State, folder: Path) -> None:
         "curves       tensorboard --logdir %s\n"
         "predictions  detector predict checkpoint=%s images=PATH%s",
         *(state.iteration, state.best["iteration"], summary_table(state.metrics)),
-        *(folder, folder / "tensorboard", folder / "best.pt", trust),
+        *(run.folder, run.folder / "tensorboard", run.folder / "best.pt", trust),
     )

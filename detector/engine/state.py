@@ -1,9 +1,11 @@
-"""Everything that changes during a run, from its preparation to its checkpoint."""
+"""What a run keeps from its preparation to its end, and what changes in it from step to step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,15 +14,41 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from detector.config import build, config_errors
+from detector.data import CocoDataset
 from detector.engine.optimizer import EMA, Schedule, build_optimizer
 from detector.ops.layers import to_preferred_layout
 from detector.runtime import World
-from detector.settings import Runtime, Training
+from detector.settings import Evaluation, Runtime, Training
 
 MODULES, PLAIN = (
     ("model", "optimizer", "scheduler", "scaler"),
     ("iteration", "evaluated", "nonfinite", "best", "metrics"),
 )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the parts of a training run share, and none of them changes."""
+
+    cfg: DictConfig  # as it was checked; those of its nodes that are built already stand below
+    runtime: Runtime
+    training: Training
+    evaluation: Evaluation
+    schedule: Schedule
+    world: World
+    folder: Path
+    train_set: CocoDataset
+    val_set: CocoDataset
+
+    @cached_property
+    def per_epoch(self) -> int:
+        """Iterations in an epoch."""
+        return max(1, round(len(self.train_set) / self.training.batch_size))
+
+    @cached_property
+    def total(self) -> int:
+        """Iterations of the whole run."""
+        return self.schedule.total(self.per_epoch)
 
 
 @dataclass
@@ -37,29 +65,25 @@ class State:
     nonfinite: int = 0  # steps skipped
     best: dict[str, Any] = field(default_factory=dict)  # metric, value, iteration
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # of the last evaluation
+    parameters: list[Tensor] = field(init=False)  # what the optimiser trains
+
+    def __post_init__(self):
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @classmethod
-    def create(
-        cls,
-        cfg: DictConfig,
-        num_classes: int,
-        schedule: Schedule,
-        per_epoch: int,
-        training: Training,
-        runtime: Runtime,
-        world: World,
-        start: Callable[[nn.Module], None] | None = None,
-    ) -> State:
+    def create(cls, run: Run, start: Callable[[nn.Module], None] | None = None) -> State:
         """Build what the config describes, on the device; `start` may fill the new model with weights."""
-        model = build(cfg.model, "model", num_classes=num_classes, pad_multiple=cfg.data.pad_multiple)
+        cfg, training, device = run.cfg, run.training, run.world.device
+        classes = len(run.train_set.categories)
+        model = build(cfg.model, "model", num_classes=classes, pad_multiple=cfg.data.pad_multiple)
         if start is not None:
             start(model)
-        model = to_preferred_layout(model.to(world.device), world.device)
-        scaler = torch.amp.GradScaler(world.device.type, enabled=runtime.precision == "fp16")
+        model = to_preferred_layout(model.to(device), device)
+        scaler = torch.amp.GradScaler(device.type, enabled=run.runtime.precision == "fp16")
         factory = build(cfg.optimizer, "optimizer")
         optimizer = build_optimizer(factory, model, training, fused=not scaler.is_enabled())
         with config_errors("schedule"):
-            factor = schedule.factor(per_epoch)
+            factor = run.schedule.factor(run.per_epoch)
         scheduler = LambdaLR(optimizer, factor)
         ema = EMA(model, training.ema_decay) if training.ema_decay else None
         return cls(model, ema, optimizer, scheduler, scaler)
@@ -68,10 +92,6 @@ class State:
     def trained(self) -> nn.Module:
         """The weights to evaluate and to keep: the averaged ones if there are any."""
         return self.ema.model if self.ema else self.model
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def state_dict(self) -> dict[str, Any]:
         state = {name: getattr(self, name).state_dict() for name in MODULES}

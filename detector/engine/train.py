@@ -25,8 +25,8 @@ from detector.engine import faults, run_folder, setup
 from detector.engine.evaluation import chosen, measure, show
 from detector.engine.journal import Journal, start_log
 from detector.engine.optimizer import Schedule
-from detector.engine.state import State
-from detector.runtime import World, autocast, random_state, seed_everything, start_ranks, stop_on_signal
+from detector.engine.state import Run, State
+from detector.runtime import autocast, random_state, seed_everything, start_ranks, stop_on_signal
 from detector.settings import Evaluation, Runtime, Training, to_iterations
 from detector.structures import Batch, Targets, to_device
 from detector.weights import Start
@@ -58,15 +58,14 @@ def train(cfg: DictConfig) -> float | None:
         weights = start.read(cfg, overridden())
         train_set, val_set = setup.datasets(cfg)
         setup.fit(cfg, train_set, val_set, evaluation)
-        found = setup.find_checkpoint(cfg, folder, world)
-        contents: dict = {}  # of both, on rank 0, which writes the checkpoints
-        faults.on_main(world, lambda: contents.update(setup.contents_of(cfg, train_set, val_set, found)))
-        per_epoch = max(1, round(len(train_set) / training.batch_size))
-        total = schedule.total(per_epoch)
-        fill = None if found else partial(start.load, weights=weights)
-        state = State.create(cfg, len(train_set.categories), schedule, per_epoch, training, runtime, world, fill)
-        if found:
-            setup.resume(found, state, train_set, world)
+        run = Run(cfg, runtime, training, evaluation, schedule, world, folder, train_set, val_set)
+        per_epoch, total = run.per_epoch, run.total
+        checkpoint = setup.find_checkpoint(run)
+        contents: dict = {}  # of both data sets, on rank 0, which writes the checkpoints
+        faults.on_main(world, lambda: contents.update(setup.contents_of(run, checkpoint)))
+        state = State.create(run, None if checkpoint else partial(start.load, weights=weights))
+        if checkpoint:
+            setup.resume(run, state, checkpoint)
         elif not any(weights):
             setup.warn_of_random_layers(state.model)
         if state.iteration >= total and state.evaluated >= total:
@@ -74,11 +73,11 @@ def train(cfg: DictConfig) -> float | None:
                 "%s is finished: %d iterations. Another run_dir, or a longer schedule, trains more.", folder, total
             )
             return chosen(state.metrics, evaluation.metric)
-        journal = Journal(folder, world, runtime, training.batch_size, total, state.iteration, state.evaluated)
+        journal = Journal(run, state.iteration, state.evaluated)
         stack.callback(journal.close)
-        if found:
-            journal.load_state_dict(found["meters"])
-        del found, weights, fill  # their memory
+        if checkpoint:
+            journal.load_state_dict(checkpoint["meters"])
+        checkpoint = weights = None  # their memory
 
         model = state.model
         if runtime.compile:  # what has the same shapes in every batch
@@ -86,46 +85,43 @@ def train(cfg: DictConfig) -> float | None:
                 part.compile()
         if world.size > 1:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        train_loader, val_loader, examples = setup.loaders(
-            cfg, train_set, val_set, state.iteration, training, runtime, world
-        )
+        train_loader, val_loader, examples = setup.loaders(run, state.iteration)
         stack.callback(train_loader.close)
         stack.callback(val_loader.close)
-        batches = readable(train_loader, folder / "last.pt")
         save_every = to_iterations(runtime.checkpoint_every, per_epoch, total)
         evaluate_every = to_iterations(evaluation.every, per_epoch, total) if evaluation.every else total
 
         def save(best: bool = False) -> None:
-            saved = {**setup.about(cfg, train_set, contents), **state.state_dict(), "meters": journal.state_dict()}
+            saved = {**setup.about(run, contents), **state.state_dict(), "meters": journal.state_dict()}
             saved["sampler"] = {"position": state.iteration * training.batch_size}
             saved["rng"] = world.gather(random_state())
             numbered = is_due(state.iteration, save_every)
             faults.on_main(world, lambda: run_folder.publish(saved, folder, numbered, best, runtime.keep))
 
+        alone = world.size == 1  # else this rank would wait for others that wait for it
+        batches = readable(train_loader, folder / "last.pt", save if alone else None)
         state.model.train()
         while True:
             if state.evaluated < state.iteration and (
                 state.iteration == total or is_due(state.iteration, evaluate_every)
             ):
                 with journal.paused():
-                    found = readable(val_loader, folder / "last.pt")
-                    better = measure(state, found, val_set, evaluation, runtime, journal, stop, world)
-                    save(best=better)
+                    save(best=measure(run, state, readable(val_loader, folder / "last.pt"), journal, stop))
             if state.iteration == total:
                 break
 
             waiting = time.perf_counter()
-            micro_batches = faults.fetch(batches, training.accumulate, world, save)
+            micro_batches = [next(batches) for _ in range(training.accumulate)]
             waited = time.perf_counter() - waiting
             micro_batches = [(to_device(b, world.device), to_device(t, world.device)) for b, t in micro_batches]
             wanted = is_due(state.iteration + 1, runtime.log_every)
-            losses, stats = forward_backward(model, micro_batches, state.scaler, runtime, world, stats=wanted)
+            losses, stats = forward_backward(model, micro_batches, state.scaler, run, stats=wanted)
             state.scaler.unscale_(state.optimizer)
             norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
             # the host waits for the device here; all ranks agree on what follows
             failed, stopping = world.any(not is_finite(losses, norm, state), bool(stop))
             if failed:
-                faults.nonfinite(state, losses, norm, micro_batches, train_set, folder, runtime, world, save)
+                faults.nonfinite(run, state, losses, norm, micro_batches, save)
             else:
                 update(state, norm, training)
                 journal.add(losses, norm, waited)
@@ -138,7 +134,7 @@ def train(cfg: DictConfig) -> float | None:
             journal.step(state.iteration, state.iteration / per_epoch, lr, stats)
             if is_due(state.iteration, runtime.pictures_every):
                 with journal.paused():
-                    show(state, examples, train_set.categories, journal, world)
+                    show(run, state, examples, journal)
             ends = state.iteration == total
             if stopping or ends or is_due(state.iteration, save_every) or is_due(state.iteration, evaluate_every):
                 save()  # before an evaluation too, which may take long
@@ -147,7 +143,7 @@ def train(cfg: DictConfig) -> float | None:
                 raise SystemExit(stop.exit_code)
 
         if world.main:
-            setup.finish(cfg, state, folder)
+            setup.finish(run, state)
         return chosen(state.metrics, evaluation.metric)
 
 
@@ -155,22 +151,21 @@ def forward_backward(
     model: nn.Module,
     micro_batches: list[tuple[Batch, Targets]],
     scaler: torch.amp.GradScaler,
-    runtime: Runtime,
-    world: World,
+    run: Run,
     stats: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Add the gradient of the micro-batches' mean loss; returns the mean losses, and statistics of the last one."""
     mean: dict[str, Tensor] = {}
     for index, (batch, targets) in enumerate(micro_batches, 1):
         # the ranks exchange gradients once, with the last micro-batch
-        quiet = world.size > 1 and index < len(micro_batches)
+        quiet = run.world.size > 1 and index < len(micro_batches)
         with model.no_sync() if quiet else contextlib.nullcontext():
-            with autocast(world.device, runtime.precision):
-                losses, found = model(batch, targets, stats=True) if stats else (model(batch, targets), {})
+            with autocast(run.world.device, run.runtime.precision):
+                losses, statistics = model(batch, targets, stats=True) if stats else (model(batch, targets), {})
             scaler.scale(sum(losses.values()) / len(micro_batches)).backward()
         for name, loss in losses.items():
             mean[name] = mean.get(name, 0) + loss.detach().float() / len(micro_batches)
-    return mean, found
+    return mean, statistics
 
 
 def is_finite(losses: dict[str, Tensor], norm: Tensor, state: State) -> bool:

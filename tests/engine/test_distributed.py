@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from detector import checkpoint, runtime
 from detector.config import ConfigError, build
 from detector.engine import setup
+from detector.engine.state import Run
 from detector.runtime import World
 from detector.settings import Runtime
 from tests.engine.test_resume import assert_same_run
@@ -57,10 +59,12 @@ def test_ranks_stop_together_and_resume(program, tmp_path):
 
 def test_a_batch_that_cannot_be_split_is_refused(config):
     cfg = config("training.batch_size=3")
-    train_set, val_set = setup.datasets(cfg)
-    training, runtime = build(cfg.training, "training"), build(cfg.runtime, "runtime")
+    names = ("runtime", "training", "evaluation", "schedule")
+    settings = [build(cfg[name], name) for name in names]
+    world = World(0, 2, torch.device("cpu"))
+    run = Run(cfg, *settings, world, Path(cfg.run_dir), *setup.datasets(cfg))
     with pytest.raises(ConfigError, match=r"training: batch_size=3 .* must be a multiple of world=2"):
-        setup.loaders(cfg, train_set, val_set, 0, training, runtime, World(0, 2, torch.device("cpu")))
+        setup.loaders(run, 0)
 
 
 def test_accumulation_is_a_larger_batch(run, tmp_path):
