@@ -6,6 +6,7 @@ Losses are summed on the device; the host waits for them only when a line is due
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -88,7 +89,7 @@ class Journal:
 
     def add(self, losses: Mapping[str, Tensor], gradient_norm: Tensor, waited: float) -> None:
         """Take in one step: its losses, the norm of its gradient, the seconds it waited for data."""
-        values = {**losses, "loss": sum(losses.values()), "grad_norm": gradient_norm}
+        values = {**losses, "loss": functools.reduce(torch.add, losses.values()), "grad_norm": gradient_norm}
         for key, value in values.items():
             value = value.detach().float()
             self.sums[key] = self.sums[key] + value if key in self.sums else value
@@ -153,7 +154,7 @@ class Journal:
         """The line in short: on the bar, or as text where there is no terminal."""
         losses = {key.removeprefix("loss_"): value for key, value in line.items() if key.startswith("loss")}
         text = " ".join(f"{key} {value:.3f}" for key, value in losses.items())
-        if not self.bar.disable:
+        if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix_str(f"{text} lr {line['lr']:.2g}", refresh=False)
             return
         iteration = line["iteration"]
@@ -170,8 +171,9 @@ class Journal:
             return
         self.write({"iteration": iteration, "metrics": metrics})
         for kind, numbers in metrics.items():
-            for key, value in numbers.items() if self.board else ():
-                self.board.add_scalar(f"{kind}/{key}", value, iteration)
+            for key, value in numbers.items():
+                if self.board:
+                    self.board.add_scalar(f"{kind}/{key}", value, iteration)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -210,6 +212,7 @@ def memory_mb(device: torch.device) -> float:
     """The peak of the memory in use: on the GPU torch's, else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    with contextlib.suppress(OSError, AttributeError):
-        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) / 1024
+    with contextlib.suppress(OSError):
+        if peak := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8")):
+            return int(peak[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)

@@ -55,8 +55,8 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, training:
             if all(parameter is not other for other in group["params"]):
                 group["params"].append(parameter)
     # offset predictors exist only with some RoI methods: their multiplier may stay in a recipe
-    for key in unused - {"offset_predictor"}:
-        raise ConfigError(f"training.lr_multipliers.{key}: no parameter has {key!r} as a part of its name")
+    for part in unused - {"offset_predictor"}:
+        raise ConfigError(f"training.lr_multipliers.{part}: no parameter has {part!r} as a part of its name")
     return list(groups.values())
 
 
@@ -121,19 +121,19 @@ class Schedule(ABC):
     warmup: Length = 0
     warmup_factor: float = 0.001
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.max_iterations is None) == (self.max_epochs is None):
             raise ValueError(
                 f"max_iterations = {self.max_iterations}, max_epochs = {self.max_epochs}: give exactly one of them"
             )
-        length = self.max_epochs if self.max_iterations is None else self.max_iterations
-        require(length > 0, "max_epochs" if self.max_iterations is None else "max_iterations", length, "above 0")
+        name = "max_epochs" if self.max_iterations is None else "max_iterations"
+        require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         require(0 <= self.warmup_factor <= 1, "warmup_factor", self.warmup_factor, "in [0, 1]")
         to_iterations(self.warmup, 1, 1, "warmup")
 
     def total(self, per_epoch: int) -> int:
         """The run's length in iterations."""
-        return self.max_iterations or max(1, round(self.max_epochs * per_epoch))
+        return self.max_iterations or max(1, round((self.max_epochs or 0) * per_epoch))
 
     def factor(self, per_epoch: int) -> Callable[[int], float]:
         """The factor on the learning rate as a function of the iteration, 0 for the first."""
@@ -161,13 +161,13 @@ class Step(Schedule):
     milestones: Sequence[Length] = ()
     gamma: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         require(self.gamma > 0, "gamma", self.gamma, "above 0")
         for index, milestone in enumerate(self.milestones):
             to_iterations(milestone, 1, 1, f"milestones[{index}]")
 
-    def after_warmup(self, warmup, total, per_epoch):
+    def after_warmup(self, warmup: int, total: int, per_epoch: int) -> Callable[[int], float]:
         milestones = [to_iterations(m, per_epoch, total, "milestones") for m in self.milestones]
         return lambda iteration: self.gamma ** sum(m <= iteration for m in milestones)
 
@@ -178,11 +178,11 @@ class Cosine(Schedule):
 
     final_factor: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.final_factor <= 1, "final_factor", self.final_factor, "in [0, 1]")
 
-    def after_warmup(self, warmup, total, per_epoch):
+    def after_warmup(self, warmup: int, total: int, per_epoch: int) -> Callable[[int], float]:
         return lambda iteration: half_cosine(1.0, self.final_factor, (iteration - warmup) / (total - warmup))
 
 
@@ -197,14 +197,14 @@ class OneCycle(Schedule):
     start_factor: float = 0.04
     final_factor: float = 1e-4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         require(self.warmup == 0, "warmup", self.warmup, "0: a one-cycle schedule rises until `peak` instead")
         for name in ("start_factor", "final_factor"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         to_iterations(self.peak, 1, 1, "peak")
 
-    def after_warmup(self, warmup, total, per_epoch):
+    def after_warmup(self, warmup: int, total: int, per_epoch: int) -> Callable[[int], float]:
         peak = to_iterations(self.peak, per_epoch, total, "peak")
         require(peak < total, "peak", self.peak, f"inside the run of {total} iterations")
 
