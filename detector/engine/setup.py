@@ -51,7 +51,7 @@ def skeleton(cfg: DictConfig) -> nn.Module:
 
 def warn_of_random_layers(model: nn.Module) -> None:
     """Say so if a run without weights begins with layers that are never trained: nothing good can come of it."""
-    frozen = [name for name, p in model.backbone.named_parameters() if not p.requires_grad]
+    frozen = [name for name, p in model.get_submodule("backbone").named_parameters() if not p.requires_grad]
     if frozen:
         log.warning(
             "model.backbone.weights = null, but %d of its tensors are not trained (%s, ...): they stay random. Give "
@@ -70,7 +70,7 @@ def find_checkpoint(run: Run) -> dict[str, Any] | None:
     if found is None:
         log.info("training into %s", run.folder)
     else:
-        run_folder.compare_configs(found["config"], OmegaConf.to_container(run.cfg, resolve=True), overridden())
+        run_folder.compare_configs(found["config"], run.config, overridden())
         log.info("continuing in %s after iteration %d", run.folder, found["iteration"])
     if run.world.main:
         (run.folder / "config.yaml").write_text(OmegaConf.to_yaml(run.cfg, resolve=True), encoding="utf-8")
@@ -115,7 +115,7 @@ def about(run: Run, contents: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint tells about its run, for those who use the model and for the run itself when it goes on."""
     return {
         "contents": contents,
-        "config": OmegaConf.to_container(run.cfg, resolve=True),
+        "config": run.config,
         "categories": list(run.train_set.categories),
         "category_ids": list(run.train_set.category_ids),
         "keypoint_names": list(run.train_set.annotations.keypoint_names),
@@ -160,7 +160,7 @@ def loaders(run: Run, iteration: int) -> tuple[Loader, Loader, tuple[Batch, Targ
 
 def finish(run: Run, state: State) -> None:
     """The table, and where to look."""
-    own = ",".join(needed_trust(OmegaConf.to_container(run.cfg, resolve=True)))
+    own = ",".join(needed_trust(run.config))
     trust = own and (f" 'trust=[{own}]'" if "," in own else f" trust={own}")
     log.info(
         "finished after %d iterations, the best at %d\n%s\n\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -40,6 +40,12 @@ class Run:
     train_set: CocoDataset
     val_set: CocoDataset
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """`cfg` as plain values, as checkpoints have it."""
+        plain: Any = OmegaConf.to_container(self.cfg, resolve=True)
+        return plain
+
     @cached_property
     def per_epoch(self) -> int:
         """Iterations in an epoch."""
@@ -67,7 +73,7 @@ class State:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # of the last evaluation
     parameters: list[Tensor] = field(init=False)  # what the optimiser trains
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @classmethod

@@ -77,12 +77,13 @@ def train(cfg: DictConfig) -> float | None:
         stack.callback(journal.close)
         if checkpoint:
             journal.load_state_dict(checkpoint["meters"])
-        checkpoint = weights = None  # their memory
+        checkpoint = None  # its memory, and that of the weights
+        del weights
 
         model = state.model
         if runtime.compile:  # what has the same shapes in every batch
-            for part in (model.backbone, model.neck, model.rpn.head):
-                part.compile()
+            for part in ("backbone", "neck", "rpn.head"):
+                model.get_submodule(part).compile()
         if world.size > 1:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         train_loader, val_loader, examples = setup.loaders(run, state.iteration)
@@ -155,11 +156,11 @@ def forward_backward(
     stats: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Add the gradient of the micro-batches' mean loss; returns the mean losses, and statistics of the last one."""
-    mean: dict[str, Tensor] = {}
+    mean, statistics = dict[str, Tensor](), dict[str, Tensor]()
     for index, (batch, targets) in enumerate(micro_batches, 1):
         # the ranks exchange gradients once, with the last micro-batch
-        quiet = run.world.size > 1 and index < len(micro_batches)
-        with model.no_sync() if quiet else contextlib.nullcontext():
+        last = index == len(micro_batches)
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
             with autocast(run.world.device, run.runtime.precision):
                 losses, statistics = model(batch, targets, stats=True) if stats else (model(batch, targets), {})
             scaler.scale(sum(losses.values()) / len(micro_batches)).backward()
@@ -186,4 +187,4 @@ def update(state: State, norm: Tensor, training: Training) -> None:
 
 
 def is_due(iteration: int, every: int | None) -> bool:
-    return bool(every) and iteration % every == 0
+    return every is not None and every > 0 and iteration % every == 0
