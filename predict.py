@@ -1,6 +1,6 @@
 """Detect objects in images: `detector predict` in a checkout. `python predict.py --help` says how."""
 
-from detector.commands.programs import predict
+from detector.commands.predict import main
 
 if __name__ == "__main__":
-    predict()
+    main()

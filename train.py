@@ -1,6 +1,6 @@
 """Train a detector: `detector train` in a checkout. `python train.py --help` says how."""
 
-from detector.commands.programs import train
+from detector.commands.train import main
 
 if __name__ == "__main__":
-    train()
+    main()

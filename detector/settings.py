@@ -1,4 +1,4 @@
-"""The settings of a run that are not a model, a data set, an optimiser or a schedule: configs/runtime and train.yaml.
+"""The settings of a run that build nothing: configs/runtime, configs/data and train.yaml.
 
 A length of training is written as an int (iterations), a string "3 epochs", or a float in (0, 1), a share of the whole.
 """
@@ -35,6 +35,34 @@ def to_iterations(length: Length, per_epoch: int, total: int | None = None, name
     match = re.fullmatch(r"\s*([0-9.]+)\s*(?:epochs?|ep)\s*", str(length))
     require(match is not None, name, length, "an int (iterations) or like '3 epochs'")
     return round(float(match[1]) * per_epoch)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where the files of data.train or data.val are, below data.root."""
+
+    images: str
+    annotations: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set and how it is read: configs/data/base.yaml says what each means."""
+
+    root: str
+    prepare: str | None
+    train: Split
+    val: Split
+    masks: bool
+    keypoints: bool
+    mask_size: int
+    keep_empty: bool
+    on_error: Literal["raise", "skip"]
+    max_pixels: int
+    cache: str | None
+    group_by_aspect: bool
+    pad_multiple: int
+    pad_to: tuple[int, int] | None
 
 
 @dataclass(frozen=True)

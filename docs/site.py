@@ -100,7 +100,7 @@ def find_targets(node: Any, path: str, targets: dict[tuple[str, str], dict[str, 
         name = OmegaConf.to_container(node).get("_target_")
         if isinstance(name, str) and name.startswith("detector."):
             targets.setdefault((path, name), OmegaConf.to_container(node))
-        for key in node:
+        for key in [key for key in node if path or key != "hydra"]:
             find_targets(node._get_node(key), f"{path}.{key}".lstrip("."), targets)
     elif isinstance(node, ListConfig):
         for item in node:

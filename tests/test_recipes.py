@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from detector.commands.programs import TrainKeys
+from detector.commands.train import train as train_command
 from detector.config import CONFIGS, build, check
 from detector.data import Pipeline
 from detector.data.loader import build_transforms
@@ -59,7 +59,7 @@ def composed(*overrides: str) -> DictConfig:
     """The checked config, never to be changed."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("train", list(overrides))
-    check(cfg, TrainKeys)
+    check(cfg, train_command)
     return cfg
 
 

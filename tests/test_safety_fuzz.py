@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from detector.commands.programs import TrainKeys
+from detector.commands.train import train as train_command
 from detector.config import ConfigError, check, compose, explain
 from detector.config.suggest import leaves
 from detector.data import CocoDataset, collate
@@ -89,6 +89,6 @@ def test_overrides_end_in_one_line_or_in_a_checked_configuration(overrides):
         assert words.strip() and "\n" not in words.split(" There are:")[0]
         return
     try:
-        check(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), TrainKeys)
+        check(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), train_command)
     except ConfigError as error:
         assert str(error).strip()

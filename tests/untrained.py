@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -19,10 +21,15 @@ SMALL = [
 ]
 
 
+def arguments(config_name: str, overrides: Sequence[str]) -> dict:
+    """What the program of a config gives to its command."""
+    cfg = compose(config_name, list(overrides))
+    return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), resolve=True)
+
+
 def configured(*overrides: str) -> dict:
     """The configuration of a run, as its checkpoint keeps it."""
-    cfg = compose("train", list(overrides))
-    return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), resolve=True)
+    return arguments("train", overrides)
 
 
 def untrained(config: dict) -> dict:

@@ -1,13 +1,22 @@
-"""What compare.py does: run folders in, a report out. One run that cannot be used does not spoil the rest."""
+"""Compare training runs: which RoI method, or any other setting, is better, by how much, and how sure is that?
+
+detector compare 'runs=runs/ablation/*'
+detector compare 'runs=[runs/a,runs/b]' output=reports/a_b baseline=align
+detector compare 'runs=runs/mine/*' trust=my_package         models with parts of your own
+
+Runs that differ in nothing but the seed are one method. The report has AP with intervals, errors, classes, cost,
+alignment, pictures, and the runs that were left out, with the reason.
+Exit codes: 0 done, 1 failed, 2 a setting cannot work or no run can be used.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
@@ -28,7 +37,7 @@ from detector.comparison.runs import (
 )
 from detector.comparison.statistics import match
 from detector.comparison.summary import compare, without_nan
-from detector.config import CONFIGS, ConfigError, config_errors, literal, make_folder
+from detector.config import ConfigError, as_program, config_errors, make_folder
 from detector.data import build_dataset, collate_images, read_image
 from detector.data.annotations import Truth
 from detector.data.file_names import find_files
@@ -43,59 +52,72 @@ from detector.settings import Runtime
 log = logging.getLogger(__name__)
 
 
-def compare_runs(cfg: DictConfig) -> dict:
-    """Compare the runs that `cfg` (configs/compare.yaml) names; returns what is in report.json.
+def compare_runs(
+    runs: str | list[str],
+    *,
+    output: str = "comparison",
+    checkpoint: Literal["last", "best"] = "last",
+    evaluate: bool = True,
+    baseline: str | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+    boundary: bool = True,
+    pictures: int = 6,
+    probe_images: int = 8,
+    device: str = "auto",
+    batch_size: int = 8,
+    workers: int = 2,
+    trust: str | list[str] | None = None,
+) -> dict[str, Any]:
+    """Compare runs; returns what is in report.json. configs/compare.yaml says what the arguments mean.
 
-    Runs that cannot be used are named in the report with the reason. Raises ConfigError if none is left.
+    One run that cannot be used does not spoil the rest: it is named in the report with the reason.
+
+    Raises ConfigError if none is left.
     """
     with config_errors("device"):
-        device = start_ranks(Runtime(device=cfg.device)).device
+        world = start_ranks(Runtime(device=device))
     left_out: dict[Path, str] = {}
-    runs: list[Run] = []
+    usable: list[Run] = []
 
-    def evaluate(weights: Path) -> None:
-        settings = OmegaConf.load(CONFIGS / "eval.yaml")  # Hydra runs this program and cannot compose another
-        del settings["defaults"], settings["hydra"]
-        changes = {key: cfg[key] for key in ("device", "batch_size", "workers", "trust")}
-        evaluate_checkpoint(OmegaConf.merge(settings, changes, {"checkpoint": literal(str(weights))}))
+    def evaluate_run(weights: Path) -> None:
+        evaluate_checkpoint(str(weights), device=device, batch_size=batch_size, workers=workers, trust=trust)
 
-    for folder in find_folders(cfg.runs if isinstance(cfg.runs, str) else list(cfg.runs)):
+    for folder in find_folders(runs):
         try:
-            runs.append(read_run(folder, cfg.checkpoint, evaluate if cfg.evaluate else None))
+            usable.append(read_run(folder, checkpoint, evaluate_run if evaluate else None))
         except Unusable as error:
             left_out[folder] = str(error)
             log.warning("%s is left out: %s", folder, error)
-    if not runs:
+    if not usable:
         raise ConfigError("runs: none can be used: " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))
-    runs, others = same_validation_set(runs)
-    truth = validation_truth(runs[0])
-    runs, wrong = fitting(runs, truth)
-    if not runs:
+    usable, others = same_validation_set(usable)
+    truth = validation_truth(usable[0])
+    usable, wrong = fitting(usable, truth)
+    if not usable:
         raise ConfigError("runs: none can be used: " + "; ".join(f"{k}: {v}" for k, v in (left_out | wrong).items()))
-    methods, repeated = group(runs)
-    if cfg.baseline is not None:
-        if cfg.baseline not in (labels := [method.label for method in methods]):
-            raise ConfigError(f"baseline = {cfg.baseline!r}: the methods are {', '.join(labels)}")
-        methods.sort(key=lambda method: method.label != cfg.baseline)
-    output = make_folder(cfg.output, "output")
+    methods, repeated = group(usable)
+    if baseline is not None:
+        if baseline not in (labels := [method.label for method in methods]):
+            raise ConfigError(f"baseline = {baseline!r}: the methods are {', '.join(labels)}")
+        methods.sort(key=lambda method: method.label != baseline)
+    folder = make_folder(output, "output")
     with tqdm(total=sum(len(m.runs) for m in methods), desc="compare", unit="run", leave=False, disable=None) as bar:
-        report = compare(methods, truth, cfg.samples, cfg.seed, cfg.boundary, bar.update)
+        report = compare(methods, truth, samples, seed, boundary, bar.update)
     report["left_out"] = {str(k): v for k, v in (left_out | others | wrong | repeated).items()}
-    probed = (
-        {m.label: probe(m.runs[0], device, cfg.probe_images, cfg.trust) for m in methods} if cfg.probe_images else {}
-    )
+    probed = {m.label: probe(m.runs[0], world.device, probe_images, trust) for m in methods if probe_images}
     for name in ("cost", "alignment", "offsets"):
         report[name] = {label: found[name] for label, found in probed.items() if found.get(name)}
-    pictures = disagreements(methods, truth, report, cfg.pictures) if len(methods) > 1 else []
+    shown = disagreements(methods, truth, report, pictures) if len(methods) > 1 else []
     report = without_nan(report)
-    write_report(report, output, pictures)
+    write_report(report, folder, shown)
     for text, _ in verdicts(report):
         print(text)
     for text in report["warnings"]:
         print(f"note: {text}")
-    for folder, reason in report["left_out"].items():
-        print(one_line(f"left out: {folder}: {reason}"))
-    print(f"{output / 'report.html'} (report.md and report.json beside it)")
+    for name, reason in report["left_out"].items():
+        print(one_line(f"left out: {name}: {reason}"))
+    print(f"{folder / 'report.html'} (report.md and report.json beside it)")
     return report
 
 
@@ -190,3 +212,6 @@ def mask_of(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     if isinstance(segmentation, list):
         segmentation = rle_tools.merge(rle_tools.frPyObjects(segmentation, height, width))
     return rle_tools.decode(segmentation)
+
+
+main = as_program("compare", compare_runs, __doc__)

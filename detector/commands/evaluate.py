@@ -1,16 +1,28 @@
-"""What eval.py does: a checkpoint and a data set in, tables and files out."""
+"""Evaluate a checkpoint with COCO's metrics.
+
+detector eval checkpoint=runs/quickstart/best.pt
+detector eval checkpoint=... evaluator=pycocotools           the reference implementation: the same numbers
+detector eval checkpoint=... data.val.annotations=annotations/other.json data.val.images=other
+detector eval checkpoint=... model.box_head.score_threshold=0.001
+detector eval checkpoint=... flip=true 'scales=[0.75,1,1.25]'                  test-time augmentation
+detector eval checkpoint=... trust=my_package                a model with parts of your own
+torchrun --nproc-per-node=2 -m detector eval checkpoint=...  each image on one of the ranks
+
+Exit codes: 0 done, 1 failed, 2 a setting, the checkpoint or the data cannot work.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
 
 from detector.checkpoint import write_json
-from detector.config import ConfigError, config_errors, make_folder
+from detector.config import ConfigError, as_program, config_errors, make_folder
 from detector.data import CocoDataset, build_dataset, build_loader
 from detector.data.contents import contents, same, short_key
 from detector.evaluation.evaluator import evaluate, ground_truth
@@ -24,54 +36,71 @@ from detector.runtime import start_ranks
 from detector.settings import Runtime
 
 
-def evaluate_checkpoint(cfg: DictConfig) -> dict:
-    """Evaluate `cfg.checkpoint` as configs/eval.yaml says; returns the metrics.
+def evaluate_checkpoint(
+    checkpoint: str,
+    *,
+    output: str | None = None,
+    evaluator: Literal["hotcoco", "pycocotools"] = "hotcoco",
+    iou_types: list[Literal["bbox", "segm", "boundary", "keypoints", "voc"]] | None = None,
+    sigmas: list[float] | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    workers: int = 2,
+    threads: int | None = None,
+    flip: bool = False,
+    scales: Sequence[float] = (1.0,),
+    paste: Literal["aligned", "torchvision"] = "aligned",
+    trust: str | list[str] | None = None,
+    data: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint; returns the metrics. configs/eval.yaml says what the arguments mean.
 
     Writes predictions.json (COCO results), metrics.json, table.txt and about.json (which checkpoint, which annotations)
-    into the output folder; where `cfg.output` is None, that of `usual_folder`. Categories are matched by name: a data
-    set with a category that the model does not know is refused, what the model finds of a category that the data set
-    does not have is left out. The proposals of a model without a box head are measured whatever the category. What
-    cannot be measured is refused before images are read.
+    into the output folder; where `output` is None, that of `usual_folder`. Categories are matched by name: a data set
+    with a category that the model does not know is refused, what the model finds of a category that the data set does
+    not have is left out. The proposals of a model without a box head are measured whatever the category. What cannot
+    be measured is refused before images are read.
     """
-    changes = OmegaConf.to_container(cfg, resolve=True)
+    settings = {**locals(), "checkpoint": str(checkpoint), "output": output and str(output)}  # for about.json
     with config_errors("runtime"):
-        runtime = Runtime(device=cfg.device, precision=cfg.precision, workers=cfg.workers, threads=cfg.threads)
+        runtime = Runtime(device=device, precision=precision, workers=workers, threads=threads)
     world = start_ranks(runtime)
-    detector = load(cfg.checkpoint, world.device, changes["model"], changes["trust"])
-    model = detector.model
-    data = merge(detector.config["data"], changes["data"])
-    proposals_only = model.box_head is None
-    sigmas = changes["sigmas"] or (detector.config.get("evaluation") or {}).get("sigmas")
+    detector = load(checkpoint, world.device, model, trust)
+    data, network = merge(detector.config["data"], data or {}), detector.model
+    proposals_only = network.box_head is None
+    sigmas = sigmas or (detector.config.get("evaluation") or {}).get("sigmas")
     with config_errors("data"):
         categories = None if proposals_only else detector.categories
         dataset = build_dataset(data, "val", detector.config["augment"], categories=categories)
         names = detector.keypoint_names
-        kinds = list(rehearse(model, dataset, cfg.evaluator, changes["iou_types"], sigmas, keypoint_names=names))
+        kinds = list(rehearse(network, dataset, evaluator, iou_types, sigmas, keypoint_names=names))
         padding = {key: data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
         ranks = {"rank": world.rank, "world": world.size}
-        loader = build_loader(dataset, cfg.batch_size, cfg.workers, training=False, **ranks, **padding)
-    folder = make_folder(cfg.output or usual_folder(cfg, detector, dataset), "output")
-    key = short_key(contents(dataset))
-    if cfg.output:
+        loader = build_loader(dataset, batch_size, workers, training=False, **ranks, **padding)
+    usual = usual_folder(checkpoint, settings["data"] or {}, detector, dataset)
+    folder, key = make_folder(output or usual, "output"), short_key(contents(dataset))
+    if output:
         refuse_other_results(folder, key)
-    plain = not cfg.flip and list(cfg.scales) == [1.0]
-    with config_errors("scales"):
-        network = model if plain else Augmented(model, list(cfg.scales), cfg.flip, dataset.mirrored)
+    if flip or list(scales) != [1.0]:
+        with config_errors("scales"):
+            network = Augmented(network, scales, flip, dataset.mirrored)
     with contextlib.closing(loader):  # or its processes outlive an error
         metrics, results = evaluate(
             network,
             loader,
             dataset,
             world.device,
-            precision=cfg.precision,
-            evaluator=cfg.evaluator,
+            precision=precision,
+            evaluator=evaluator,
             iou_types=kinds,
             sigmas=sigmas,
-            paste=cfg.paste,
+            paste=paste,
             folder=folder,
         )
     if world.main:
-        about = {"checkpoint": str(cfg.checkpoint), "settings": changes}
+        about = {"checkpoint": str(checkpoint), "settings": settings}
         about |= {"annotations": str(dataset.annotation_file), "images": str(dataset.folder), "data": key}
         write_json(folder / "about.json", about, indent=1)
         truth = without_classes(ground_truth(dataset)) if proposals_only else ground_truth(dataset)
@@ -97,14 +126,18 @@ def refuse_other_results(folder: Path, key: str) -> None:
         )
 
 
-def usual_folder(cfg: DictConfig, detector: Detector, dataset: CocoDataset) -> Path:
-    """eval_<checkpoint> beside the checkpoint for the run's own validation set, wherever it lies now; for another one
-    with its name and a key of what it holds, so that neither overwrites the other."""
-    name = f"eval_{Path(cfg.checkpoint).stem}"
-    if any(value is not None for value in (cfg.data.root, cfg.data.val.images, cfg.data.val.annotations)):
+def usual_folder(checkpoint: str, given: Mapping[str, Any], detector: Detector, dataset: CocoDataset) -> Path:
+    """eval_<checkpoint> beside the checkpoint for the run's own validation set, wherever it lies now; for another one,
+    which the settings of `data` that are given make, with its name and a key of what it holds, so that neither
+    overwrites the other."""
+    name, files = f"eval_{Path(checkpoint).stem}", given.get("val") or {}
+    if any(value is not None for value in (given.get("root"), *files.values())):
         now, own = contents(dataset), detector.contents and detector.contents["val"]
         stored = detector.config["data"]["val"]
-        moved = all(cfg.data.val[key] in (None, stored[key]) for key in ("images", "annotations"))
+        moved = all(files.get(key) in (None, stored[key]) for key in ("images", "annotations"))
         if not same(now, own) if own else not moved:  # older checkpoints do not tell
             name += f"_{dataset.annotation_file.stem[:60]}-{short_key(now)}"
-    return Path(cfg.checkpoint).parent / name
+    return Path(checkpoint).parent / name
+
+
+main = as_program("eval", evaluate_checkpoint, __doc__)

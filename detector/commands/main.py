@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import pkgutil
+import importlib
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-PROGRAMS = "detector.commands.programs"
-COMMANDS = {  # what the word runs, with which arguments before the user's, and what that is good for
-    "train": (f"{PROGRAMS}:train", [], "train a detector, or go on where a run stopped; -m trains a grid of them"),
-    "eval": (f"{PROGRAMS}:evaluate", [], "COCO's metrics of a checkpoint on a data set"),
-    "predict": (f"{PROGRAMS}:predict", [], "detections in images, as pictures and as COCO's JSON"),
-    "compare": (f"{PROGRAMS}:compare", [], "which of several runs is better, by how much, and how sure that is"),
-    "explore": (f"{PROGRAMS}:explore", [], "an HTML page that shows what each RoI method reads in an image"),
-    "validate": ("detector.commands.validate:main", [], "look over a data set before time is spent on it"),
-    "convert": ("detector.data.convert:main", [], "Pascal VOC, Cityscapes, LVIS or YOLO as COCO annotation files"),
-    "shapes": (
-        "detector.commands.make_shapes:main",
-        [],
-        "generate the shapes data set, on which the quickstart trains",
-    ),
-    "coco": ("detector.commands.prepare_coco:main", [], "download COCO 2017"),
-    "weights": ("detector.commands.weights:main", [], "weights of torchvision, detectron2, mmdetection in; ours out"),
-    "export": ("detector.commands.weights:main", ["export"], "a checkpoint as safetensors, torch.export or ONNX"),
+COMMANDS = {  # the module whose `main` the word runs, with which arguments before the user's, and what that is good for
+    "train": ("commands.train", [], "train a detector, or go on where a run stopped; -m trains a grid of them"),
+    "eval": ("commands.evaluate", [], "COCO's metrics of a checkpoint on a data set"),
+    "predict": ("commands.predict", [], "detections in images, as pictures and as COCO's JSON"),
+    "compare": ("commands.compare", [], "which of several runs is better, by how much, and how sure that is"),
+    "explore": ("commands.explore", [], "an HTML page that shows what each RoI method reads in an image"),
+    "validate": ("commands.validate", [], "look over a data set before time is spent on it"),
+    "convert": ("data.convert", [], "Pascal VOC, Cityscapes, LVIS or YOLO as COCO annotation files"),
+    "shapes": ("commands.make_shapes", [], "generate the shapes data set, on which the quickstart trains"),
+    "coco": ("commands.prepare_coco", [], "download COCO 2017"),
+    "weights": ("commands.weights", [], "weights of torchvision, detectron2, mmdetection in; ours out"),
+    "export": ("commands.weights", ["export"], "a checkpoint as safetensors, torch.export or ONNX"),
 }
 HELP = """Train and compare two-stage detectors with a swappable RoI feature extractor.
 
@@ -58,9 +53,9 @@ def main() -> int | None:
         hint = f"; did you mean {near[0]}?" if near else "."
         print(f"error: there is no command {name!r}{hint} There are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    target, first, _ = COMMANDS[name]
+    module, first, _ = COMMANDS[name]
     sys.argv = [f"detector {name}", *first, *rest]
-    return pkgutil.resolve_name(target)()
+    return importlib.import_module(f"detector.{module}").main()
 
 
 def installed_version() -> str:

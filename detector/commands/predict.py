@@ -1,4 +1,17 @@
-"""What predict.py does: image files in, pictures and a file of detections out."""
+"""Detect objects in images with a trained model.
+
+detector predict checkpoint=runs/quickstart/best.pt images=photos
+detector predict checkpoint=... 'images=photos/*.jpg' threshold=0.3 output=found
+detector predict checkpoint=... 'images=[a.png,b.png]' draw=false
+detector predict checkpoint=... images=photos model.box_head.detections_per_image=300
+detector predict checkpoint=... images=photos trust=my_package       a model with parts of your own
+
+Writes annotated pictures and predictions.json (COCO's format, with scores). In Python:
+
+    detector.load(checkpoint).predict(image)
+
+Exit codes: 0 done (unreadable files are named), 1 none of the files was readable, 2 a setting cannot work.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +22,18 @@ from collections import Counter
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from detector.checkpoint import write_json
-from detector.config import ConfigError, RunError, config_errors, make_folder
+from detector.config import ConfigError, RunError, as_program, config_errors, make_folder
 from detector.data import image_suffixes, read_image
 from detector.evaluation.results import coco_keypoints
-from detector.inference.draw import draw
+from detector.inference.draw import draw as draw_objects
 from detector.inference.load import load
 from detector.ops.paste import encode_window
 from detector.runtime import start_ranks
@@ -74,84 +87,97 @@ def is_drawing(path: Path) -> bool:
         return False  # what is wrong with it will be said
 
 
-def predict_files(cfg: DictConfig) -> int:
-    """Detect in the files that `cfg` (configs/predict.yaml) names; returns how many could not be read.
+def predict_files(
+    checkpoint: str,
+    images: str | list[str],
+    *,
+    output: str = "predictions",
+    threshold: float = 0.5,
+    draw: bool = True,
+    batch_size: int = 1,
+    max_pixels: int | None = None,
+    device: str = "auto",
+    paste: Literal["aligned", "torchvision"] = "aligned",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    model: dict[str, Any] | None = None,
+    trust: str | list[str] | None = None,
+) -> int:
+    """Detect in image files; returns how many could not be read. configs/predict.yaml says what the arguments mean.
 
-    Writes into cfg.output one picture for each image, under the image's own path below the folder that all share, and
+    Writes into `output` one picture for each image, under the image's own path below the folder that all share, and
     predictions.json in COCO's format: categories, images (file_name, height, width) and annotations with a score. An
-    unreadable file is named and left out; what is done before an interruption is kept. cfg.output may lie among the
+    unreadable file is named and left out; what is done before an interruption is kept. `output` may lie among the
     images: pictures drawn before are left out.
     """
-    if not 0 <= cfg.threshold <= 1:
-        percents = f"; {cfg.threshold:g} % is threshold={cfg.threshold / 100:g}" if 1 < cfg.threshold <= 100 else ""
-        raise ConfigError(f"threshold = {cfg.threshold:g}: must be a score from 0 to 1{percents}")
-    paths = find_images(cfg.images if isinstance(cfg.images, str) else list(cfg.images))
+    if not 0 <= threshold <= 1:
+        percents = f"; {threshold:g} % is threshold={threshold / 100:g}" if 1 < threshold <= 100 else ""
+        raise ConfigError(f"threshold = {threshold:g}: must be a score from 0 to 1{percents}")
+    paths = find_images(images)
     with config_errors("device"):
-        device = start_ranks(Runtime(device=cfg.device)).device
-    detector = load(cfg.checkpoint, device, OmegaConf.to_container(cfg.model, resolve=True), cfg.trust)
+        world = start_ranks(Runtime(device=device))
+    detector = load(checkpoint, world.device, model, trust)
     box_head = detector.model.box_head
     head = box_head and box_head.stages[-1]
-    if head is not None and cfg.threshold < head.score_threshold:
+    if head is not None and threshold < head.score_threshold:
         log.warning(
             "threshold = %g: the model gives no scores below %g; model.box_head.score_threshold=%g makes it",
-            *(cfg.threshold, head.score_threshold, cfg.threshold),
+            *(threshold, head.score_threshold, threshold),
         )
-    limit = detector.max_pixels if cfg.max_pixels is None else cfg.max_pixels
+    limit = detector.max_pixels if max_pixels is None else max_pixels
     shared = Path(os.path.commonpath([p.absolute().parent for p in paths]))
-    output, images, annotations, failed, full = make_folder(cfg.output, "output"), [], [], [], 0
+    folder, read, annotations, failed, full = make_folder(output, "output"), [], [], [], 0
     about = PngInfo()
     about.add_text(*DRAWN)
 
     def picture_of(path: Path) -> Path:
-        target = output / path.absolute().relative_to(shared)
+        target = folder / path.absolute().relative_to(shared)
         return target.with_name(f"{target.name}.png")
 
-    if cfg.draw:  # and older versions' drawings carry no sign
+    if draw:  # and older versions' drawings carry no sign
         drawn = {picture_of(path).absolute() for path in paths}
         if old := [path for path in paths if path.absolute() in drawn]:
             log.warning("left out are %d pictures that are drawn anew, such as %s", len(old), old[0])
             paths = [path for path in paths if path.absolute() not in drawn]
 
     def finish(path: Path, image: np.ndarray, found: Detections) -> None:
-        images.append(
-            {"id": len(images) + 1, "file_name": str(path), "height": image.shape[0], "width": image.shape[1]}
-        )
-        for entry in to_annotations(found, images[-1]["id"], detector.category_ids):
+        height, width = image.shape[:2]
+        read.append({"id": len(read) + 1, "file_name": str(path), "height": height, "width": width})
+        for entry in to_annotations(found, len(read), detector.category_ids):
             annotations.append({"id": len(annotations) + 1, **entry})
-        if cfg.draw:
+        if draw:
             masks = None if found.masks is None else found.masks.numpy()
             numbers = found.boxes.numpy(), found.labels.numpy()
             keypoints = None if found.keypoints is None else found.keypoints.numpy()
-            picture = draw(image, *numbers, detector.categories, found.scores.numpy(), masks, keypoints)
+            picture = draw_objects(image, *numbers, detector.categories, found.scores.numpy(), masks, keypoints)
             target = picture_of(path)
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(target, pnginfo=about)
 
     try:
-        for start in tqdm(range(0, len(paths), cfg.batch_size), unit="batch", leave=False, disable=None):
+        for start in tqdm(range(0, len(paths), batch_size), unit="batch", leave=False, disable=None):
             readable = []
-            for path in paths[start : start + cfg.batch_size]:
+            for path in paths[start : start + batch_size]:
                 try:
                     readable.append((path, read_image(path, limit)))
                 except (ValueError, OSError) as error:
                     failed.append(path)
                     tqdm.write(f"left out: {error}", file=sys.stderr)
             arrays = [image for _, image in readable]
-            found = detector.predict_batch(arrays, cfg.threshold, cfg.paste, cfg.precision) if readable else []
+            found = detector.predict_batch(arrays, threshold, paste, precision) if readable else []
             for (path, image), detections in zip(readable, found):
                 full += head is not None and len(detections.boxes) >= head.detections_per_image
                 finish(path, image, detections)
     finally:
         categories = [{"id": i, "name": name} for i, name in zip(detector.category_ids, detector.categories)]
-        content = {"images": images, "categories": categories, "annotations": annotations}
-        write_json(output / "predictions.json", content)
-    print(f"{len(annotations)} objects in {len(images)} images, {len(failed)} files unreadable; see {output}")
+        content = {"images": read, "categories": categories, "annotations": annotations}
+        write_json(folder / "predictions.json", content)
+    print(f"{len(annotations)} objects in {len(read)} images, {len(failed)} files unreadable; see {folder}")
     if full:
         print(
             f"{full} of the images have {head.detections_per_image} objects, the most that the model gives. There may "
             f"be more: set model.box_head.detections_per_image={3 * head.detections_per_image}"
         )
-    if not images:
+    if not read:
         raise RunError(f"none of the {len(failed)} files could be read")
     return len(failed)
 
@@ -173,3 +199,6 @@ def to_annotations(found: Detections, image_id: int, category_ids: Sequence[int]
             entry["keypoints"] = coco_keypoints(found.keypoints[d])
         entries.append(entry)
     return entries
+
+
+main = as_program("predict", predict_files, __doc__)

@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from detector.commands.programs import TrainKeys
+from detector.commands.train import train
 from detector.config import ConfigError, as_typed, build, compose, config_errors, explain, make_folder
 from detector.config.program import prepare
 from detector.config.suggest import hydra_options
@@ -388,7 +388,7 @@ def main() -> None:
         sys.exit(2)
     try:
         hydras, cfg = cfg.hydra, OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-        prepare(cfg, hydras, TrainKeys)
+        prepare(cfg, hydras, train)
         make_folder(options.output, "--output")
         report = validate(cfg, images=not options.no_images)
     except ConfigError as error:

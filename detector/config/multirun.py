@@ -20,6 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
 STATES = ("finished before", "done", "resumed", "stopped", "failed", "lost")
 
 
@@ -35,10 +38,17 @@ class Job:
     reason: str | None = "it never said that it ended: killed, or still running"
 
 
-class Multirun:
-    """Watches jobs. Launchers pickle it together with the program: a job's copy knows the folder of the records."""
+class Multirun(Callback):
+    """Watches jobs. Launchers pickle it together with the program: a job's copy knows the folder of the records.
+
+    Hydra tells it when a multirun begins, however that was asked for. When its jobs begin and end the program says:
+    Hydra's on_job_end is not called for one that a signal stops.
+    """
 
     records: Path | None = None
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        self.open(config.hydra.sweep.dir)
 
     def open(self, folder: str | Path) -> None:
         """Begin, with the records in a new folder below `folder`; `report` removes it."""
@@ -101,6 +111,7 @@ class Multirun:
         jobs = self.jobs
         if self.records:
             shutil.rmtree(self.records, ignore_errors=True)
+            self.records = None
         if not jobs:
             return
         counts = {state: sum(job.state == state for job in jobs) for state in STATES}
@@ -116,6 +127,14 @@ class Multirun:
                 file.write_text(json.dumps([asdict(job) for job in jobs], indent=1) + "\n", encoding="utf-8")
             except OSError as error:
                 print(f"{file} could not be written: {error}", file=sys.stderr)
+
+
+WATCHER = Multirun()
+
+
+def watcher() -> Multirun:
+    """The one of this process, for the programs and for Hydra, whose `callbacks` in configs/*.yaml name this."""
+    return WATCHER
 
 
 def fingerprint(folder: str | None) -> Any:

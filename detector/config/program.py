@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import inspect
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,115 +19,85 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from detector.checkpoint import new_name
-from detector.config.multirun import Multirun
+from detector.config.multirun import watcher
 from detector.config.schema import check
-from detector.config.suggest import CONFIGS, compose, explain, hydra_options, leaves, list_options
-from detector.config.typed import MULTIRUN, as_typed
+from detector.config.suggest import CONFIGS, explain, leaves, list_options
+from detector.config.typed import as_typed
 from detector.ops.checks import ConfigError, RunError
 from detector.ops.text import readable_streams
 
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user wants to see where errors come from
 
 
-@dataclass
-class Split:
-    """Keys of data.train and data.val."""
-
-    images: str
-    annotations: str
-
-
-@dataclass
-class Data:
-    """Keys of configs/data."""
-
-    root: str
-    prepare: str | None
-    train: Split
-    val: Split
-    masks: bool
-    keypoints: bool
-    mask_size: int
-    keep_empty: bool
-    on_error: Literal["raise", "skip"]
-    max_pixels: int
-    cache: str | None
-    group_by_aspect: bool
-    pad_multiple: int
-    pad_to: tuple[int, int] | None
-
-
-def entry_point(config_name: str, keys: type) -> Callable:
-    """Decorator: a function of the checked config becomes a Hydra program, whose --help is the function's docstring.
+def as_program(config_name: str, command: Callable[..., Any], description: str) -> Callable[[], None]:
+    """A command as a Hydra program: the keys at the top of its config are the command's arguments, checked by name and
+    type against its signature before it is called with their values.
 
     Args:
         config_name: the primary config in configs/.
-        keys: a dataclass (or callable) whose arguments are the allowed top-level keys.
+        description: what --help prints.
     """
 
     expected = (ConfigError, RunError, OmegaConfBaseException)
+    started = False
+    multirun = watcher()
 
-    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
+    def app(cfg: DictConfig) -> Any:
+        nonlocal started
+        started = True
+        readable_streams()  # again: a job of a cluster starts here
+        mine = HydraConfig.get()
+        if mine.mode == RunMode.MULTIRUN:  # Hydra goes on with the next job if one fails
+            if multirun.records is None:  # a primary config of one's own that does not name the callback
+                multirun.open(mine.sweep.dir)
+            with multirun.job(mine.job.num, list(mine.overrides.task), cfg.get("run_dir"), expected) as job:
+                prepare(cfg, mine, command)
+                value = start(command, cfg)
+                job.value = value if isinstance(value, float) else None
+                return value
+        try:
+            prepare(cfg, mine, command)
+            return start(command, cfg)
+        except expected as error:
+            give_up(str(error), 1 if isinstance(error, RunError) else 2, error)
+
+    def main() -> None:
+        nonlocal started
         started = False
-        multirun = Multirun()
+        readable_streams()
+        if {"--help", "-h"} & set(sys.argv[1:]):  # before Hydra, whose help has no examples and no options of groups
+            return print(f"{main.__doc__}\n{list_options(config_name, sys.argv[1:])}")
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out as they are: Hydra's own report exits with 1
+        sys.argv[1:] = as_typed(sys.argv[1:])
+        try:
+            app()
+        except Exception as error:
+            if not (started or multirun.jobs):  # the jobs of a cluster start elsewhere
+                give_up(explain(error, config_name, sys.argv[1:]), 2, error)
+            if not multirun.failed:
+                raise
+        finally:  # after a signal, too
+            failed = multirun.failed
+            multirun.report()
+        if failed:
+            raise SystemExit(1)
 
-        @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-        def app(cfg: DictConfig) -> Any:
-            nonlocal started
-            started = True
-            readable_streams()  # again: a job of a cluster starts here
-            mine = HydraConfig.get()
-            if mine.mode == RunMode.MULTIRUN:  # Hydra goes on with the next job if one fails
-                if multirun.records is None:  # asked for in a way that MULTIRUN does not know, such as --multi
-                    multirun.open(mine.sweep.dir)
-                with multirun.job(mine.job.num, list(mine.overrides.task), cfg.get("run_dir"), expected) as job:
-                    prepare(cfg, mine, keys)
-                    value = task(cfg)
-                    job.value = value if isinstance(value, float) else None
-                    return value
-            try:
-                prepare(cfg, mine, keys)
-                return task(cfg)
-            except expected as error:
-                give_up(str(error), 1 if isinstance(error, RunError) else 2, error)
-
-        @functools.wraps(task)
-        def main() -> None:
-            nonlocal started
-            started = False
-            readable_streams()
-            if {"--help", "-h"} & set(sys.argv[1:]):
-                return print(f"{inspect.getdoc(task)}\n{list_options(config_name, sys.argv[1:])}")
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out as they are: Hydra's own report exits with 1
-            sys.argv[1:] = as_typed(sys.argv[1:])
-            try:
-                name, folders = hydra_options(sys.argv[1:])
-                if MULTIRUN & set(sys.argv):
-                    hydras = [text for text in sys.argv[1:] if text.startswith("hydra")]
-                    multirun.open(compose(name or config_name, hydras, folders).hydra.sweep.dir)
-                app()
-            except Exception as error:
-                if not (started or multirun.jobs):  # the jobs of a cluster start elsewhere
-                    give_up(explain(error, config_name, sys.argv[1:]), 2, error)
-                if not multirun.failed:
-                    raise
-            finally:  # after a signal, too
-                failed = multirun.failed
-                multirun.report()
-            if failed:
-                raise SystemExit(1)
-
-        return main
-
-    return decorate
+    main.__doc__ = inspect.cleandoc(description)
+    return main
 
 
-def prepare(cfg: DictConfig, hydras: DictConfig, keys: type | None = None) -> None:
+def start(command: Callable[..., Any], cfg: DictConfig) -> Any:
+    """Call a command with the values of its config."""
+    return command(**OmegaConf.to_container(cfg, resolve=True))
+
+
+def prepare(cfg: DictConfig, hydras: DictConfig, command: Callable | None = None) -> None:
     """Make of a composed config what a program works with, and check it; see `check` and `share_roi`."""
     rename_targets(cfg)
     check_heads(hydras)
     share_roi(cfg, hydras)
-    check(cfg, keys)
+    check(cfg, command)
 
 
 def rename_targets(cfg: DictConfig) -> None:

@@ -80,8 +80,9 @@ def config_errors(path: str) -> Iterator[None]:
         raise ConfigError(f"{where}: {cause}{hint}") from error
 
 
-def check(cfg: DictConfig, keys: Callable | None = None) -> None:
-    """Compare every key and value of `cfg` with the signature of the callable that will get it.
+def check(cfg: DictConfig, command: Callable | None = None) -> None:
+    """Compare every key and value of `cfg` with the signature of the callable that will get it: those at its top with
+    that of `command`.
 
     Raises ConfigError at the first that does not fit, naming its path, its value and near matches.
     """
@@ -92,8 +93,8 @@ def check(cfg: DictConfig, keys: Callable | None = None) -> None:
     for key in sorted(OmegaConf.missing_keys(cfg)):
         if key not in LATER:
             raise ConfigError(f"{key} has no value: give it, for example `{key}=...` on the command line")
-    if keys is not None:
-        check_arguments(tree, keys, "", "the configuration")
+    if command is not None:
+        check_arguments(tree, command, "", "the configuration")
     check_nodes(tree, "")
 
 
@@ -148,7 +149,7 @@ def check_arguments(arguments: dict, target: Callable, path: str, name: str) -> 
         default = known[key].default
         bare = known[key].annotation is inspect.Parameter.empty and isinstance(default, (bool, int, float, str))
         hint = hints.get(key, type(default) if bare else Any)
-        if value == "???" or value is default or value == default:
+        if value == "???" or value is default or (type(value) is type(default) and value == default):
             continue
         if not fits(value, hint):
             wanted = re.sub(r"(typing|collections\.abc|torch)\.([a-z.]+\.)?", "", inspect.formatannotation(hint))

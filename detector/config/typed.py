@@ -21,7 +21,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
-MULTIRUN = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
 LISTS = ("images", "runs")  # keys that take several paths
 WRITTEN = ("output", "run_dir")
 IN_ROOT = tuple(f"data.{split}.{key}" for split in ("train", "val") for key in ("images", "annotations"))
@@ -34,9 +33,18 @@ PATHS = {
 
 def as_typed(arguments: Sequence[str]) -> list[str]:
     """A command line on which Hydra takes every path as it was typed."""
-    sweep = bool(MULTIRUN.intersection(arguments))
+    sweep = any(map(asks_for_sweep, arguments))
     values = dict(text.lstrip("+").partition("=")[::2] for text in arguments)
     return [_override(text, sweep, values.get("data.root", "")) for text in arguments]
+
+
+def asks_for_sweep(argument: str) -> bool:
+    """Whether this argument of a command line makes a multirun: -m, --multirun and what argparse takes for it.
+
+    Hydra itself says so only when it has read the command line, and what is quoted here is quoted for that.
+    """
+    long = len(argument) > 2 and "--multirun".startswith(argument)
+    return long or argument == "-m" or re.fullmatch(r"\+{0,2}hydra\.mode=MULTIRUN", argument) is not None
 
 
 def literal(node: Any) -> Any:

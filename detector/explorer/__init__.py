@@ -4,6 +4,6 @@ The page carries the image, the feature maps of a head and, if its method predic
 computes everything from them in JavaScript (methods.js follows detector/roi). It needs nothing else and opens offline.
 """
 
-from detector.explorer.page import explore, write_page
+from detector.explorer.page import write_page
 
-__all__ = ["explore", "write_page"]
+__all__ = ["write_page"]

@@ -21,13 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor, nn
 
-from detector.config import ConfigError, config_errors, make_folder
-from detector.data import read_image
-from detector.inference.load import load
+from detector.config import ConfigError, make_folder
 from detector.inference.predict import Detector
 from detector.roi import (
     DeformableRoIPool,
@@ -39,26 +36,12 @@ from detector.roi import (
     RoIWarp,
     assign_levels,
 )
-from detector.runtime import start_ranks
-from detector.settings import Runtime
 from detector.structures import Detections, rois_from_boxes
 
 log = logging.getLogger(__name__)
 
 SHOWN = 30  # detections that the page lists, best first
 SCRIPTS = ("methods.js", "examples.js", "panel.js", "page.js")
-
-
-def explore(cfg: DictConfig) -> Path:
-    """Write the page that `cfg` (configs/explorer.yaml) asks for; returns its path."""
-    with config_errors("device"):
-        device = start_ranks(Runtime(device=cfg.device)).device
-    detector = load(cfg.checkpoint, device, trust=cfg.trust)
-    with config_errors("image"):
-        image = read_image(cfg.image, detector.max_pixels)
-    output = write_page(detector, image, cfg.output, cfg.image, str(cfg.checkpoint), cfg.head, cfg.max_mb)
-    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, opens in any browser")
-    return output
 
 
 def write_page(

@@ -3,7 +3,8 @@
 Line widths and letters scale with the image, small images are enlarged first. Colours can be told apart by the
 colour-blind: one per class, or one per object where there is a single class. Labels keep off the edge and each other.
 Names that matplotlib's font lacks letters of are written in a font of the system that has them; without one as the
-label's number and escapes.
+label's number and escapes. Pillow's own font has the letters of English alone, cannot say which it has, and finds no
+others; servers and containers have no fonts.
 """
 
 from __future__ import annotations

@@ -10,18 +10,16 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from omegaconf import OmegaConf
 
 import detector
 from detector.checkpoint import save
-from detector.commands.evaluate import evaluate_checkpoint, usual_folder
-from detector.commands.programs import evaluate
-from detector.config import CONFIGS, ConfigError, compose
+from detector.commands.evaluate import evaluate_checkpoint, main, usual_folder
+from detector.config import CONFIGS, ConfigError
 from detector.data import build_dataset
 from detector.data.contents import contents
 from detector.evaluation import coco_metrics
 from detector.inference.load import merge
-from tests.untrained import configured, untrained
+from tests.untrained import arguments, configured, untrained
 
 
 def options(checkpoint, **more):
@@ -30,7 +28,7 @@ def options(checkpoint, **more):
 
 
 def test_evaluation_of_a_checkpoint(checkpoint, shapes_tiny, tmp_path, capsys):
-    metrics = evaluate_checkpoint(compose("eval", options(checkpoint)))
+    metrics = evaluate_checkpoint(**arguments("eval", options(checkpoint)))
     folder = checkpoint.parent / "eval_run"
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     truth = shapes_tiny / "annotations" / "instances_val.json"
@@ -41,7 +39,7 @@ def test_evaluation_of_a_checkpoint(checkpoint, shapes_tiny, tmp_path, capsys):
     table = (folder / "table.txt").read_text()
     assert table.strip() in capsys.readouterr().out and "triangle" in table
     other = evaluate_checkpoint(
-        compose("eval", options(checkpoint, evaluator="pycocotools", output=tmp_path / "other"))
+        **arguments("eval", options(checkpoint, evaluator="pycocotools", output=tmp_path / "other"))
     )
     assert other == metrics
 
@@ -49,7 +47,7 @@ def test_evaluation_of_a_checkpoint(checkpoint, shapes_tiny, tmp_path, capsys):
 def test_proposals_are_of_no_class(shapes_tiny, tmp_path):
     """A model without a box head: one class, 'object', in tables and in what it predicts."""
     save(untrained(configured("model=rpn", f"data.root={shapes_tiny}")), tmp_path / "rpn.pt")
-    metrics = evaluate_checkpoint(compose("eval", options(tmp_path / "rpn.pt", output=tmp_path)))
+    metrics = evaluate_checkpoint(**arguments("eval", options(tmp_path / "rpn.pt", output=tmp_path)))
     assert metrics.keys() == {"bbox", "per_class"} and metrics["per_class"]["bbox"].keys() == {"object"}
     assert metrics["bbox"]["AR1000"] >= metrics["bbox"]["AR100"]
     truth = json.loads((shapes_tiny / "annotations" / "instances_val.json").read_text())
@@ -63,7 +61,7 @@ def test_proposals_are_of_no_class(shapes_tiny, tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(checkpoint, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"output = '.*file': nothing can be written there \(File exists\)"):
-        evaluate_checkpoint(compose("eval", options(checkpoint, output=tmp_path / "file")))
+        evaluate_checkpoint(**arguments("eval", options(checkpoint, output=tmp_path / "file")))
 
 
 def test_another_data_set_and_other_thresholds(checkpoint, shapes_tiny, tmp_path):
@@ -72,21 +70,21 @@ def test_another_data_set_and_other_thresholds(checkpoint, shapes_tiny, tmp_path
     truth["annotations"] = [a | {"category_id": a["category_id"] + 100} for a in truth["annotations"]]
     moved = tmp_path / "moved.json"
     moved.write_text(json.dumps(truth))
-    first = evaluate_checkpoint(compose("eval", options(checkpoint)))
+    first = evaluate_checkpoint(**arguments("eval", options(checkpoint)))
     changed = {"data.val.annotations": moved, "output": tmp_path / "other"}
-    assert evaluate_checkpoint(compose("eval", options(checkpoint, **changed))) == first
+    assert evaluate_checkpoint(**arguments("eval", options(checkpoint, **changed))) == first
     changed["model.box_head.detections_per_image"] = 3
-    evaluate_checkpoint(compose("eval", options(checkpoint, **changed)))
+    evaluate_checkpoint(**arguments("eval", options(checkpoint, **changed)))
     assert len(json.loads((tmp_path / "other" / "predictions.json").read_text())) == 8 * 3
     written = (tmp_path / "other" / "metrics.json").read_bytes()
     with pytest.raises(ConfigError, match=r"output: \S*other holds the results on \S*moved\.json.*another folder"):
-        evaluate_checkpoint(compose("eval", options(checkpoint, output=tmp_path / "other")))
+        evaluate_checkpoint(**arguments("eval", options(checkpoint, output=tmp_path / "other")))
     assert (tmp_path / "other" / "metrics.json").read_bytes() == written
 
 
 def test_max_pixels_of_the_data(checkpoint):
     with pytest.raises(ConfigError, match=r"image over data\.max_pixels=5000: image \d+ 96 x 96"):
-        evaluate_checkpoint(compose("eval", [*options(checkpoint), "data.max_pixels=5000"]))
+        evaluate_checkpoint(**arguments("eval", [*options(checkpoint), "data.max_pixels=5000"]))
 
 
 def test_a_data_set_of_other_categories(checkpoint, shapes_tiny, tmp_path):
@@ -94,7 +92,9 @@ def test_a_data_set_of_other_categories(checkpoint, shapes_tiny, tmp_path):
     truth["categories"][0]["name"] = "cat"
     (tmp_path / "cats.json").write_text(json.dumps(truth))
     with pytest.raises(ConfigError, match=r"data: .*cats.json: categories \['cat'\] are not among those of"):
-        evaluate_checkpoint(compose("eval", options(checkpoint, **{"data.val.annotations": tmp_path / "cats.json"})))
+        evaluate_checkpoint(
+            **arguments("eval", options(checkpoint, **{"data.val.annotations": tmp_path / "cats.json"}))
+        )
 
 
 def script(*arguments, launcher=()):
@@ -115,7 +115,7 @@ def test_two_ranks_write_the_files_of_one(checkpoint, tmp_path):
 
 def test_another_data_set_has_its_own_folder(state, shapes_tiny, tmp_path):
     """The run's own keeps eval_<name>, wherever it lies; one with other annotations or other images does not."""
-    cfg, data = compose("eval", [*options(tmp_path / "run.pt")]), state["config"]["data"]
+    data = state["config"]["data"]
     copied = tmp_path / "copy"
     shutil.copytree(shapes_tiny, copied)
     truth = json.loads((copied / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
@@ -125,11 +125,11 @@ def test_another_data_set_has_its_own_folder(state, shapes_tiny, tmp_path):
     held = {"val": contents(build_dataset(data, "val", state["config"]["augment"]))}
 
     def folder(known, **given) -> str:
-        changed = OmegaConf.to_container(cfg.data) | {"root": given.get("root")}
+        changed = arguments("eval", options("run.pt"))["data"] | {"root": given.get("root")}
         changed["val"] = {key: given.get(key) for key in ("images", "annotations")}
         dataset = build_dataset(merge(data, changed), "val", state["config"]["augment"])
         model = SimpleNamespace(config=state["config"], contents=known)
-        return usual_folder(OmegaConf.merge(cfg, {"data": changed}), model, dataset).name
+        return usual_folder(tmp_path / "run.pt", changed, model, dataset).name
 
     for known in (held, None):  # None: of older checkpoints
         assert folder(known) == folder(known, root=str(copied)) == "eval_run"
@@ -150,17 +150,17 @@ def test_another_data_set_has_its_own_folder(state, shapes_tiny, tmp_path):
     ],
 )
 def test_mistakes_end_with_one_line_and_code_2(call, checkpoint, change, message):
-    code, _, errors = call(evaluate, *options(checkpoint), change)
+    code, _, errors = call(main, *options(checkpoint), change)
     assert code == 2 and message in errors and "Traceback" not in errors
 
 
 def test_test_time_augmentation(checkpoint, tmp_path):
-    evaluate_checkpoint(compose("eval", [*options(checkpoint, output=tmp_path / "plain")]))
-    evaluate_checkpoint(compose("eval", [*options(checkpoint, output=tmp_path / "both"), "flip=true"]))
+    evaluate_checkpoint(**arguments("eval", [*options(checkpoint, output=tmp_path / "plain")]))
+    evaluate_checkpoint(**arguments("eval", [*options(checkpoint, output=tmp_path / "both"), "flip=true"]))
     plain, both = (json.loads((tmp_path / name / "predictions.json").read_text()) for name in ("plain", "both"))
     assert len(plain) == len(both) and plain != both
     with pytest.raises(ConfigError, match=r"scales: scales=\[\]"):
-        evaluate_checkpoint(compose("eval", [*options(checkpoint, output=tmp_path / "none"), "scales=[]"]))
+        evaluate_checkpoint(**arguments("eval", [*options(checkpoint, output=tmp_path / "none"), "scales=[]"]))
 
 
 @pytest.mark.parametrize(
@@ -188,11 +188,11 @@ def test_what_cannot_be_measured_is_refused_before_the_work(
     arguments = options(checkpoint, **{"data.root": root})
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match=f"iou_types = .*{message}") as found:
         patch.setattr("detector.commands.evaluate.evaluate", lambda *_, **__: pytest.fail("inference began"))
-        evaluate_checkpoint(compose("eval", [*arguments, f"iou_types={given}"]))
+        evaluate_checkpoint(**arguments("eval", [*arguments, f"iou_types={given}"]))
     choices = re.search(r"choose among (.*), each once; null", str(found.value))[1].split(", ")
-    metrics = evaluate_checkpoint(compose("eval", [*arguments, f"iou_types=[{','.join(choices)}]"]))
+    metrics = evaluate_checkpoint(**arguments("eval", [*arguments, f"iou_types=[{','.join(choices)}]"]))
     assert [kind for kind in metrics if kind != "per_class"] == choices
-    assert evaluate_checkpoint(compose("eval", [*arguments, "iou_types=null"])).keys() <= {*choices, "per_class"}
+    assert evaluate_checkpoint(**arguments("eval", [*arguments, "iou_types=null"])).keys() <= {*choices, "per_class"}
 
 
 def test_proposals_are_measured_by_boxes_alone(shapes_tiny, tmp_path):
@@ -201,5 +201,5 @@ def test_proposals_are_measured_by_boxes_alone(shapes_tiny, tmp_path):
     with pytest.raises(
         ConfigError, match=r"'segm' needs masks, which the model does not predict; choose among bbox, voc"
     ):
-        evaluate_checkpoint(compose("eval", [*arguments, "iou_types=[segm]"]))
-    assert evaluate_checkpoint(compose("eval", [*arguments, "iou_types=[voc]"])).keys() == {"voc", "per_class"}
+        evaluate_checkpoint(**arguments("eval", [*arguments, "iou_types=[segm]"]))
+    assert evaluate_checkpoint(**arguments("eval", [*arguments, "iou_types=[voc]"])).keys() == {"voc", "per_class"}

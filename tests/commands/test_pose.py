@@ -13,10 +13,11 @@ import detector
 from detector.commands.evaluate import evaluate_checkpoint
 from detector.commands.predict import predict_files
 from detector.commands.validate import validate
-from detector.config import ConfigError, compose
+from detector.config import ConfigError
 from detector.evaluation import coco_metrics
 from tests.data.coco_files import FIVE, five_points
 from tests.runs import KEYPOINTS, checked
+from tests.untrained import arguments
 
 FOUND = "model.box_head.score_threshold=0"  # something is found after three steps
 
@@ -31,12 +32,12 @@ def test_from_validation_to_pictures(points, five, tmp_path, monkeypatch):
     best = tmp_path / "run" / "best.pt"
     truth = five / "annotations" / "instances_val.json"
     trained = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    metrics = evaluate_checkpoint(compose("eval", options(best, "workers=0", "threads=1")))
+    metrics = evaluate_checkpoint(**arguments("eval", options(best, "workers=0", "threads=1")))
     assert {kind: metrics[kind] for kind in trained} == trained and "keypoints" in trained
     found = tmp_path / "run" / "eval_best" / "predictions.json"
     assert metrics["keypoints"] == coco_metrics(truth, found, "keypoints", "pycocotools")
     loose = "sigmas=[9,9,9,9,9]"
-    other = evaluate_checkpoint(compose("eval", options(best, "workers=0", f"output={tmp_path / 'loose'}", loose)))
+    other = evaluate_checkpoint(**arguments("eval", options(best, "workers=0", f"output={tmp_path / 'loose'}", loose)))
     assert other["keypoints"] == coco_metrics(truth, found, "keypoints", sigmas=[9] * 5) != metrics["keypoints"]
 
     model = detector.load(best)
@@ -45,8 +46,10 @@ def test_from_validation_to_pictures(points, five, tmp_path, monkeypatch):
     assert model.predict(image).keypoints.shape[1:] == (5, 3)
     for name in ("with", "without"):
         output = f"output={tmp_path / name}"
-        predict_files(compose("predict", options(best, f"images={image}", output, "threshold=0")))
-        monkeypatch.setattr("detector.commands.predict.draw", lambda *given: detector.inference.draw.draw(*given[:-1]))
+        predict_files(**arguments("predict", options(best, f"images={image}", output, "threshold=0")))
+        monkeypatch.setattr(
+            "detector.commands.predict.draw_objects", lambda *given: detector.inference.draw.draw(*given[:-1])
+        )
     content = json.loads((tmp_path / "with" / "predictions.json").read_text())
     assert content["annotations"] and all(len(entry["keypoints"]) == 15 for entry in content["annotations"])
     drawn, plain = (cv2.imread(str(tmp_path / name / "1.png.png")) for name in ("with", "without"))
@@ -63,9 +66,9 @@ def test_a_checkpoint_on_other_keypoints(points, five, tmp_path):
     ):
         given = options(best, "workers=0", "threads=1", f"data.root={root}", f"output={tmp_path / 'eval'}")
         with pytest.raises(ConfigError, match=message):
-            evaluate_checkpoint(compose("eval", given))
+            evaluate_checkpoint(**arguments("eval", given))
         assert not (tmp_path / "eval").exists()
-        assert evaluate_checkpoint(compose("eval", [*given, "iou_types=[bbox]"])).keys() == {"bbox", "per_class"}
+        assert evaluate_checkpoint(**arguments("eval", [*given, "iou_types=[bbox]"])).keys() == {"bbox", "per_class"}
         shutil.rmtree(tmp_path / "eval")
 
 

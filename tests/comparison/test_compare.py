@@ -39,7 +39,7 @@ from detector.data import build_dataset, collate
 from detector.evaluation import coco_metrics
 from detector.roi import RoIPool
 from detector.structures import Batch
-from tests.untrained import SMALL
+from tests.untrained import SMALL, arguments
 
 
 def roi(name, **changes):
@@ -96,7 +96,7 @@ def settings(tmp_path, **more):
         "device": "cpu",
     }
     fixed |= {"evaluate": "false", "pictures": 2}
-    return compose("compare", [f"{key}={value}" for key, value in (fixed | more).items()])
+    return arguments("compare", [f"{key}={value}" for key, value in (fixed | more).items()])
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -174,7 +174,7 @@ def test_bad_runs_are_named_and_the_rest_is_compared(make_run, tmp_path, capsys)
     (make_run("cut", roi("warp")) / "eval_last" / "predictions.json").write_text('[{"image_id"')
     (make_run("unseen", roi("warp")) / "eval_last" / "predictions.json").unlink()
     make_run("proposals", roi("warp"), model={"box_head": None})
-    report = compare_runs(settings(tmp_path))
+    report = compare_runs(**settings(tmp_path))
     reasons = {path.rpartition("/")[2]: reason for path, reason in report["left_out"].items()}
     assert reasons["unfinished"] == "it is not finished: there is no metrics.json, and its log ends at iteration 40"
     assert "log.jsonl" in reasons["no_log"] and "not JSON" in reasons["cut"]
@@ -216,7 +216,7 @@ def test_what_an_evaluation_left_out_is_left_out_of_the_comparison(make_run, tmp
         about |= {"annotations": str(tmp_path / "dirty.json"), "settings": {"data": {"on_error": "skip"}}}
         (folder / "eval_last" / "about.json").write_text(json.dumps(about))
         runs.append(results)
-    report = compare_runs(settings(tmp_path, pictures=1))
+    report = compare_runs(**settings(tmp_path, pictures=1))
     for kind in ("bbox", "segm"):
         expected = [coco_metrics(clean, results, kind)["AP"] for results in runs]
         assert [report["metrics"][kind][name]["AP"]["mean"] for name in ("align", "pool")] == expected
@@ -225,10 +225,10 @@ def test_what_an_evaluation_left_out_is_left_out_of_the_comparison(make_run, tmp
 
 def test_nothing_to_compare(make_run, tmp_path):
     with pytest.raises(ConfigError, match="names no run"):
-        compare_runs(settings(tmp_path))
+        compare_runs(**settings(tmp_path))
     (make_run("a", roi("align")) / "metrics.json").unlink()
     with pytest.raises(ConfigError, match=r"runs: none can be used: .*not finished"):
-        compare_runs(settings(tmp_path))
+        compare_runs(**settings(tmp_path))
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -257,7 +257,7 @@ def test_the_report(make_run, tmp_path):
     for seed in (0, 1, 2):
         make_run(f"align_{seed}", roi("align"), seed, noise=0.03)
         make_run(f"pool_{seed}", roi("pool"), seed, noise=0.12)
-    report = compare_runs(settings(tmp_path, baseline="pool"))
+    report = compare_runs(**settings(tmp_path, baseline="pool"))
     output = tmp_path / "report"
     assert json.loads((output / "report.json").read_text()) == report
     assert [m["label"] for m in report["methods"]] == ["pool", "align"] and report["kinds"] == [
@@ -304,7 +304,7 @@ def test_the_report(make_run, tmp_path):
 def test_zero_detections_one_run_and_absent_classes(make_run, tmp_path):
     make_run("align", roi("align"))
     (make_run("pool", roi("pool")) / "eval_last" / "predictions.json").write_text("[]")
-    report = compare_runs(settings(tmp_path))
+    report = compare_runs(**settings(tmp_path))
     assert report["metrics"]["bbox"]["pool"]["AP"]["mean"] == 0
     assert any("pool: no detections at all" in text for text in report["warnings"])
     assert any("align: one run. Its intervals cover the choice of images" in text for text in report["warnings"])
@@ -331,7 +331,7 @@ def test_pictures_show_detections_above_the_best_score(make_run):
 def test_no_detections_in_any_run(make_run, tmp_path):
     for name in ("align", "pool"):
         (make_run(name, roi(name)) / "eval_last" / "predictions.json").write_text("[]")
-    report = compare_runs(settings(tmp_path))
+    report = compare_runs(**settings(tmp_path))
     assert report["kinds"] == ["bbox"] and report["metrics"]["bbox"]["pool"]["AP"]["mean"] == 0
     assert sum("no detections at all" in text for text in report["warnings"]) == 2
 
@@ -347,7 +347,7 @@ def test_a_class_without_ground_truth(make_run, tmp_path):
         (folder / "eval_last" / "about.json").write_text(
             json.dumps(about | {"annotations": str(tmp_path / "more.json")})
         )
-    report = compare_runs(settings(tmp_path))
+    report = compare_runs(**settings(tmp_path))
     assert "The validation set has no object of unicorn: left out of every mean." in report["warnings"]
     classes = report["per_class"]["bbox"]
     assert classes["categories"][-1] == "unicorn" and classes["mean"]["pool"][-1] is None
@@ -370,7 +370,7 @@ def test_another_validation_set_and_foreign_predictions_are_left_out(make_run, t
         file = folders[name] / "eval_last" / "predictions.json"
         entries = json.loads(file.read_text())
         file.write_text(json.dumps([entries[0] | {key: value}, *entries[1:]]))
-    report = compare_runs(settings(tmp_path))
+    report = compare_runs(**settings(tmp_path))
     reasons = {path.rpartition("/")[2]: reason for path, reason in report["left_out"].items()}
     assert set(reasons) == {"warp", "precise", "align_max"}
     assert "it was evaluated on" in reasons["warp"] and "other.json" in reasons["warp"]
@@ -392,12 +392,12 @@ def test_annotations_that_nobody_can_use(make_run, tmp_path):
     with pytest.raises(
         ConfigError, match=r"their validation set cannot be used: .*broken\.json.*'annotations' is missing"
     ):
-        compare_runs(settings(tmp_path))
+        compare_runs(**settings(tmp_path))
 
 
 def test_one_method_alone_is_reported(make_run, tmp_path):
     make_run("align", roi("align"))
-    report = compare_runs(settings(tmp_path))
+    report = compare_runs(**settings(tmp_path))
     assert report["differences"]["bbox"] == [] and "There is one method only: nothing to compare." in report["warnings"]
     assert "<h2>Average precision" in (tmp_path / "report" / "report.html").read_text()
 
@@ -405,7 +405,7 @@ def test_one_method_alone_is_reported(make_run, tmp_path):
 def test_unknown_baseline(make_run, tmp_path):
     make_run("align", roi("align"))
     with pytest.raises(ConfigError, match="baseline = 'pool': the methods are align"):
-        compare_runs(settings(tmp_path, baseline="pool"))
+        compare_runs(**settings(tmp_path, baseline="pool"))
 
 
 def test_sentences():
@@ -436,7 +436,7 @@ def test_run_without_evaluation_is_evaluated_and_probed(make_run, model_of, stat
             file.unlink()
         config, model = yaml.safe_load((folder / "config.yaml").read_text()), model_of(roi(name))
         checkpoints.save(state | {"config": config, "model": model.state_dict()}, folder / "last.pt")
-    report = compare_runs(settings(tmp_path, evaluate="true", probe_images=2, workers=0, pictures=0))
+    report = compare_runs(**settings(tmp_path, evaluate="true", probe_images=2, workers=0, pictures=0))
     assert (tmp_path / "runs" / "roi=align,seed=0" / "eval_last" / "predictions.json").exists() and not report[
         "left_out"
     ]
@@ -535,7 +535,7 @@ def test_offsets_in_the_report(make_run, model_of, state, tmp_path):
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         config, model = yaml.safe_load((folder / "config.yaml").read_text()), model_of(roi("modulated_deformable"))
         checkpoints.save(state | {"config": config, "model": model.state_dict()}, folder / "last.pt")
-    report = compare_runs(settings(tmp_path, probe_images=1, pictures=0))
+    report = compare_runs(**settings(tmp_path, probe_images=1, pictures=0))
     page = (tmp_path / "report" / "report.html").read_text()
     captions = ("Norm of the offsets (dx, dy) in training", "L2 loss of the offsets", "Histogram of the moves")
     for caption in (*captions, "Histogram of the modulation", "mean |x|, px"):

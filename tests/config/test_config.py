@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -19,13 +20,14 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from detector import config
-from detector.commands import programs
+from detector.checkpoint import flatten
+from detector.commands import compare, evaluate, explore, predict, train
 from detector.commands.main import COMMANDS, main
-from detector.commands.programs import TrainKeys, train
 from detector.config import CONFIGS, ConfigError, build, check, explain, suggest
 from detector.config.program import check_heads, share_roi
 from detector.config.schema import check_model_config, fits, near
 from detector.config.suggest import ELSEWHERE, elsewhere, leaves, list_options
+from tests.untrained import arguments
 
 
 def compose(*overrides: str):
@@ -86,6 +88,7 @@ def test_every_configuration_passes(override):
         ("optimizer.lr=nan", "optimizer.lr = nan"),
         ("runtime.workers=2.5", "runtime.workers = 2.5: .* takes int here, not float"),
         ("runtime.workers=true", "runtime.workers = True: .* takes int here, not bool"),
+        ("training.accumulate=true", "training.accumulate = True: .* takes int here, not bool"),  # 1 == True
         ("runtime.precision=fp8", "runtime.precision = 'fp8': .*'fp32', 'bf16', 'fp16'"),
         ("model.box_head.trunk.fc_channels=[a]", "model.box_head.trunk.fc_channels = "),
         ("model.backbone=null", "model.backbone = None"),
@@ -218,7 +221,7 @@ def test_no_value_crashes_the_check(value):
         node, key = path.split(".")
         cfg = {node: {**COMPOSED[node], key: value}}
         try:
-            check(OmegaConf.create(cfg), TrainKeys)
+            check(OmegaConf.create(cfg), train.train)
         except ConfigError as error:
             assert path in str(error)
 
@@ -278,7 +281,7 @@ def test_run_folders():
     "override", ["optimizer.lrr=1", "roi=deformabel", "optimizer.lr=fast", "data.root=nowhere", "training.batch_size=0"]
 )
 def test_program_ends_with_code_2_and_no_traceback(call, override):
-    code, shown, errors = call(train, override, "runtime.device=cpu", "run_dir=runs/never")
+    code, shown, errors = call(train.main, override, "runtime.device=cpu", "run_dir=runs/never")
     assert code == 2 and not shown
     assert errors.startswith("error: ") and "Traceback" not in errors
     assert override.split("=")[0].split(".")[-1] in errors
@@ -292,6 +295,31 @@ def test_missing_data_set_names_the_command():
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     assert "make it with: detector shapes --out nowhere/shapes" in done.stderr
     assert not (CONFIGS.parent / "runs" / "never").exists()
+
+
+COMMAND_OF = {
+    "train": train.train,
+    "eval": evaluate.evaluate_checkpoint,
+    "predict": predict.predict_files,
+    "compare": compare.compare_runs,
+    "explorer": explore.explore,
+}
+
+
+@pytest.mark.parametrize("name", COMMAND_OF)
+def test_a_command_takes_what_its_config_has_and_means_the_same_by_default(name):
+    """In Python and on the command line; null in all of a node is the same as no node."""
+    parameters = inspect.signature(COMMAND_OF[name]).parameters
+    settings = arguments(name, [])
+    assert list(settings.keys() - parameters.keys()) == list(parameters.keys() - settings.keys()) == []
+    for key, parameter in parameters.items():
+        value, default = settings[key], parameter.default
+        if default is inspect.Parameter.empty:
+            assert value == "???" or name == "train", key
+        elif isinstance(value, dict):
+            assert default is None and set(flatten(value).values()) == {None}, key
+        else:
+            assert value == (list(default) if isinstance(default, tuple) else default), key
 
 
 def test_configs_are_where_the_programs_look():
@@ -345,11 +373,11 @@ def test_options_of_a_folder_of_ones_own(call, monkeypatch):
     """--config-dir and hydra.searchpath: found, suggested, listed by --help."""
     monkeypatch.syspath_prepend(EXAMPLE)
     for folder in (["--config-dir", EXAMPLE / "configs"], [f"hydra.searchpath=[file://{EXAMPLE / 'configs'}]"]):
-        code, _, errors = call(train, *folder, "experiment=shifted_shapes", "roi.gama=1")
+        code, _, errors = call(train.main, *folder, "experiment=shifted_shapes", "roi.gama=1")
         assert code == 2 and "there is no 'roi.gama'; did you mean roi.gamma" in errors
-        code, _, errors = call(train, *folder, "roi=shiftd")
+        code, _, errors = call(train.main, *folder, "roi=shiftd")
         assert code == 2 and "did you mean shifted?" in errors
-    code, _, errors = call(train, "roi=shifted")
+    code, _, errors = call(train.main, "roi=shifted")
     assert code == 2 and "configs/roi has no 'shifted'" in errors and "(--config-dir DIR adds your own)" in errors
     assert "shifted_shapes" in list_options("train", ["--config-dir", str(EXAMPLE / "configs")])
 
@@ -358,15 +386,15 @@ def test_a_file_of_ones_own_under_a_name_of_ours_is_refused(call, tmp_path):
     """Hydra takes the first that it finds, which is ours."""
     (tmp_path / "roi").mkdir()
     (tmp_path / "roi" / "align.yaml").write_text("_target_: mine.Align\n")
-    code, _, errors = call(train, "--config-dir", tmp_path, "roi=align")
+    code, _, errors = call(train.main, "--config-dir", tmp_path, "roi=align")
     assert code == 2 and f"{tmp_path / 'roi' / 'align.yaml'}: the detector has a config of this name" in errors
 
 
-@pytest.mark.parametrize("program", [train, programs.evaluate, programs.predict, programs.compare, programs.explore])
+@pytest.mark.parametrize("program", [train, evaluate, predict, compare, explore])
 def test_help_fits_a_screen(program, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["detector", "--help"])
     monkeypatch.setenv("COLUMNS", "120")
-    program()
+    program.main()
     shown = capsys.readouterr().out
     assert len(shown.splitlines()) <= 60 and max(map(len, shown.splitlines())) <= 120
     assert shown.startswith(program.__doc__.splitlines()[0]) and "Exit codes" in shown
@@ -374,7 +402,7 @@ def test_help_fits_a_screen(program, monkeypatch, capsys):
 
 def test_keys_and_options_that_help_names_exist():
     shown = train.__doc__
-    keys = re.findall(r"^ {8}([a-z_.]+)=", shown, re.MULTILINE)
+    keys = re.findall(r"^ {4}([a-z_.]+)=", shown, re.MULTILINE)
     assert len(keys) == 10
     others = ["schedule.max_iterations", "runtime.device", "runtime.workers", "run_dir", "name", "resume"]
     assert {*keys, *others} <= {*leaves(compose())}

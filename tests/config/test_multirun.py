@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from detector import runtime
+from detector.commands import evaluate
 from detector.config import build
 from detector.config.multirun import Job, Multirun
 from detector.engine.journal import forget_peak, memory_mb
@@ -45,6 +46,16 @@ def test_finished_interrupted_and_failing_jobs(shapes_tiny, tmp_path):
     assert all((grid / seed / "metrics.json").exists() for seed in "012")
     assert "5 jobs: 1 finished before, 1 done, 1 resumed, 2 failed" in second.output
     assert "failed           runs/grid/-1  seed = -1: must be at least 0" in second.output
+
+
+@pytest.mark.parametrize("asked", ["-m", "--multirun", "--multi", "hydra.mode=MULTIRUN"])
+def test_a_multirun_however_it_is_asked_for(call, tmp_path, asked):
+    """Paths between commas are several, and the jobs are recorded."""
+    paths = f"checkpoint={tmp_path / 'gone.pt'},{tmp_path / 'lost.pt'}"
+    code, shown, errors = call(evaluate.main, asked, paths, "device=cpu", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert code == 1 and "2 jobs: 2 failed" in shown
+    assert all(f"{name}: there is no such checkpoint" in errors for name in ("gone.pt", "lost.pt"))
+    assert not list((tmp_path / "sweep").glob("jobs-*"))
 
 
 def test_a_finished_run_that_trains_on_is_no_skipped_one(tmp_path):

@@ -12,7 +12,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detector import checkpoint
-from detector.commands.programs import TrainKeys
+from detector.commands.train import train as train_command
 from detector.config import CONFIGS, ConfigError, check
 from detector.engine.train import train
 from detector.evaluation import coco_metrics
@@ -141,7 +141,7 @@ def test_the_quickstart_with_another_model(model):
     """Its settings of the heads apply where the model has them."""
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = hydra.compose("train", [f"model={model}"])
-    check(cfg, TrainKeys)
+    check(cfg, train_command)
     assert cfg.model.box_head is None if model == "rpn" else cfg.model.box_head.batch_size_per_image == 64
     assert ("mask_head" in cfg.model) == ("mask" in model)
     if "mask" in model:
@@ -154,7 +154,7 @@ def test_the_quickstart_of_proposals_alone(shapes_tiny, tmp_path):
         small = ["schedule.max_iterations=2", "training.batch_size=2", "runtime.device=cpu", "runtime.workers=0"]
         small += [f"data.root={shapes_tiny}", f"run_dir={tmp_path}", "runtime.log_every=1", "evaluation.every=null"]
         cfg = hydra.compose("train", ["model=rpn", *small])
-    check(cfg, TrainKeys)
+    check(cfg, train_command)
     train(cfg)
     losses = curve(tmp_path)[2]
     assert {key for key in losses if key.startswith("loss_")} == {"loss_objectness", "loss_rpn_box_reg"}

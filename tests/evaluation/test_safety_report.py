@@ -32,7 +32,7 @@ def test_texts_from_runs_and_data_are_escaped(make_run, tmp_path, shapes_tiny):
         (folder / "eval_last" / "about.json").write_text(
             json.dumps(about | {"annotations": str(tmp_path / "evil.json")})
         )
-    compare_runs(settings(tmp_path))
+    compare_runs(**settings(tmp_path))
     page = (tmp_path / "report" / "report.html").read_text()
     parser = Balanced()
     parser.feed(page)

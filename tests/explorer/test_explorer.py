@@ -17,10 +17,11 @@ from PIL import Image
 from torch import nn
 
 import detector
+from detector.commands.explore import explore
 from detector.comparison.alignment import area_error
 from detector.config import CONFIGS, ConfigError, build, compose
 from detector.data import read_image
-from detector.explorer import explore, write_page
+from detector.explorer import write_page
 from detector.explorer.page import collect, decode, encode, find_extractor, render
 from detector.roi import PreciseRoIPool, RoIAlign, RoIExtractor, RoIPool, RoIWarp, assign_levels
 from tests.untrained import SMALL
@@ -563,9 +564,8 @@ def test_command(checkpoint, photo, tmp_path):
 @pytest.mark.parametrize("image, message", [("none.png", "none.png"), ("text.png", "cannot be read")])
 def test_images_that_cannot_be_read(checkpoint, tmp_path, image, message):
     (tmp_path / "text.png").write_text("no image")
-    cfg = compose("explorer", [f"checkpoint={checkpoint}", f"image={tmp_path / image}", "device=cpu"])
     with pytest.raises(ConfigError, match=message):
-        explore(cfg)
+        explore(str(checkpoint), str(tmp_path / image), device="cpu")
 
 
 def test_image_in_grey_with_another_shape(checkpoint, tmp_path, open_page):

@@ -15,9 +15,10 @@ from PIL import Image
 import detector
 from detector import checkpoint as checkpoints
 from detector.commands.predict import find_images, predict_files
-from detector.config import ConfigError, RunError, compose
+from detector.config import ConfigError, RunError
 from detector.data import read_image
 from detector.inference.load import merge, validation_transforms
+from tests.untrained import arguments
 
 
 @pytest.fixture
@@ -183,37 +184,37 @@ def test_own_drawings_are_never_detected_in(checkpoint, photo, tmp_path, capsys,
     (folder / "mine.jpg.png").write_bytes(photo.read_bytes())  # somebody's own, named like a drawing
     for output in (folder / "found", folder / "found", folder, folder, folder / "again"):
         options = [f"checkpoint={checkpoint}", f"images={folder}", f"output={output}", "device=cpu"]
-        predict_files(compose("predict", options))
+        predict_files(**arguments("predict", options))
         assert "in 3 images, 0 files unreadable" in capsys.readouterr().out
     assert "3 pictures that predict.py drew" in caplog.text
-    predict_files(compose("predict", [options[0], f"images={folder}/*", *options[2:]]))
+    predict_files(**arguments("predict", [options[0], f"images={folder}/*", *options[2:]]))
     assert "in 3 images," in capsys.readouterr().out
     older = folder / "found" / "a.jpg.png"
     Image.open(older).save(older)  # as older versions left them, without the sign
     assert "Software" not in Image.open(older).info
-    predict_files(compose("predict", [*options[:2], f"output={folder / 'found'}", "device=cpu"]))
+    predict_files(**arguments("predict", [*options[:2], f"output={folder / 'found'}", "device=cpu"]))
     assert "in 3 images," in capsys.readouterr().out and "drawn anew, such as" in caplog.text
 
 
 def test_settings_of_the_model_and_the_limit_of_detections(checkpoint, photo, tmp_path, capsys, caplog):
     options = [f"checkpoint={checkpoint}", f"images={photo}", f"output={tmp_path / 'out'}", "device=cpu", "draw=false"]
-    predict_files(compose("predict", [*options, "threshold=0.01"]))
+    predict_files(**arguments("predict", [*options, "threshold=0.01"]))
     shown = capsys.readouterr().out
     assert "20 objects in 1 images" in shown and "1 of the images have 20 objects, the most" in shown
     assert "model.box_head.detections_per_image=60" in shown
     assert "threshold = 0.01: the model gives no scores below 0.05" in caplog.text
     caplog.clear()
     advice = ["model.box_head.detections_per_image=60", "model.box_head.score_threshold=0.01"]
-    predict_files(compose("predict", [*options, "threshold=0.01", *advice]))
+    predict_files(**arguments("predict", [*options, "threshold=0.01", *advice]))
     more = int(capsys.readouterr().out.split()[0])
     assert 20 < more <= 60 and not caplog.text
 
 
 @pytest.mark.parametrize(("threshold", "hint"), [(30, "; 30 % is threshold=0.3"), (-0.1, ""), (101, ""), (1.5, "")])
 def test_thresholds_are_scores(threshold, hint, tmp_path):
-    cfg = compose("predict", ["checkpoint=gone.pt", "images=gone", f"threshold={threshold}"])
+    given = arguments("predict", ["checkpoint=gone.pt", "images=gone", f"threshold={threshold}"])
     with pytest.raises(ConfigError, match=f"threshold = {threshold}: must be a score from 0 to 1{hint}"):
-        predict_files(cfg)
+        predict_files(**given)
 
 
 def test_larger_images_than_in_training(checkpoint, tmp_path, monkeypatch, capsys):
@@ -227,9 +228,9 @@ def test_larger_images_than_in_training(checkpoint, tmp_path, monkeypatch, capsy
         model.predict(tmp_path / "large.png")
     model.predict(tmp_path / "large.png", max_pixels=4200)
     options = [f"checkpoint={checkpoint}", f"images={tmp_path / 'large.png'}", f"output={tmp_path / 'out'}"]
-    assert predict_files(compose("predict", [*options, "device=cpu"])) == 0
+    assert predict_files(**arguments("predict", [*options, "device=cpu"])) == 0
     with pytest.raises(RunError, match="none of the 1 files could be read"):
-        predict_files(compose("predict", [*options, "device=cpu", "max_pixels=4199"]))
+        predict_files(**arguments("predict", [*options, "device=cpu", "max_pixels=4199"]))
     assert "max_pixels=4199" in capsys.readouterr().err
 
 
@@ -248,7 +249,7 @@ def test_predict_files(checkpoint, photo, tmp_path, capsys):
         "batch_size=2",
         "device=cpu",
     ]
-    assert predict_files(compose("predict", options)) == 2
+    assert predict_files(**arguments("predict", options)) == 2
     message = capsys.readouterr()
     assert "cut.jpg cannot be read" in message.err and "in 3 images, 2 files unreadable" in message.out
     assert "words.png cannot be read: it is in no format of a picture" in message.err
@@ -262,8 +263,8 @@ def test_predict_files(checkpoint, photo, tmp_path, capsys):
     first = [a for a in annotations if a["image_id"] == 1]
     assert [a["score"] for a in first] == pytest.approx(expected.scores.tolist(), abs=1e-5)
     np.testing.assert_array_equal(rle_tools.decode(first[0]["segmentation"]), expected.masks[0].numpy())
-    predict_files(compose("predict", [*options, "precision=bf16", "draw=false"]))
+    predict_files(**arguments("predict", [*options, "precision=bf16", "draw=false"]))
     halved = json.loads((output / "predictions.json").read_text())["annotations"]
     assert 0 < abs(halved[0]["score"] - annotations[0]["score"]) < 0.02
     with pytest.raises(RunError, match="none of the 1 files could be read"):
-        predict_files(compose("predict", [*options[:1], f"images={folder}/cut.jpg", *options[2:]]))
+        predict_files(**arguments("predict", [*options[:1], f"images={folder}/cut.jpg", *options[2:]]))

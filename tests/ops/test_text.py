@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from detector import checkpoint as checkpoints
-from detector.commands import programs, validate
+from detector.commands import evaluate, predict, validate
 from detector.comparison.report import md_table
 from detector.data import convert
 from detector.evaluation.tables import table
@@ -94,12 +94,12 @@ def test_commands_on_nasty_names(terminal, nasty, tmp_path, monkeypatch):
     """Evaluation, prediction with pictures, and validation, each to its end."""
     root, checkpoint = nasty
     options = [f"checkpoint={checkpoint}", "device=cpu", f"output={tmp_path / 'out'}"]
-    assert not start(programs.evaluate, terminal, monkeypatch, *options, f"data.root={root}", "workers=0")
+    assert not start(evaluate.main, terminal, monkeypatch, *options, f"data.root={root}", "workers=0")
     assert "a\\nb\\r\\x00\\x1b[31m" in shown(terminal)
     written = (tmp_path / "out" / "table.txt").read_text(encoding="utf-8")
     assert "猫 <b>&amp;|" in written and "''  " in written
     picture = min((root / "val").iterdir())
-    assert not start(programs.predict, terminal, monkeypatch, *options, f"images={picture}", "threshold=0")
+    assert not start(predict.main, terminal, monkeypatch, *options, f"images={picture}", "threshold=0")
     with Image.open(tmp_path / "out" / f"{picture.name}.png") as drawn:
         assert min(drawn.size) >= 800
     validation = ["experiment=none", f"data.root={root}", "--no-images", "--output", str(tmp_path / "report")]

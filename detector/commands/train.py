@@ -1,0 +1,65 @@
+"""Train a detector. The same command started again continues the run, or leaves it as it is when it is finished.
+
+detector train                                   the quickstart: Mask R-CNN on generated shapes, on a CPU or a GPU
+detector train experiment=finetune data=custom data.root=my_data                  your own data in COCO's format
+detector train experiment=mask_rcnn_r50_fpn_1x   a recipe of a paper, on COCO
+detector train roi=deformable roi.gamma=0.2      another RoI method in all heads, with a setting of its own
+detector train roi@model.mask_head.roi=warp      ... in one head
+detector train -m roi=pool,align seed=0,1        four runs, one after the other
+torchrun --nproc-per-node=2 -m detector train    on two GPUs, or two CPU processes
+detector train --config-dir my_configs roi=mine  options of your own beside those below
+detector train --cfg job                         show the configuration
+
+Keys that people change (detector train --cfg job shows all):
+    data.root=FOLDER                    where the data set is
+    model.weights=FILE                  start from a checkpoint, ours or another framework's
+    model.rpn.anchor_sizes=[[8],...]    for objects of other sizes, one list for each level
+    training.batch_size=8               images in a step, over all GPUs
+    training.accumulate=2               in so many parts
+    optimizer.lr=0.01                   for 16 images in a step, scaled to batch_size
+    schedule.max_epochs=24              or schedule.max_iterations
+    evaluation.every=0.1                a share of the run, "2 epochs" or iterations
+    runtime.precision=bf16              or fp16, fp32; runtime.device=cpu, runtime.workers=8
+    seed=1                              run_dir, name: where the run lies; resume=none: start anew
+
+Exit codes: 0 done, 1 failed, 2 a setting or the data cannot work, 128 + n stopped by signal n with everything
+saved. Of several runs, those that are finished are skipped, a failing one does not stop the others (the code is 1
+then), and multirun.json beside their folders says what became of each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from detector.config import as_program, literal
+from detector.engine.train import train as run_training
+from detector.settings import Data
+
+
+def train(
+    *,
+    name: str,
+    run_dir: str,
+    resume: str,
+    seed: int,
+    model: dict[str, Any],
+    weights: dict[str, Any],
+    roi: dict[str, Any],
+    data: Data,
+    augment: dict[str, Any],
+    optimizer: dict[str, Any],
+    schedule: dict[str, Any],
+    training: dict[str, Any],
+    evaluation: dict[str, Any],
+    runtime: dict[str, Any],
+) -> float | None:
+    """Run, or continue, the training that the nodes of configs/train.yaml describe; see `engine.train.train`.
+
+    All of them are needed: `**config.compose("train", ["data=custom", "data.root=my_data"])` has them.
+    """
+    return run_training(OmegaConf.create(literal(locals())))
+
+
+main = as_program("train", train, __doc__)
