@@ -140,9 +140,7 @@ def options(group: str) -> list[str]:
 
 @pytest.mark.parametrize("name", options("roi"))
 def test_every_roi_method_fits_both_heads(name):
-    by_position = "position_sensitive" in name  # 7 x 7 and 14 x 14 bins with a channel each
-    channels = ["model.neck.out_channels=196"] if by_position else []
-    cfg = composed("experiment=quickstart", f"roi={name}", *channels)
+    cfg = composed("experiment=quickstart", f"roi={name}")
     model = model_of(cfg, num_classes=3)
     for head in (model.box_head, model.mask_head):
         assert type(head.extractor.op).__name__ == cfg.roi._target_.split(".")[-1]

@@ -115,6 +115,23 @@ def test_a_training_step_and_an_inference(group, name):
     assert (found.keypoints is not None) == ("keypoint" in name)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES["model"] if name != "rpn"])
+def test_position_sensitive_methods_in_every_model(name):
+    """With the maps that the model has, whose channels are no multiple of the bins."""
+    ops = ("position_sensitive_align", "position_sensitive_pool", "deformable_position_sensitive")
+    for roi in ops if name == "mask_rcnn" else ops[:1]:
+        model = build(small(config(f"model={name}", f"roi={roi}")), "model", num_classes=3)
+        losses = model.train()(*random_input())
+        sum(losses.values()).backward()
+        layers = {key: p.grad for key, p in model.named_parameters() if ".op.maps." in key}
+        heads = {key.partition(".extractor")[0] for key in layers}
+        assert {head.partition(".")[0] for head in heads} == {
+            n for n, _ in model.named_children() if n.endswith("_head")
+        }
+        assert all(grad.isfinite().all() and grad.any() for grad in layers.values())
+        assert ("loss_offset" in losses) == (roi == ops[2])
+
+
 def count(cfg, num_classes: int) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in build(cfg, "model", num_classes=num_classes).parameters())

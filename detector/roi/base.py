@@ -39,6 +39,7 @@ class RoIOp(nn.Module, ABC):
         output_size: bins of the output, an int or (h, w).
     """
 
+    takes_angles: bool = False  # whether rois may be [R, 6] = (batch_index, cx, cy, width, height, angle) too
     gamma: float = 1.0  # scale of the offsets that a method returns, if any: parts of the RoI's width and height
 
     def __init__(self, output_size: int | Sequence[int]):
@@ -76,8 +77,19 @@ def pair(size: int | Sequence[int], name: str = "output_size") -> tuple[int, int
     return values
 
 
-def check_inputs(features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]) -> None:
-    """Refuse what no RoI method can read, naming the argument.
+def check_rois(rois: Tensor, angles: bool) -> None:
+    """ValueError unless rois is [R, 5], or [R, 6] for a method that takes angles."""
+    if rois.ndim != 2 or rois.shape[1] not in ((5, 6) if angles else (5,)):
+        rotated = " or [R, 6] = (batch_index, cx, cy, width, height, angle)" if angles else ""
+        raise ValueError(
+            f"rois must have shape [R, 5] = (batch_index, x1, y1, x2, y2){rotated}, got {list(rois.shape)}"
+        )
+
+
+def check_inputs(
+    features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float], angles: bool = False
+) -> None:
+    """Refuse what no RoI method can read, naming the argument. angles: whether the method takes RoIs [R, 6].
 
     The ranges of batch indices and levels are checked on the CPU only: on a GPU the check would make the host wait for
     the device in every step. There the indices are clamped where they are used, so a wrong one reads the wrong map but
@@ -101,8 +113,7 @@ def check_inputs(features: Sequence[Tensor], rois: Tensor, levels: Tensor, strid
             )
     if len(strides) != len(features) or any(stride <= 0 for stride in strides):
         raise ValueError(f"strides must be {len(features)} positive numbers, one per level, got {list(strides)}")
-    if rois.ndim != 2 or rois.shape[1] != 5:
-        raise ValueError(f"rois must have shape [R, 5] = (batch_index, x1, y1, x2, y2), got {list(rois.shape)}")
+    check_rois(rois, angles)
     if len(rois) and len(first) == 0:
         raise ValueError(f"rois has {len(rois)} rows, but the features hold no image: {list(first.shape)}")
     if not rois.is_floating_point():

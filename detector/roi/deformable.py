@@ -21,7 +21,7 @@ from detector.ops.layers import init_zero
 from detector.roi.align import RoIAlign
 from detector.roi.bag import pool_cells
 from detector.roi.base import RoIOp, check_inputs, choose_path, exporting, make_op
-from detector.roi.geometry import Axis, Regions, bilinear, locate
+from detector.roi.geometry import Axis, Regions, at_points, group_points, locate
 from detector.roi.plain import align_boxes, as_maps, bins
 from detector.structures import RoIFeatures
 
@@ -158,7 +158,7 @@ class DeformableRoIPool(RoIOp):
         y, x = axes(regions, shift[:, 0], shift[:, 1])
         if modulation is not None:
             if self.per_point:
-                modulation = self.group_points(modulation)[..., None]
+                modulation = group_points(modulation, *self.output_size)[..., None]
             else:
                 modulation = modulation[..., None, None]
             y = y._replace(weights=y.weights * modulation.to(y.weights.dtype))
@@ -179,13 +179,7 @@ class DeformableRoIPool(RoIOp):
         n = torch.arange(self.align.sampling_ratio, device=shift_x.device)
         y = self.align.grid(y1, y2, self.output_size[0]).at(n).flatten(1)  # [R, h * s]
         x = self.align.grid(x1, x2, self.output_size[1]).at(n).flatten(1)
-        y = self.group_points(y[:, :, None] + shift_y * (y2 - y1)[:, None, None])
-        x = self.group_points(x[:, None] + shift_x * (x2 - x1)[:, None, None])
-        rows, row_weights = bilinear(y, regions.heights[:, None, None, None])
-        columns, column_weights = bilinear(x, regions.widths[:, None, None, None])
-        return Axis(rows, row_weights / y.shape[3]), Axis(columns, column_weights)
-
-    def group_points(self, values: Tensor) -> Tensor:
-        """[R, h * s, w * s] -> [R, h, w, s * s]."""
-        h, w = self.output_size
-        return values.unflatten(2, (w, -1)).unflatten(1, (h, -1)).transpose(2, 3).flatten(3)
+        y = group_points(y[:, :, None] + shift_y * (y2 - y1)[:, None, None], *self.output_size)
+        x = group_points(x[:, None] + shift_x * (x2 - x1)[:, None, None], *self.output_size)
+        y_axis, x_axis = at_points(x, y, regions)
+        return y_axis._replace(weights=y_axis.weights / y.shape[3]), x_axis

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from detector.ops.checks import check_choice
-from detector.roi.base import RoIOp
+from detector.roi.base import RoIOp, check_rois
 from detector.structures import RoIFeatures
 
 LEVEL_RULES = ("detectron2", "torchvision", "mmdetection")
@@ -86,12 +86,16 @@ class RoIExtractor(nn.Module):
         self.canonical_size = canonical_size
 
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> RoIFeatures:
-        """Pool `rois` [R, 5] = (batch_index, x1, y1, x2, y2) in image pixels from one map [N, C, Hl, Wl] per stride."""
+        """Pool `rois` [R, 5] = (batch_index, x1, y1, x2, y2) in image pixels from one map [N, C, Hl, Wl] per stride.
+
+        Methods that take angles pool [R, 6] = (batch_index, cx, cy, width, height, angle) too; their level is that of
+        their width and height.
+        """
         if len(features) != len(self.strides):
             raise ValueError(f"features must hold one map per stride {self.strides}, got {len(features)}")
-        if rois.ndim != 2 or rois.shape[1] != 5:
-            raise ValueError(f"rois must have shape [R, 5] = (batch_index, x1, y1, x2, y2), got {list(rois.shape)}")
-        levels = assign_levels(rois[:, 1:], self.strides, self.canonical_level, self.canonical_size, self.level_rule)
+        check_rois(rois, self.op.takes_angles)
+        upright = rois[:, 1:] if rois.shape[1] == 5 else torch.cat([torch.zeros_like(rois[:, 3:5]), rois[:, 3:5]], 1)
+        levels = assign_levels(upright, self.strides, self.canonical_level, self.canonical_size, self.level_rule)
         return self.op(features, rois, levels, self.strides)
 
     def extra_repr(self) -> str:

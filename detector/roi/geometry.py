@@ -70,6 +70,36 @@ def locate(features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Se
     )
 
 
+KERNELS = {"bilinear": 2, "bicubic": 4, "lanczos": 6}
+"""Cells that each interpolation kernel reads along one axis."""
+
+
+def interpolate(position: Tensor, size: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    """The K cells around a position along one axis, weighted by a kernel of `KERNELS`; see `bilinear` for the rest.
+
+    bicubic: Keys 1981, a = -0.5. lanczos: sinc(t) sinc(t / 3) for |t| < 3 (Duchon 1979), the weights divided by their
+    sum. Cells beyond the map count as its outermost ones, so that a constant map stays constant.
+    Returns: cells [..., K] int32 and weights [..., K].
+    """
+    if kernel == "bilinear":
+        return bilinear(position, size)
+    reach = KERNELS[kernel] // 2
+    inside = (position >= -1) & (position <= size)
+    position = torch.where(inside, position, 0).clamp(min=0)
+    position = torch.minimum(position, (size - 1).to(position.dtype))
+    low = position.detach().floor()
+    steps = torch.arange(1 - reach, reach + 1, dtype=position.dtype, device=position.device)
+    t = (position - low)[..., None] - steps
+    if kernel == "bicubic":
+        t = t.abs()
+        weights = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2)
+    else:
+        weights = torch.where(t.abs() < reach, t.sinc() * (t / reach).sinc(), 0)
+        weights = weights / weights.sum(-1, keepdim=True)
+    cells = (low[..., None] + steps).int().clamp(min=0)
+    return torch.minimum(cells, size[..., None] - 1), weights * inside[..., None]
+
+
 def bilinear(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """The two neighbours of a position along one axis, with linear weights.
 
@@ -89,6 +119,24 @@ def bilinear(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.stack([1 - upper, upper], -1) * inside[..., None]
     low = low.int()
     return torch.stack([low, torch.minimum(low + 1, last)], -1), weights
+
+
+def at_points(x: Tensor, y: Tensor, regions: Regions, weights: Tensor | None = None) -> tuple[Axis, Axis]:
+    """Axes (y, x) of bins that sum, with `weights`, over G points which need not form a grid.
+
+    Args:
+        x, y: [R, h, w, G] in cells of the map that each region reads. weights: of the same shape; None: 1 for each.
+    """
+    rows, row_weights = bilinear(y, regions.heights[:, None, None, None])
+    columns, column_weights = bilinear(x, regions.widths[:, None, None, None])
+    return Axis(rows, row_weights if weights is None else row_weights * weights[..., None]), Axis(
+        columns, column_weights
+    )
+
+
+def group_points(values: Tensor, h: int, w: int) -> Tensor:
+    """[R, h * s, w * s] -> [R, h, w, s * s]: the points of each bin."""
+    return values.unflatten(2, (w, -1)).unflatten(1, (h, -1)).transpose(2, 3).flatten(3)
 
 
 def cells_between(first: Tensor, last: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:

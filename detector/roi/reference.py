@@ -8,7 +8,7 @@ feature[:, v, u].
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import ceil, floor, isfinite, log2, sqrt
+from math import ceil, cos, floor, isfinite, log2, pi, sin, sqrt
 from typing import Any
 
 import torch
@@ -95,6 +95,35 @@ def roi_pool(feature: Tensor, box: Sequence[float], stride: float, size: tuple[i
     return out
 
 
+def keys(t: float) -> float:
+    """Keys 1981, equation 4 with a = -1/2."""
+    t = abs(t)
+    return 1.5 * t**3 - 2.5 * t**2 + 1 if t <= 1 else -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2 if t < 2 else 0.0
+
+
+def lanczos(t: float) -> float:
+    """sinc(t) sinc(t / 3) within 3 cells (Duchon 1979)."""
+    return 1.0 if t == 0 else 3 * sin(pi * t) * sin(pi * t / 3) / (pi * t) ** 2 if abs(t) < 3 else 0.0
+
+
+def interpolate(feature: Tensor, y: float, x: float, kernel: str) -> Tensor:
+    """The map at (x, y) as a sum over cells weighted by a kernel of each axis; cells outside are those at its edge."""
+    if kernel == "bilinear":
+        return bilinear(feature, y, x)
+    _, height, width = feature.shape
+    if not (-1 <= y <= height and -1 <= x <= width):
+        return feature.new_zeros(feature.shape[0])
+    y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
+    weight = {"bicubic": keys, "lanczos": lanczos}[kernel]
+    value, total = feature.new_zeros(feature.shape[0]), 0.0
+    for v in range(floor(y) - 2, floor(y) + 4):
+        for u in range(floor(x) - 2, floor(x) + 4):
+            share = weight(y - v) * weight(x - u)
+            value = value + share * feature[:, min(max(v, 0), height - 1), min(max(u, 0), width - 1)]
+            total += share
+    return value / total
+
+
 def roi_align(
     feature: Tensor,
     box: Sequence[float],
@@ -108,6 +137,7 @@ def roi_align(
     reduction: str = "avg",
     placement: str = "centre",
     gamma: float = 0.1,
+    kernel: str = "bilinear",
 ) -> Tensor:
     """Mask R-CNN, section 3; with offsets, Deformable ConvNets, equations 5 and 6; with modulation, v2's equation 2.
 
@@ -139,7 +169,7 @@ def roi_align(
                         y += gamma * height * float(offsets[1][at])
                     if modulation is not None:
                         weight = modulation[at]
-                    values.append(weight * bilinear(feature, y, x))
+                    values.append(weight * interpolate(feature, y, x, kernel))
             if values:
                 points = torch.stack(values)
                 out[:, i, j] = points.mean(0) if reduction == "avg" else points.amax(0)
@@ -193,16 +223,21 @@ def position_sensitive(
     stride: float,
     *per_roi: Tensor,
     method: Callable[..., Tensor],
+    groups: tuple[int, int] | None = None,
     **settings: Any,
 ) -> Tensor:
-    """R-FCN, equation 1: bin (i, j) of output channel d comes from channel (d h + i) w + j. [C / (h w), h, w]."""
+    """R-FCN, equation 1: bin (i, j) of output channel d comes from channel (d h + i) w + j. [C / (h w), h, w].
+
+    groups: (g_h, g_w) if they are not as many as the bins; then h and w are those, and i and j the bin's group.
+    """
     h, w = settings["size"]
+    g_h, g_w = groups or (h, w)
     plain = method(feature, box, stride, *per_roi, **settings)  # every channel in every bin
-    out = plain.new_zeros(len(plain) // (h * w), h, w)
+    out = plain.new_zeros(len(plain) // (g_h * g_w), h, w)
     for d in range(len(out)):
         for i in range(h):
             for j in range(w):
-                out[d, i, j] = plain[(d * h + i) * w + j, i, j]
+                out[d, i, j] = plain[(d * g_h + i * g_h // h) * g_w + j * g_w // w, i, j]
     return out
 
 
@@ -244,3 +279,148 @@ def sum_levels(features: Sequence[Tensor], rois: Tensor, strides: Sequence[float
     """RoI Align of every RoI on every level, summed."""
     levels = [torch.full((len(rois),), level) for level in range(len(features))]
     return torch.stack([over_rois(roi_align, features, rois, each, strides, **settings) for each in levels]).sum(0)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A convolution of x [C, h, w] with weight [D, C, k, k], cell by cell, zeros around the map: [D, h, w]."""
+    _, h, w = x.shape
+    reach = weight.shape[2] // 2
+    out = x.new_zeros(len(weight), h, w) if bias is None else bias[:, None, None].repeat(1, h, w)
+    for i in range(h):
+        for j in range(w):
+            for a in range(-reach, reach + 1):
+                for b in range(-reach, reach + 1):
+                    if 0 <= i + a < h and 0 <= j + b < w:
+                        out[:, i, j] += weight[:, :, a + reach, b + reach] @ x[:, i + a, j + b]
+    return out
+
+
+def adaptive_pooling(
+    levels: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], fusion: str
+) -> Tensor:
+    """PANet, section 3.2, for what was pooled from each level [C, h, w], with a convolution for each."""
+    adapted = torch.stack([convolve(*parts).clamp(min=0) for parts in zip(levels, weights, biases)])
+    return adapted.amax(0) if fusion == "max" else adapted.sum(0)
+
+
+def soft_levels(levels: Sequence[Tensor], first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """AugFPN, section 3.3, for what was pooled from each level [C, h, w]; first and second: weight and bias."""
+    logits = convolve(convolve(torch.cat(list(levels)), *first).clamp(min=0), *second)
+    weights = 1 / (1 + (-logits).exp())
+    return torch.stack([weights[level] * x for level, x in enumerate(levels)]).sum(0)
+
+
+def context(
+    feature: Tensor, box: Sequence[float], stride: float, around: Tensor, image: Tensor, scale: float, **settings: Any
+) -> Tensor:
+    """RoI Align of the box, plus `around` [D, C] times that of the enlarged box, plus `image` [D, C] times the mean."""
+    x1, y1, x2, y2 = box
+    x, y, half_width, half_height = (x1 + x2) / 2, (y1 + y2) / 2, scale * (x2 - x1) / 2, scale * (y2 - y1) / 2
+    larger = (x - half_width, y - half_height, x + half_width, y + half_height)
+    own, surroundings = (roi_align(feature, b, stride, **settings) for b in (box, larger))
+    mean = feature.flatten(1).mean(1)
+    return own + torch.einsum("dc,chw->dhw", around, surroundings) + (image @ mean)[:, None, None]
+
+
+def border_align(feature: Tensor, box: Sequence[float], stride: float, points: int) -> Tensor:
+    """BorderDet, equation 2: the maxima along left, top, right and bottom, [C, 4]. Feature: [4, C, H, W], for each."""
+    x1, y1, x2, y2 = (c / stride - 0.5 for c in box)
+    sides = []
+    for side, (x, y, along_x, along_y) in enumerate(
+        [(x1, y1, 0, y2 - y1), (x1, y1, x2 - x1, 0), (x2, y1, 0, y2 - y1), (x1, y2, x2 - x1, 0)]
+    ):
+        values = [
+            bilinear(feature[side], y + k * along_y / points, x + k * along_x / points)
+            if all(map(isfinite, box))
+            else feature.new_zeros(feature.shape[1])
+            for k in range(points)
+        ]
+        sides.append(torch.stack(values).amax(0))
+    return torch.stack(sides, 1)
+
+
+def deformable_attention(
+    values: Sequence[Tensor],
+    box: Sequence[float],
+    strides: Sequence[float],
+    offsets: Tensor,
+    weights: Tensor,
+    size: tuple[int, int],
+) -> Tensor:
+    """Deformable DETR, equation 3, before the last layer: values L x [M, D, H, W], the maps of each head; [M, D, h, w].
+
+    offsets: [h * w, M, L, K, 2] (x, y). weights: [h * w, M, L, K].
+    """
+    (h, w), (_, heads, levels, points) = size, weights.shape
+    out = values[0].new_zeros(heads, values[0].shape[1], h, w)
+    if not all(map(isfinite, box)):
+        return out
+    for q in range(h * w):
+        for m in range(heads):
+            for level in range(levels):
+                x1, y1, x2, y2 = (c / strides[level] for c in box)
+                width, height = (x2 - x1) / w, (y2 - y1) / h
+                for k in range(points):
+                    dx, dy = offsets[q, m, level, k].tolist()
+                    x = x1 + (q % w + 0.5 + 0.5 * dx / points) * width - 0.5
+                    y = y1 + (q // w + 0.5 + 0.5 * dy / points) * height - 0.5
+                    out[m, :, q // w, q % w] += weights[q, m, level, k] * bilinear(values[level][m], y, x)
+    return out
+
+
+def semantic_grid(box: Sequence[float], samples: int) -> tuple[int, int]:
+    """Rows and columns of Semantic RoI Align's sampler: their product at most `samples`, their ratio the box's."""
+    width, height = abs(box[2] - box[0]), abs(box[3] - box[1])
+    if not all(map(isfinite, box)) or width == height == 0:
+        ratio = 1.0
+    else:
+        ratio = height / width if width else float("inf")
+    rows = samples if ratio == float("inf") else min(max(round(sqrt(samples * ratio)), 1), samples)
+    return rows, samples // rows
+
+
+def semantic_roi_align(
+    feature: Tensor,
+    box: Sequence[float],
+    stride: float,
+    embed: Callable[[Tensor], Tensor],
+    attend: Callable[[Tensor, Tensor], Tensor],
+    size: tuple[int, int],
+    samples: int,
+) -> Tensor:
+    """Semantic RoI Align: `embed` makes of an area [4] what is added to a feature [C], `attend` of that and of the mean
+    feature the logits [h * w] of a point."""
+    rows, columns = semantic_grid(box, samples)
+    x1, y1, x2, y2 = (c / stride for c in box)
+    values, areas = [], []
+    for i in range(rows):
+        for j in range(columns):
+            x, y = x1 + (j + 0.5) * (x2 - x1) / columns - 0.5, y1 + (i + 0.5) * (y2 - y1) / rows - 0.5
+            values.append(bilinear(feature, y, x))
+            areas.append(feature.new_tensor([j / columns, i / rows, (j + 1) / columns, (i + 1) / rows]))
+    mean = torch.stack(values).mean(0)
+    values = [value + embed(area) for value, area in zip(values, areas)]
+    shares = torch.stack([attend(value, mean) for value in values]).exp()  # [P, h * w]
+    shares = shares / shares.sum(0)
+    return torch.stack([share * value[:, None] for share, value in zip(shares, values)]).sum(0).view(-1, *size)
+
+
+def roi_align_rotated(
+    feature: Tensor, box: Sequence[float], stride: float, size: tuple[int, int], sampling_ratio: int = 2
+) -> Tensor:
+    """RoI Align of (cx, cy, width, height, angle): its points about the centre, turned by the angle, x towards y."""
+    h, w = size
+    cx, cy, width, height = (c / stride for c in box[:4])
+    out = feature.new_zeros(feature.shape[0], h, w)
+    if not all(map(isfinite, box)):
+        return out
+    for i in range(h):
+        for j in range(w):
+            for n in range(sampling_ratio):
+                for m in range(sampling_ratio):
+                    x = ((j + (m + 0.5) / sampling_ratio) / w - 0.5) * width
+                    y = ((i + (n + 0.5) / sampling_ratio) / h - 0.5) * height
+                    turned_x = cx + x * cos(box[4]) - y * sin(box[4]) - 0.5
+                    turned_y = cy + x * sin(box[4]) + y * cos(box[4]) - 0.5
+                    out[:, i, j] += bilinear(feature, turned_y, turned_x) / sampling_ratio**2
+    return out

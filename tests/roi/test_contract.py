@@ -13,9 +13,14 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from detector.roi import (
+    AdaptivePooling,
+    BorderAlign,
+    ContextRoIPool,
+    DeformableAttentionPool,
     DeformablePositionSensitiveRoIPool,
     DeformableRoIPool,
     GRoIE,
+    LightHeadRoIAlign,
     PositionSensitiveRoIAlign,
     PositionSensitiveRoIPool,
     PreciseRoIPool,
@@ -24,6 +29,9 @@ from detector.roi import (
     RoIOp,
     RoIPool,
     RoIWarp,
+    RotatedRoIAlign,
+    SemanticRoIAlign,
+    SoftLevels,
     SumLevels,
     align,
     bag,
@@ -37,6 +45,10 @@ OPS = {
     "align_adaptive": partial(RoIAlign, sampling_ratio=0),
     "align_max": partial(RoIAlign, reduction="max"),
     "align_max_adaptive": partial(RoIAlign, sampling_ratio=0, reduction="max"),
+    "align_bicubic": partial(RoIAlign, kernel="bicubic"),
+    "align_lanczos": partial(RoIAlign, kernel="lanczos", sampling_ratio=1),
+    "align_per_level": partial(RoIAlign, sampling_ratio=[3, 2, 1, 1]),
+    "align_per_size": partial(RoIAlign, sampling_ratio=[[0, 3], [20, 2], [60, 1]]),
     "pool": RoIPool,
     "pool_floor": partial(RoIPool, quantization="floor"),
     "pool_uniform": partial(RoIPool, quantization="uniform"),
@@ -54,9 +66,37 @@ OPS = {
     "sum_levels": SumLevels,
     "groie": GRoIE,
     "groie_position": partial(GRoIE, attention="position"),
+    "adaptive_pooling": AdaptivePooling,
+    "adaptive_pooling_sum": partial(AdaptivePooling, fusion="sum"),
+    "soft_levels": SoftLevels,
+    "context": ContextRoIPool,
+    "border": partial(BorderAlign, border_channels=2, points=5),
+    "attention": partial(DeformableAttentionPool, heads=3, points=2),
+    "semantic": partial(SemanticRoIAlign, samples=10, width=8),
+    "rotated": RotatedRoIAlign,
+    "position_sensitive_layer": partial(PositionSensitiveRoIAlign, out_channels=2),
+    "position_sensitive_groups": partial(PositionSensitiveRoIPool, group_size=(1, 2), out_channels=2),
+    "deformable_position_sensitive_layer": partial(
+        DeformablePositionSensitiveRoIPool, sampling_ratio=2, out_channels=2, group_size=1
+    ),
+    "light_head_position_sensitive": partial(
+        LightHeadRoIAlign, out_channels=2, group_size=None, middle_channels=2, kernel=3
+    ),
 }
 POSITION_SENSITIVE = {name for name in OPS if "position_sensitive" in name}
-BOX_GRADIENTS = ["align", "align_adaptive", "align_max", "precise", "deformable", "modulated_points"]
+BOX_GRADIENTS = [
+    "align_bicubic",
+    "align_lanczos",
+    "align_per_size",
+    "align",
+    "align_adaptive",
+    "align_max",
+    "precise",
+    "deformable",
+    "modulated_points",
+    "soft_levels",
+    "context",
+]
 
 
 def build(op: str | partial, dtype=torch.float64, size=SIZE) -> RoIOp:
@@ -325,6 +365,17 @@ def test_bad_input_is_refused(name, case):
         (lambda: RoIAlign((7, 7, 7)), "output_size"),
         (lambda: RoIAlign((7, 2.5)), "output_size"),
         (lambda: RoIAlign(7, sampling_ratio=-1), "sampling_ratio"),
+        (lambda: RoIAlign(7, sampling_ratio=[]), "sampling_ratio must be an int >= 0"),
+        (lambda: RoIAlign(7, sampling_ratio=[2, -1]), "a list of them, one per level"),
+        (
+            lambda: RoIAlign(7, sampling_ratio=[[8, 2]]),
+            r"pairs of sizes, from 0 upwards, and ratios .* got \[\[8, 2\]\]",
+        ),
+        (lambda: RoIAlign(7, sampling_ratio=[[0, 2], [0, 1]]), "sampling_ratio"),
+        (lambda: RoIAlign(7, sampling_ratio=[2, [0, 1]]), "sampling_ratio"),
+        (lambda: RoIAlign(7, sampling_ratio="2"), "sampling_ratio"),
+        (lambda: RoIAlign(7, kernel="cubic"), "kernel must be one of 'bilinear', 'bicubic', 'lanczos', got 'cubic'"),
+        (lambda: run(RoIAlign(7, [2, 2]), make_features(), make_rois(2)), "one entry per level, of which there are 4"),
         (lambda: RoIAlign(7, reduction="sum"), "reduction must be one of 'avg', 'max', got 'sum'"),
         (lambda: RoIAlign(7, placement="corner"), "placement"),
         (lambda: RoIPool(7, "ceil"), "quantization"),
@@ -391,11 +442,11 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "roi").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_builds_a_method_that_trains(path):
-    op = make_op(hydra.utils.instantiate(OmegaConf.load(path)), (2, 3), CHANNELS, len(STRIDES))
+    op, channels = make_op(hydra.utils.instantiate(OmegaConf.load(path)), (2, 3), 24, len(STRIDES)), 24
     assert isinstance(op, RoIOp)
-    features = [f.requires_grad_() for f in make_features(CHANNELS, dtype=torch.float32)]
+    features = [f.requires_grad_() for f in make_features(channels, dtype=torch.float32)]
     out = RoIExtractor(op, STRIDES)(features, make_rois(9, dtype=torch.float32)).features
-    assert out.shape == (9, op.output_channels(CHANNELS), 2, 3)
+    assert out.shape == (9, op.output_channels(channels), 2, 3)
     out.square().sum().backward()
     assert sum(f.grad.abs().sum() for f in features) > 0
     assert all(p.grad is not None for p in op.parameters())

@@ -26,6 +26,7 @@ OPS = USUAL | {
     "align_legacy": partial(RoIAlign, aligned=False),
     "align_edge": partial(RoIAlign, placement="edge"),
     "align_max_edge_legacy": partial(RoIAlign, placement="edge", reduction="max", sampling_ratio=3, aligned=False),
+    "align_bicubic_per_level": partial(RoIAlign, kernel="bicubic", sampling_ratio=[2, 2, 1, 1]),
     "align_adaptive_edge": partial(RoIAlign, placement="edge", sampling_ratio=0),
     "position_sensitive_pool_torchvision": partial(PositionSensitiveRoIPool, quantization="torchvision"),
 }
@@ -44,7 +45,15 @@ def test_same_as_the_bag(name):
     torch.testing.assert_close(plain, run(op, features, rois), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("op", [RoIAlign(2, 0, reduction="max"), PositionSensitiveRoIAlign((2, 3), 0)])
+@pytest.mark.parametrize(
+    "op",
+    [
+        RoIAlign(2, 0, reduction="max"),
+        RoIAlign(2, 0, kernel="bicubic"),
+        RoIAlign(2, [0, 2, 2, 2]),
+        PositionSensitiveRoIAlign((2, 3), 0),
+    ],
+)
 def test_what_follows_the_size_of_the_roi_is_refused(op):
     with use_path("plain"), pytest.raises(ValueError, match="follows the RoI's size"):
         run(op, make_features(CHANNELS), make_rois(3))

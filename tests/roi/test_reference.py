@@ -39,6 +39,10 @@ METHODS = {  # class, oracle, settings of both
     "align_edge": (*ALIGN, {"placement": "edge", "sampling_ratio": 3}),
     "align_edge_max": (*ALIGN, {"placement": "edge", "reduction": "max"}),
     "align_edge_adaptive": (*ALIGN, {"placement": "edge", "sampling_ratio": 0}),
+    "align_bicubic": (*ALIGN, {"kernel": "bicubic"}),
+    "align_lanczos": (*ALIGN, {"kernel": "lanczos", "sampling_ratio": 1}),
+    "align_lanczos_adaptive": (*ALIGN, {"kernel": "lanczos", "sampling_ratio": 0}),
+    "align_bicubic_max": (*ALIGN, {"kernel": "bicubic", "reduction": "max"}),
     "pool_caffe": (*POOL, {"quantization": "caffe"}),
     "pool_floor": (*POOL, {"quantization": "floor"}),
     "pool_uniform": (*POOL, {"quantization": "uniform"}),
@@ -54,6 +58,7 @@ SLOW_IN_LOOPS = {
     "align_legacy_adaptive",
     "align_max_adaptive",
     "align_edge_adaptive",
+    "align_lanczos_adaptive",
     "warp_adaptive",
 }
 
@@ -72,6 +77,27 @@ def test_equals_oracle(name, kind, size):
     actual = make(size, **settings)(features, rois, levels_of(rois), STRIDES).features
     assert actual.shape == (len(rois), 3, *size)
     torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ROIS)
+@pytest.mark.parametrize("reduction", ["avg", "max"])
+@pytest.mark.parametrize(
+    "ratios", [[3, 1, 2, 1], [0, 2, 1, 3], [[0, 3], [20, 1], [60.5, 2]], [[0, 1], [50, 0]]], ids=str
+)
+def test_ratios_per_level_and_per_size_equal_oracle(ratios, reduction, kind):
+    features, rois = make_features(), loopable("align_adaptive", ROIS[kind])
+    levels = torch.arange(len(rois)) % 4 if isinstance(ratios[0], int) else levels_of(rois)
+    actual = RoIAlign((2, 3), ratios, reduction=reduction)(features, rois, levels, STRIDES).features
+    for r, (_, x1, y1, x2, y2) in enumerate(rois.tolist()):
+        if isinstance(ratios[0], int):
+            ratio = ratios[levels[r]]
+        else:
+            size = (abs(x2 - x1) * abs(y2 - y1)) ** 0.5
+            ratio = [ratio for least, ratio in ratios if size >= least or least == 0][-1]
+        one = rois[r : r + 1], levels[r : r + 1]
+        settings = {"size": (2, 3), "sampling_ratio": ratio, "reduction": reduction}
+        expected = reference.over_rois(reference.roi_align, features, *one, STRIDES, **settings)
+        torch.testing.assert_close(actual[r : r + 1], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ROIS)

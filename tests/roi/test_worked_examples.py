@@ -67,6 +67,23 @@ def test_c_bilinear_interpolation():
     assert value == pytest.approx(60.5)
 
 
+def test_other_kernels():
+    """The weights of the four cells around a point a quarter of a cell past one, and of the nearest, halfway."""
+    ramp = torch.arange(9, dtype=torch.float64).mul(10).expand(9, 9)
+    for kernel in ("bicubic", "lanczos"):  # at a cell it is the cell's value
+        op = RoIAlign(1, sampling_ratio=1, kernel=kernel)
+        assert pool(op, ramp, (4, 4, 5, 5)).item() == pytest.approx(40)
+    cubic = [-0.0703125, 0.8671875, 0.2265625, -0.0234375]  # t = 1.25, 0.25, 0.75, 1.75
+    step = torch.zeros(9, 9, dtype=torch.float64)
+    for column, weight in zip((3, 4, 5, 6), cubic):
+        step.zero_()[:, column] = 1
+        op = RoIAlign(1, sampling_ratio=1, kernel="bicubic")
+        assert pool(op, step, (4.25, 4, 5.25, 5)).item() == pytest.approx(weight)
+    assert pool(RoIAlign(1, 1, kernel="bicubic"), ramp, (4.25, 4, 5.25, 5)).item() == pytest.approx(42.5)
+    step.zero_()[:, 4] = 1  # halfway, Lanczos: 0.6079, -0.1351, 0.0243 on either side, over their sum 0.9943
+    assert pool(RoIAlign(1, 1, kernel="lanczos"), step, (4.5, 4, 5.5, 5)).item() == pytest.approx(0.6114, abs=1e-4)
+
+
 class TestD:
     """k x k points per bin at the far edge of each sub-cell, reduced by max; y points up, origin bottom left."""
 
