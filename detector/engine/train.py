@@ -1,5 +1,5 @@
-"""The training loop: `train` prepares, then repeats forward, backward, update, with evaluation, checkpoints and the
-record in between.
+"""The training loop: `train` prepares, `repeat` takes the steps, forward, backward and update, with evaluation,
+checkpoints and the record in between.
 
 Every rank runs the same lines on its share of each batch. DDP averages the gradients and the model normalises its
 losses over all ranks, so that the number of ranks does not change the curve. What is random is a function of (seed,
@@ -26,7 +26,7 @@ from detector.engine.evaluation import chosen, measure, show
 from detector.engine.journal import Journal, start_log
 from detector.engine.optimizer import Schedule
 from detector.engine.state import Run, State
-from detector.runtime import autocast, random_state, seed_everything, start_ranks, stop_on_signal
+from detector.runtime import StopRequest, autocast, random_state, seed_everything, start_ranks, stop_on_signal
 from detector.settings import Evaluation, Runtime, Training, to_iterations
 from detector.structures import Batch, Targets, to_device
 from detector.weights import Start
@@ -59,7 +59,6 @@ def train(cfg: DictConfig) -> float | None:
         train_set, val_set = setup.datasets(cfg)
         setup.fit(cfg, train_set, val_set, evaluation)
         run = Run(cfg, runtime, training, evaluation, schedule, world, folder, train_set, val_set)
-        per_epoch, total = run.per_epoch, run.total
         checkpoint = setup.find_checkpoint(run)
         contents: dict = {}  # of both data sets, on rank 0, which writes the checkpoints
         faults.on_main(world, lambda: contents.update(setup.contents_of(run, checkpoint)))
@@ -68,10 +67,9 @@ def train(cfg: DictConfig) -> float | None:
             setup.resume(run, state, checkpoint)
         elif not any(weights):
             setup.warn_of_random_layers(state.model)
-        if state.iteration >= total and state.evaluated >= total:
-            log.info(
-                "%s is finished: %d iterations. Another run_dir, or a longer schedule, trains more.", folder, total
-            )
+        if state.iteration >= run.total and state.evaluated >= run.total:
+            words = "%s is finished: %d iterations. Another run_dir, or a longer schedule, trains more."
+            log.info(words, folder, run.total)
             return chosen(state.metrics, evaluation.metric)
         journal = Journal(run, state.iteration, state.evaluated)
         stack.callback(journal.close)
@@ -79,18 +77,25 @@ def train(cfg: DictConfig) -> float | None:
             journal.load_state_dict(checkpoint["meters"])
         checkpoint = None  # its memory, and that of the weights
         del weights
+        repeat(run, state, journal, contents, stop)
+        if world.main:
+            setup.finish(run, state)
+        return chosen(state.metrics, evaluation.metric)
 
-        model = state.model
-        if runtime.compile:  # what has the same shapes in every batch
-            for part in ("backbone", "neck", "rpn.head"):
-                model.get_submodule(part).compile()
-        if world.size > 1:
-            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        train_loader, val_loader, examples = setup.loaders(run, state.iteration)
-        stack.callback(train_loader.close)
-        stack.callback(val_loader.close)
-        save_every = to_iterations(runtime.checkpoint_every, per_epoch, total)
-        evaluate_every = to_iterations(evaluation.every, per_epoch, total) if evaluation.every else total
+
+def repeat(run: Run, state: State, journal: Journal, contents: dict, stop: StopRequest) -> None:
+    """Take the steps that are left. contents: of the data sets, for the checkpoints."""
+    world, runtime, training, evaluation = run.world, run.runtime, run.training, run.evaluation
+    model, folder, total = state.model, run.folder, run.total
+    if runtime.compile:  # what has the same shapes in every batch
+        for part in ("backbone", "neck", "rpn.head"):
+            model.get_submodule(part).compile()
+    if world.size > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    train_loader, val_loader, examples = setup.loaders(run, state.iteration)
+    with contextlib.closing(train_loader), contextlib.closing(val_loader):
+        save_every = to_iterations(runtime.checkpoint_every, run.per_epoch, total)
+        evaluate_every = to_iterations(evaluation.every, run.per_epoch, total) if evaluation.every else total
 
         def save(best: bool = False) -> None:
             saved = {**setup.about(run, contents), **state.state_dict(), "meters": journal.state_dict()}
@@ -132,7 +137,7 @@ def train(cfg: DictConfig) -> float | None:
             state.scheduler.step()
             state.iteration += 1
 
-            journal.step(state.iteration, state.iteration / per_epoch, lr, stats)
+            journal.step(state.iteration, state.iteration / run.per_epoch, lr, stats)
             if is_due(state.iteration, runtime.pictures_every):
                 with journal.paused():
                     show(run, state, examples, journal)
@@ -142,10 +147,6 @@ def train(cfg: DictConfig) -> float | None:
             if stopping:
                 log.warning("%s: saved after iteration %d; start again to go on", stop.name, state.iteration)
                 raise SystemExit(stop.exit_code)
-
-        if world.main:
-            setup.finish(run, state)
-        return chosen(state.metrics, evaluation.metric)
 
 
 def forward_backward(
