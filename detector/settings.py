@@ -83,6 +83,7 @@ class Runtime:
     checkpoint_every: Length = "1 epoch"
     keep: int = 2  # numbered checkpoints to keep beside last.pt and best.pt
     tensorboard: bool = True
+    verbosity: Literal["quiet", "normal", "debug"] = "normal"  # quiet: warnings alone; debug: every step, every part
 
     def __post_init__(self):
         known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
@@ -108,9 +109,10 @@ class Training:
     decay_norms: bool = False  # weight decay on normalisation layers
     decay_biases: bool = False
     lr_multipliers: dict[str, float] = field(default_factory=dict)  # by part of a parameter's name: {backbone: 0.1}
+    patience: int | None = None  # evaluations in a row that may bring nothing better; then the run ends
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulate", "reference_batch"):
+        for name in ("batch_size", "accumulate", "reference_batch", "patience"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
         fits = self.batch_size % self.accumulate == 0

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from detector.checkpoint import write_json
 from detector.config import ConfigError
 from detector.engine.journal import Journal
 from detector.engine.state import Run, State
@@ -27,7 +28,7 @@ def measure(run: Run, state: State, batches: Iterable, journal: Journal, stop: S
     checkpoint before it is kept, and a resumed run evaluates again.
     """
     run.world.share_buffers(state.trained)
-    metrics, _ = evaluate(
+    metrics, results = evaluate(
         state.trained,
         stop.watch(batches),
         run.val_set,
@@ -37,7 +38,7 @@ def measure(run: Run, state: State, batches: Iterable, journal: Journal, stop: S
         sigmas=run.evaluation.sigmas,
         per_class=False,
         folder=run.folder if state.iteration == run.total else None,
-        progress=journal.interactive,
+        progress=run.runtime.verbosity != "quiet",
     )
     return_freed_memory()
     state.metrics, state.evaluated = metrics, state.iteration
@@ -48,6 +49,9 @@ def measure(run: Run, state: State, batches: Iterable, journal: Journal, stop: S
     better = not state.best or value > state.best["value"]
     if better:
         state.best = {"metric": run.evaluation.metric, "value": value, "iteration": state.iteration}
+    if state.is_exhausted(run) and state.iteration < run.total and run.world.main:
+        write_json(run.folder / "predictions.json", results)
+        write_json(run.folder / "metrics.json", metrics, indent=1)
     return better
 
 

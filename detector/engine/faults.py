@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +19,7 @@ from detector.checkpoint import atomically
 from detector.config import RunError
 from detector.engine.state import Run, State
 from detector.runtime import World
+from detector.settings import Training
 from detector.structures import Batch, Targets
 
 log = logging.getLogger(__name__)
@@ -26,8 +28,8 @@ AGAIN = "the last checkpoint is intact, and the same command goes on from there"
 
 
 @contextlib.contextmanager
-def explain_errors(folder: Path, world: World) -> Iterator[None]:
-    """A full disk, a killed worker and a lost rank become a RunError that says what to do."""
+def explain_errors(folder: Path, world: World, training: Training) -> Iterator[None]:
+    """A full disk, full memory, a killed worker and a lost rank become a RunError that says what to do."""
     try:
         yield
     except OSError as error:
@@ -37,8 +39,12 @@ def explain_errors(folder: Path, world: World) -> Iterator[None]:
         raise RunError(
             f"{folder} cannot be written to ({error.strerror}); {free:.0f} MiB are free there. Make room: {AGAIN}"
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         reason = str(error).partition("\n")[0]
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:
+            raise RunError(
+                f"rank {world.rank}: {out_of_memory(reason, world, training)}. {AGAIN.capitalize()}"
+            ) from error
         if reason.startswith("DataLoader worker"):
             raise RunError(
                 f"rank {world.rank}: a data-loading process has died, most often for want of memory ({reason}). Set "
@@ -50,6 +56,27 @@ def explain_errors(folder: Path, world: World) -> Iterator[None]:
                 f"log, tells why ({reason}). {AGAIN.capitalize()}; torchrun --max-restarts=3 does so by itself"
             ) from error
         raise
+
+
+def out_of_memory(reason: str, world: World, training: Training) -> str:
+    """How much memory there is, and what to lower, the cheapest first."""
+    if world.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(world.device)
+        where = f"the memory of {torch.cuda.get_device_name(world.device)}"
+    else:
+        memory = psutil.virtual_memory()
+        free, total, where = memory.available, memory.total, "this machine's memory"
+    each = training.batch_size // training.accumulate // world.size
+    share = training.batch_size // world.size
+    parts = next(
+        (n for n in range(training.accumulate + 1, share + 1) if training.batch_size % n == 0 == share % n), None
+    )
+    ways = [f"training.accumulate={parts} (the same step in more parts)"] if parts else []
+    ways += ["runtime.precision=bf16", "a smaller training.batch_size", "smaller pictures (augment)"]
+    return (
+        f"{where} is full with {each} images at once ({free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; "
+        f"{reason}). Set, the first first: {', '.join(ways)}"
+    )
 
 
 def on_main(world: World, work: Callable[[], Any]) -> None:

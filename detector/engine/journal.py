@@ -26,6 +26,8 @@ from detector.engine.state import Run
 from detector.runtime import World
 
 log = logging.getLogger("detector")
+EARLY = (1, 2, 5, 10, 20)  # steps that are reported whatever runtime.log_every says: is it learning, how fast?
+LEVELS = {"quiet": logging.WARNING, "normal": logging.INFO, "debug": logging.DEBUG}
 
 
 class Screen(logging.StreamHandler):
@@ -39,14 +41,16 @@ class Screen(logging.StreamHandler):
             self.handleError(record)
 
 
-def start_log(folder: Path, world: World) -> None:
-    """Messages go to the screen and to train.log on rank 0; the other ranks only warn."""
+def start_log(folder: Path, world: World, verbosity: str = "normal") -> None:
+    """Messages go to the screen, as many as runtime.verbosity says, and to train.log on rank 0; the other ranks only
+    warn."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
     log.propagate = False
-    log.setLevel(logging.INFO if world.main else logging.WARNING)
+    log.setLevel(min(logging.INFO, LEVELS[verbosity]) if world.main else logging.WARNING)
     screen = Screen()
+    screen.setLevel(LEVELS[verbosity])
     screen.setFormatter(logging.Formatter("%(message)s" if world.main else f"rank {world.rank}: %(message)s"))
     log.addHandler(screen)
     if world.main:
@@ -67,7 +71,9 @@ class Journal:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.waited = 0.0
-        self.clock = self.began = time.perf_counter()
+        self.clock = self.began = self.opened = time.perf_counter()
+        self.before = 0.0  # seconds that earlier parts of the run took
+        self.evaluation_took = 0.0  # seconds of the last one
         self.first = self.clocked = start
         self.board = self.bar = None
         forget_peak(self.world.device)
@@ -77,15 +83,17 @@ class Journal:
         ends = {True: evaluated, False: start}
         kept = [line for line in lines if (entry := parsed(line)) and entry["iteration"] <= ends["metrics" in entry]]
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self.bar = tqdm(total=self.total, initial=start, disable=not sys.stderr.isatty(), dynamic_ncols=True, unit="it")
+        silent = not sys.stderr.isatty() or run.runtime.verbosity == "quiet"
+        self.bar = tqdm(total=self.total, initial=start, disable=silent, dynamic_ncols=True, unit="it")
         if run.runtime.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
             self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=start + 1)
 
-    @property
-    def interactive(self) -> bool:
-        return self.bar is not None and not self.bar.disable
+    def is_due(self, iteration: int) -> bool:
+        """Whether a line is written after this step."""
+        every = 1 if self.run.runtime.verbosity == "debug" else self.run.runtime.log_every
+        return iteration % every == 0 or (iteration < every and iteration in EARLY) or iteration == self.total
 
     def add(self, losses: Mapping[str, Tensor], gradient_norm: Tensor, waited: float) -> None:
         """Take in one step: its losses, the norm of its gradient, the seconds it waited for data."""
@@ -98,23 +106,28 @@ class Journal:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums since the last line, so that a resumed run's next line is that of the undisturbed one."""
-        return {"sums": {key: self.world.mean(value).cpu() for key, value in self.sums.items()}, "count": self.count}
+        sums = {key: self.world.mean(value).cpu() for key, value in self.sums.items()}
+        return {"sums": sums, "count": self.count, "elapsed": self.elapsed()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sums = {key: value.to(self.world.device) for key, value in state["sums"].items()}
-        self.count = state["count"]
+        self.count, self.before = state["count"], state.get("elapsed", 0.0)
+
+    def elapsed(self) -> float:
+        """Seconds that the run has taken, evaluations and earlier parts of it included, the time in between not."""
+        return self.before + time.perf_counter() - self.opened
 
     def step(self, iteration: int, epoch: float, lr: float, stats: Mapping[str, Tensor]) -> None:
         """One step is done; write a line if it is time. All ranks must call it: they average their losses here."""
         if self.bar is not None:
             self.bar.update()
-        if not self.count or (iteration % self.run.runtime.log_every and iteration != self.total):
+        if not (self.count and self.is_due(iteration)):
             return
         keys = sorted(self.sums)
         means = self.world.mean(torch.stack([self.sums[key] for key in keys])) / self.count
         now = time.perf_counter()
         took, steps = now - self.clock, iteration - self.clocked
-        line: dict[str, Any] = {"iteration": iteration, "epoch": round(epoch, 4)}
+        line: dict[str, Any] = {"iteration": iteration, "epoch": round(epoch, 4), "elapsed": round(self.elapsed(), 1)}
         # JSON has no infinity, which is what fp16 gradients are until the scaler's scale fits
         line |= {key: value if math.isfinite(value) else None for key, value in zip(keys, means.tolist(), strict=True)}
         line |= {
@@ -158,7 +171,10 @@ class Journal:
             self.bar.set_postfix_str(f"{text} lr {line['lr']:.2g}", refresh=False)
             return
         iteration = line["iteration"]
+        every = self.run.evaluate_every
+        evaluations = -(-self.total // every) - iteration // every
         left = (now - self.began) / max(1, iteration - self.first) * (self.total - iteration)
+        left += evaluations * self.evaluation_took
         log.info(
             "%d/%d  %s  lr %.3g  %.1f images/s  data %d%%  %d:%02d left",
             *(iteration, self.total, text, line["lr"], line["images_per_second"]),
@@ -183,6 +199,14 @@ class Journal:
         lost = time.perf_counter() - begin
         self.clock += lost
         self.began += lost
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """As `paused`; how long it took counts in the time left, once for each evaluation to come."""
+        begin = time.perf_counter()
+        with self.paused():
+            yield
+        self.evaluation_took = time.perf_counter() - begin
 
     def close(self) -> None:
         if self.bar is not None:

@@ -20,7 +20,7 @@ from detector.settings import UNLEARNT
 IDENTITY = ("seed", "model", "roi", "data", "augment", "optimizer", "training")
 IRRELEVANT = (*UNLEARNT, "weights")  # what the weights were before is past
 # the same data may lie elsewhere, and what stopped a run may be left out
-MOVABLE = tuple(f"data.{key}" for key in ("root", "on_error", "max_pixels"))
+MOVABLE = (*(f"data.{key}" for key in ("root", "on_error", "max_pixels")), "training.patience")
 GROWING = ("model", "data", "training")  # where new versions add keys
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from detector.config import ConfigError, build, config_errors, overridden
-from detector.config.schema import needed_trust
+from detector.config.schema import FILES, needed_trust
 from detector.data import Loader, build_dataset, build_loader, collate
 from detector.data.contents import changes, contents
 from detector.engine import run_folder
@@ -109,6 +109,52 @@ def contents_of(run: Run, found: Mapping[str, Any] | None) -> dict[str, Any]:
         for line in differing:
             log.warning("changed since the run began: %s", line)
     return now
+
+
+def is_finished(run: Run, state: State) -> bool:
+    """Whether there is nothing left to do, which is said."""
+    if not state.is_exhausted(run) and min(state.iteration, state.evaluated) < run.total:
+        return False
+    more = "Another run_dir, or a longer schedule" if state.iteration >= run.total else "A larger training.patience"
+    log.info("%s is finished: %d iterations. %s, trains more.", run.folder, state.iteration, more)
+    return True
+
+
+def introduce(run: Run, state: State, checkpoint: Mapping[str, Any] | None) -> None:
+    """What is going to be trained, on what and with what, before the first step."""
+    model, world, cfg = state.model, run.world, run.cfg
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    heads = {name: getattr(model, name) for name in ("box_head", "mask_head", "keypoint_head")}
+    ops = {name: head.stages[0].extractor.op for name, head in heads.items() if head is not None}
+    methods = [
+        f"{name}: {type(op).__name__}, {op.output_size[0]} x {op.output_size[1]} bins" for name, op in ops.items()
+    ]
+    parts = [type(part).__name__ for part in (model.backbone, model.neck, model.rpn)]
+    ranks = f", {world.size} ranks" if world.size > 1 else ""
+    threads = f", {torch.get_num_threads()} threads" if world.device.type == "cpu" else ""
+    loaded = [f"{key} = {OmegaConf.select(cfg, key)}" for key in FILES if OmegaConf.select(cfg, key)]
+    origin = [f"iteration {checkpoint['iteration']} of this run"] if checkpoint else loaded
+    rates = sorted({group["initial_lr"] for group in state.optimizer.param_groups if group["initial_lr"]})
+    epochs = run.total / run.per_epoch
+    lines = {
+        "device": f"{world.device}, {run.runtime.precision}{threads}{ranks}",
+        "model": ", ".join([*parts, *(type(getattr(model, name)).__name__ for name in ops)]),
+        "RoI methods": "; ".join(methods) or "none",
+        "parameters": f"{sum(n for n, _ in sizes) / 1e6:.2f} M, trained {sum(n for n, on in sizes if on) / 1e6:.2f} M",
+        "classes": f"{len(run.train_set.categories)}: {', '.join(run.train_set.categories[:10])}"
+        + (", ..." if len(run.train_set.categories) > 10 else ""),
+        "training": f"{len(run.train_set)} images, {len(run.train_set.annotations.labels)} objects",
+        "validation": f"{len(run.val_set)} images, {len(run.val_set.annotations.labels)} objects",
+        "length": f"{run.total} iterations of {run.training.batch_size} images, {epochs:.1f} epochs; evaluated every "
+        f"{run.evaluate_every}",
+        "learning rate": f"{' to '.join(f'{rate:.3g}' for rate in (rates[:1] + rates[1:][-1:]))}, after scaling",
+        "starts from": ", ".join(origin) or "nothing: from scratch",
+        "results": str(run.folder),
+    }
+    log.info("%s", "\n".join(f"{name:14} {text}" for name, text in lines.items()))
+    for group in state.optimizer.param_groups:
+        count = sum(p.numel() for p in group["params"])
+        log.debug("lr %.3g, weight decay %.3g: %d parameters", group["initial_lr"], group["weight_decay"], count)
 
 
 def about(run: Run, contents: Mapping[str, Any]) -> dict[str, Any]:

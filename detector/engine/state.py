@@ -18,7 +18,7 @@ from detector.data import CocoDataset
 from detector.engine.optimizer import EMA, Schedule, build_optimizer
 from detector.ops.layers import to_preferred_layout
 from detector.runtime import World
-from detector.settings import Evaluation, Runtime, Training
+from detector.settings import Evaluation, Runtime, Training, to_iterations
 
 MODULES, PLAIN = (
     ("model", "optimizer", "scheduler", "scaler"),
@@ -55,6 +55,17 @@ class Run:
     def total(self) -> int:
         """Iterations of the whole run."""
         return self.schedule.total(self.per_epoch)
+
+    @cached_property
+    def save_every(self) -> int:
+        """Iterations between numbered checkpoints."""
+        return to_iterations(self.runtime.checkpoint_every, self.per_epoch, self.total)
+
+    @cached_property
+    def evaluate_every(self) -> int:
+        """Iterations between evaluations; there is one at the end, too."""
+        every = self.evaluation.every
+        return to_iterations(every, self.per_epoch, self.total) if every else self.total
 
 
 @dataclass
@@ -98,6 +109,11 @@ class State:
     def trained(self) -> nn.Module:
         """The weights to evaluate and to keep: the averaged ones if there are any."""
         return self.ema.model if self.ema else self.model
+
+    def is_exhausted(self, run: Run) -> bool:
+        """Whether the last `training.patience` evaluations brought nothing better, which ends a run early."""
+        waited = self.evaluated - self.best.get("iteration", self.evaluated)
+        return run.training.patience is not None and waited >= run.training.patience * run.evaluate_every
 
     def state_dict(self) -> dict[str, Any]:
         state = {name: getattr(self, name).state_dict() for name in MODULES}

@@ -27,7 +27,7 @@ from detector.engine.journal import Journal, start_log
 from detector.engine.optimizer import Schedule
 from detector.engine.state import Run, State
 from detector.runtime import StopRequest, autocast, random_state, seed_everything, start_ranks, stop_on_signal
-from detector.settings import Evaluation, Runtime, Training, to_iterations
+from detector.settings import Evaluation, Runtime, Training
 from detector.structures import Batch, Targets, to_device
 from detector.weights import Start
 
@@ -49,10 +49,10 @@ def train(cfg: DictConfig) -> float | None:
     world = start_ranks(runtime)
     folder = Path(cfg.run_dir)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(faults.explain_errors(folder, world))
+        stack.enter_context(faults.explain_errors(folder, world, training))
         faults.on_main(world, lambda: stack.enter_context(run_folder.locked(folder)))
         stop = stack.enter_context(stop_on_signal())
-        start_log(folder, world)
+        start_log(folder, world, runtime.verbosity)
         seed_everything(cfg.seed)
 
         weights = start.read(cfg, overridden())
@@ -67,10 +67,9 @@ def train(cfg: DictConfig) -> float | None:
             setup.resume(run, state, checkpoint)
         elif not any(weights):
             setup.warn_of_random_layers(state.model)
-        if state.iteration >= run.total and state.evaluated >= run.total:
-            words = "%s is finished: %d iterations. Another run_dir, or a longer schedule, trains more."
-            log.info(words, folder, run.total)
+        if setup.is_finished(run, state):
             return chosen(state.metrics, evaluation.metric)
+        setup.introduce(run, state, checkpoint)
         journal = Journal(run, state.iteration, state.evaluated)
         stack.callback(journal.close)
         if checkpoint:
@@ -85,7 +84,7 @@ def train(cfg: DictConfig) -> float | None:
 
 def repeat(run: Run, state: State, journal: Journal, contents: dict, stop: StopRequest) -> None:
     """Take the steps that are left. contents: of the data sets, for the checkpoints."""
-    world, runtime, training, evaluation = run.world, run.runtime, run.training, run.evaluation
+    world, runtime, training = run.world, run.runtime, run.training
     model, folder, total = state.model, run.folder, run.total
     if runtime.compile:  # what has the same shapes in every batch
         for part in ("backbone", "neck", "rpn.head"):
@@ -94,14 +93,12 @@ def repeat(run: Run, state: State, journal: Journal, contents: dict, stop: StopR
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     train_loader, val_loader, examples = setup.loaders(run, state.iteration)
     with contextlib.closing(train_loader), contextlib.closing(val_loader):
-        save_every = to_iterations(runtime.checkpoint_every, run.per_epoch, total)
-        evaluate_every = to_iterations(evaluation.every, run.per_epoch, total) if evaluation.every else total
 
         def save(best: bool = False) -> None:
             saved = {**setup.about(run, contents), **state.state_dict(), "meters": journal.state_dict()}
             saved["sampler"] = {"position": state.iteration * training.batch_size}
             saved["rng"] = world.gather(random_state())
-            numbered = is_due(state.iteration, save_every)
+            numbered = is_due(state.iteration, run.save_every)
             faults.on_main(world, lambda: run_folder.publish(saved, folder, numbered, best, runtime.keep))
 
         alone = world.size == 1  # else this rank would wait for others that wait for it
@@ -109,18 +106,18 @@ def repeat(run: Run, state: State, journal: Journal, contents: dict, stop: StopR
         state.model.train()
         while True:
             if state.evaluated < state.iteration and (
-                state.iteration == total or is_due(state.iteration, evaluate_every)
+                state.iteration == total or is_due(state.iteration, run.evaluate_every)
             ):
-                with journal.paused():
+                with journal.evaluating():
                     save(best=measure(run, state, readable(val_loader, folder / "last.pt"), journal, stop))
-            if state.iteration == total:
-                break
+                if state.iteration == total or state.is_exhausted(run):
+                    break
 
             waiting = time.perf_counter()
             micro_batches = [next(batches) for _ in range(training.accumulate)]
             waited = time.perf_counter() - waiting
             micro_batches = [(to_device(b, world.device), to_device(t, world.device)) for b, t in micro_batches]
-            wanted = is_due(state.iteration + 1, runtime.log_every)
+            wanted = journal.is_due(state.iteration + 1)
             losses, stats = forward_backward(model, micro_batches, state.scaler, run, stats=wanted)
             state.scaler.unscale_(state.optimizer)
             norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
@@ -141,8 +138,8 @@ def repeat(run: Run, state: State, journal: Journal, contents: dict, stop: StopR
             if is_due(state.iteration, runtime.pictures_every):
                 with journal.paused():
                     show(run, state, examples, journal)
-            ends = state.iteration == total
-            if stopping or ends or is_due(state.iteration, save_every) or is_due(state.iteration, evaluate_every):
+            due = is_due(state.iteration, run.save_every) or is_due(state.iteration, run.evaluate_every)
+            if stopping or due or state.iteration == total:
                 save()  # before an evaluation too, which may take long
             if stopping:
                 log.warning("%s: saved after iteration %d; start again to go on", stop.name, state.iteration)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from detector.runtime import autocast, eval_mode
 from detector.structures import to_device
 
 log = logging.getLogger(__name__)
+TELL_EVERY = 30.0  # seconds
 
 
 def evaluate(
@@ -57,7 +59,9 @@ def evaluate(
     device = torch.device(device)
     proposals_only = getattr(model, "box_head", model) is None
     category_ids = [OBJECT] if proposals_only else dataset.category_ids
-    found, kinds = predict(model, loader, category_ids, device, precision, paste, progress)
+    found, kinds = predict(
+        model, loader, category_ids, device, precision, paste, progress, -(-len(dataset) // _world())
+    )
     shards = _gather((found, kinds))
     outcome: list = [None]
     results: list[dict] = []
@@ -99,19 +103,27 @@ def predict(
     precision: str = "fp32",
     paste: str = "aligned",
     progress: bool = True,
+    total: int | None = None,
 ) -> tuple[dict[int, list[dict]], set[str]]:
-    """COCO results by image id for all images of `loader`, and the IoU types that the model predicts."""
+    """COCO results by image id for all images of `loader`, `total` of them, and the IoU types that the model predicts.
+
+    progress: rank 0 shows a bar on a terminal, elsewhere a line every TELL_EVERY seconds.
+    """
     results: dict[int, list[dict]] = {}
     kinds = {"bbox"}
-    quiet = None if progress and _rank() == 0 else True  # None: where nobody watches
-    bar = tqdm(loader, desc="evaluate", unit="batch", disable=quiet, leave=False)
-    with eval_mode(model), torch.inference_mode(), autocast(device, precision):
-        for batch, _ in bar:
+    progress, told = progress and _rank() == 0, time.monotonic()
+    bar = tqdm(total=total, desc="evaluate", unit="image", disable=None if progress else True, leave=False)
+    with bar, eval_mode(model), torch.inference_mode(), autocast(device, precision):
+        for batch, _ in loader:
             detections = model(to_device(batch, device))
             kinds |= {k for k, v in (("segm", detections.masks), ("keypoints", detections.keypoints)) if v is not None}
             results |= {image: [] for image in batch.image_ids.tolist()}
             for entry in detections_to_coco(detections, batch, category_ids, paste=paste):
                 results[entry["image_id"]].append(entry)
+            bar.update(len(batch.images))
+            if progress and bar.disable and time.monotonic() - told > TELL_EVERY:
+                told = time.monotonic()
+                log.info("evaluated %d of %s images", len(results), total or "all")
     return results, kinds
 
 
