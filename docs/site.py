@@ -20,7 +20,14 @@ sys.path.insert(0, str(ROOT))
 from detector.config import CONFIGS  # noqa: E402
 from detector.config.schema import find_target  # noqa: E402
 
-PROGRAMS = {"train": "train", "eval": "eval", "predict": "predict", "compare": "compare", "explore": "explorer"}
+PROGRAMS = {
+    "train": "train",
+    "eval": "eval",
+    "predict": "predict",
+    "compare": "compare",
+    "explore": "explorer",
+    "features": "features",
+}
 # where a group's options are put into the configuration
 PLACES = {
     "backbone": "model.backbone",

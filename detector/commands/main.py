@@ -13,6 +13,7 @@ COMMANDS = {  # the module whose `main` the word runs, with which arguments befo
     "predict": ("commands.predict", [], "detections in images, as pictures and as COCO's JSON"),
     "compare": ("commands.compare", [], "which of several runs is better, by how much, and how sure that is"),
     "explore": ("commands.explore", [], "an HTML page that shows what each RoI method reads in an image"),
+    "features": ("commands.features", [], "what a model makes of the boxes in a COCO file, as arrays in a .npz"),
     "validate": ("commands.validate", [], "look over a data set before time is spent on it"),
     "convert": ("data.convert", [], "Pascal VOC, Cityscapes, LVIS or YOLO as COCO annotation files"),
     "shapes": ("commands.make_shapes", [], "generate the shapes data set, on which the quickstart trains"),

@@ -27,7 +27,16 @@ IN_ROOT = tuple(f"data.{split}.{key}" for split in ("train", "val") for key in (
 # of all programs
 PATHS = {
     *(*LISTS, *WRITTEN, *IN_ROOT),
-    *("checkpoint", "data.cache", "data.root", "image", "model.backbone.weights", "model.weights", "resume"),
+    *(
+        "annotations",
+        "checkpoint",
+        "data.cache",
+        "data.root",
+        "image",
+        "model.backbone.weights",
+        "model.weights",
+        "resume",
+    ),
 }
 
 

@@ -5,19 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 
 from detector.data import Pipeline, collate_images, read_image
 from detector.data.dataset import MAX_PIXELS
 from detector.evaluation.results import to_original
 from detector.model import TwoStageDetector
+from detector.ops.checks import ConfigError
 from detector.ops.paste import paste_masks
 from detector.runtime import autocast
-from detector.structures import Batch, Detections, to_device
+from detector.structures import Batch, Detections, to_device, with_image
+
+
+class RegionFeatures(NamedTuple):
+    """What a box head makes of R boxes of one's own, float32 on the CPU."""
+
+    features: Tensor  # [R, C, h, w], what the RoI method gives the head
+    vectors: Tensor  # [R, D], what the head's predictor reads
 
 
 @dataclass
@@ -87,6 +96,37 @@ class Detector:
                 one = one._replace(masks=torch.from_numpy(masks))
             results.append(one)
         return results
+
+    @torch.inference_mode()
+    def region_features(
+        self,
+        image: str | Path | np.ndarray,
+        boxes: Sequence[Sequence[float]] | np.ndarray | Tensor,
+        stage: int = 0,
+        precision: str = "fp32",
+        max_pixels: int | None = None,
+    ) -> RegionFeatures:
+        """The box head's features of boxes [R, 4] = (x1, y1, x2, y2) in pixels of an image: a file or [H, W, 3] uint8.
+
+        stage: of a cascade, 0 its first. precision, max_pixels: as in `predict`.
+        Raises: ConfigError (a ValueError) for a model without a box head or such a stage, ValueError for boxes of
+        another shape or that are not finite.
+        """
+        stages = self.model.box_head.stages if self.model.box_head is not None else ()
+        if not 0 <= stage < len(stages):
+            raise ConfigError(f"stage = {stage}: the model's box head has {len(stages)} stages, counted from 0")
+        wanted = torch.as_tensor(boxes, dtype=torch.float32) if len(boxes) else torch.zeros(0, 4)
+        if wanted.ndim != 2 or wanted.shape[1] != 4 or not wanted.isfinite().all():
+            raise ValueError(f"boxes must be finite numbers [R, 4] = (x1, y1, x2, y2), got {list(wanted.shape)}")
+        limit = self.max_pixels if max_pixels is None else max_pixels
+        array = read_image(image, limit) if isinstance(image, (str, Path)) else _check(image)
+        batch, head = self.as_batch([array]), stages[stage]
+        with autocast(self.device, precision):
+            features = self.model.features(batch)[: self.model.neck.roi_levels]
+            scale = (batch.image_sizes / batch.original_sizes).flip(1).float().repeat(1, 2)  # (x, y, x, y)
+            pooled = head.extractor(features, with_image((wanted.to(scale) * scale)[None])[0]).features
+            vectors = head.trunk(pooled)
+        return RegionFeatures(pooled.float().cpu(), vectors.float().cpu())
 
     def as_batch(self, arrays: Sequence[np.ndarray], scale: float = 1.0) -> Batch:
         """Images [H, W, 3] uint8 as the model wants them, on its device; `scale` makes them smaller than usual."""

@@ -21,7 +21,7 @@ from torch import nn
 
 from detector import config
 from detector.checkpoint import flatten
-from detector.commands import compare, evaluate, explore, predict, train
+from detector.commands import compare, evaluate, explore, features, predict, train
 from detector.commands.main import COMMANDS, main
 from detector.config import CONFIGS, ConfigError, build, check, explain, suggest
 from detector.config.program import check_heads, share_roi
@@ -303,6 +303,7 @@ COMMAND_OF = {
     "predict": predict.predict_files,
     "compare": compare.compare_runs,
     "explorer": explore.explore,
+    "features": features.write_features,
 }
 
 
@@ -390,7 +391,7 @@ def test_a_file_of_ones_own_under_a_name_of_ours_is_refused(call, tmp_path):
     assert code == 2 and f"{tmp_path / 'roi' / 'align.yaml'}: the detector has a config of this name" in errors
 
 
-@pytest.mark.parametrize("program", [train, evaluate, predict, compare, explore])
+@pytest.mark.parametrize("program", [train, evaluate, predict, compare, explore, features])
 def test_help_fits_a_screen(program, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["detector", "--help"])
     monkeypatch.setenv("COLUMNS", "120")

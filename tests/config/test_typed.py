@@ -33,13 +33,26 @@ PROGRAMS = {  # its module, and the keys that are paths
     "predict": ("predict", ["checkpoint", "images", "output"]),
     "compare": ("compare", ["runs", "output"]),
     "explorer": ("explore", ["checkpoint", "image", "output"]),
+    "features": ("features", ["checkpoint", "annotations", "images", "output"]),
     "validate": ("validate", TRAINING),
 }
 CODE = ("augment.", "model.", "optimizer.", "roi.", "runtime.", "schedule.", "training.")  # arguments of constructors
 NO_PATHS = {  # settings that are texts, or may be, and no paths: a new one stands here or in PATHS
     *("baseline", "data.keypoints", "data.max_pixels", "data.on_error", "data.pad_to", "data.prepare", "device"),
     *("evaluation.evaluator", "evaluation.every", "evaluation.metric", "evaluation.sigmas", "evaluator", "head"),
-    *("iou_types", "max_pixels", "name", "paste", "precision", "sigmas", "threads", "trust", "weights.source"),
+    *(
+        "dtype",
+        "iou_types",
+        "max_pixels",
+        "name",
+        "on_error",
+        "paste",
+        "precision",
+        "sigmas",
+        "threads",
+        "trust",
+        "weights.source",
+    ),
     *("weights.style",),
 }
 
@@ -178,7 +191,7 @@ def test_sweeps_over_paths(tmp_path, received):
 
 def test_every_text_setting_is_a_path_or_known_to_be_none():
     """So that a new key that holds a path is not forgotten."""
-    for program in ("train", "eval", "predict", "compare", "explorer"):
+    for program in ("train", "eval", "predict", "compare", "explorer", "features"):
         cfg = compose(program)
         tree = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]))
         unknown = {key for key in texts(tree) if key not in PATHS | NO_PATHS and not key.startswith(CODE)}
