@@ -17,13 +17,24 @@ const METHODS = {
   warp: { name: "RoI Warp", kind: "warp" },
   align_legacy: { name: "RoI Align, not aligned", kind: "align", aligned: false },
   align: { name: "RoI Align", kind: "align", aligned: true },
+  align_bicubic: { name: "RoI Align, bicubic", kind: "align", aligned: true, kernel: "bicubic" },
+  align_lanczos: { name: "RoI Align, Lanczos", kind: "align", aligned: true, kernel: "lanczos" },
+  context: { name: "The RoI enlarged, for context", kind: "context", aligned: true },
+  border: { name: "Border Align", kind: "border" },
+  semantic: { name: "Semantic RoI Align's points", kind: "semantic" },
+  rotated: { name: "Rotated RoI Align", kind: "rotated" },
+  attention: { name: "Deformable attention's points", kind: "attention" },
   precise: { name: "Precise RoI Pool", kind: "precise", aligned: false },
   precise_aligned: { name: "Precise RoI Pool, aligned", kind: "precise", aligned: true },
   deformable: { name: "Deformable", kind: "deformable", modulated: false },
   modulated_deformable: { name: "Modulated deformable", kind: "deformable", modulated: true },
 };
 
-const SETTINGS = { size: [7, 7], ratio: 2, reduction: "avg", placement: "centre" };
+const SETTINGS = { size: [7, 7], ratio: 2, reduction: "avg", placement: "centre", kernel: "bilinear", scale: 2, sides: 10,
+  samples: 64 };
+
+/** Whether what a method reads is learned, so that it takes a checkpoint's layers to show it. */
+const LEARNED = ["deformable", "rotated", "attention"];
 
 // ------------------------------------------------------------------------------------------------------------ geometry
 
@@ -79,11 +90,30 @@ function neighbours(position, size) {
   return [[low, 1 - (inside - low)], [Math.min(low + 1, size - 1), inside - low]];
 }
 
-/** The four cells around a point, [{u, v, weight}]. */
-function cellsAround(x, y, map) {
+const sinc = (t) => (t === 0 ? 1 : Math.sin(Math.PI * t) / (Math.PI * t));
+const KERNELS = {
+  bicubic: { reach: 2, at: (t) => (t < 1 ? (1.5 * t - 2.5) * t * t + 1 : ((2.5 - 0.5 * t) * t - 4) * t + 2) },
+  lanczos: { reach: 3, at: (t) => (t < 3 ? sinc(t) * sinc(t / 3) : 0) },
+};
+
+/** `neighbours` of any kernel; cells beyond the map count as those at its edge. */
+function taps(position, size, kernel) {
+  if (kernel === "bilinear" || !(position >= -1 && position <= size)) return neighbours(position, size);
+  const { reach, at } = KERNELS[kernel];
+  const inside = Math.min(Math.max(position, 0), size - 1);
+  const found = [];
+  for (let u = Math.floor(inside) + 1 - reach; u <= Math.floor(inside) + reach; u++) {
+    found.push([Math.min(Math.max(u, 0), size - 1), at(Math.abs(inside - u))]);
+  }
+  const total = kernel === "lanczos" ? found.reduce((sum, [, weight]) => sum + weight, 0) : 1;
+  return found.map(([u, weight]) => [u, weight / total]);
+}
+
+/** The cells around a point, [{u, v, weight}], four of a bilinear kernel. */
+function cellsAround(x, y, map, kernel = "bilinear") {
   const cells = [];
-  for (const [v, down] of neighbours(y, map.height)) {
-    for (const [u, right] of neighbours(x, map.width)) cells.push({ u, v, weight: down * right });
+  for (const [v, down] of taps(y, map.height, kernel)) {
+    for (const [u, right] of taps(x, map.width, kernel)) cells.push({ u, v, weight: down * right });
   }
   return cells;
 }
@@ -162,7 +192,7 @@ const READERS = {
         for (let m = 0; m < xs.count; m++) {
           const [dx, dy, modulation] = shifts ? shifts(i, j, n, m) : [0, 0, 1];
           const [x, y] = [xs.at(j, m, dx), ys.at(i, n, dy)];
-          found.push({ x, y, weight: share * modulation, cells: cellsAround(x, y, map) });
+          found.push({ x, y, weight: share * modulation, cells: cellsAround(x, y, map, settings.kernel) });
         }
       }
       return found;
@@ -173,6 +203,75 @@ const READERS = {
     ]);
     const read = settings.aligned ? [x1, y1, x2, y2] : [left, top, left + xs.size, top + ys.size];
     return { read, bins, points, reduction: settings.reduction };
+  },
+
+  context([x1, y1, x2, y2], map, settings) {
+    const [dx, dy] = [(x2 - x1) * (settings.scale - 1) / 2, (y2 - y1) * (settings.scale - 1) / 2];
+    return READERS.align([x1 - dx, y1 - dy, x2 + dx, y2 + dy], map, { ...settings, reduction: "avg", placement: "centre" });
+  },
+
+  /** One output for each side: left, top, right, bottom. */
+  border([x1, y1, x2, y2], map, { sides }) {
+    const lines = [[x1, y1, x1, y2], [x1, y1, x2, y1], [x2, y1, x2, y2], [x1, y2, x2, y2]];
+    const points = lines.map(([a, b, c, d]) => Array.from({ length: sides }, (_, k) => {
+      const [x, y] = [a + (k / sides) * (c - a) - 0.5, b + (k / sides) * (d - b) - 0.5];
+      return { x, y, weight: 1 / sides, cells: cellsAround(x, y, map) };
+    }));
+    return { read: [x1, y1, x2, y2], size: [4, 1], bins: lines, points, reduction: "max" };
+  },
+
+  /** The points that attention weighs, one a bin: as many rows to columns as the RoI is high to wide. */
+  semantic([x1, y1, x2, y2], map, { samples }) {
+    const [width, height] = [Math.abs(x2 - x1), Math.abs(y2 - y1)];
+    const ratio = width || height ? height / width : 1;
+    const rows = Math.min(Math.max(Math.round(Math.sqrt(samples * ratio)), 1), samples);
+    const size = [rows, Math.floor(samples / rows)];
+    const settings = { size, ratio: 1, aligned: true, placement: "centre", reduction: "avg" };
+    return { ...READERS.align([x1, y1, x2, y2], map, settings), size };
+  },
+
+  rotated([x1, y1, x2, y2], map, settings, learned) {
+    const [tx, ty, tw, th, turn] = learned.rotation;
+    const limit = (t) => Math.exp(Math.min(t, Math.log(1000 / 16)));
+    const [width, height] = [(x2 - x1) * limit(tw), (y2 - y1) * limit(th)];
+    const [cx, cy] = [(x1 + x2) / 2 + tx * (x2 - x1), (y1 + y2) / 2 + ty * (y2 - y1)];
+    const [cos, sin] = [Math.cos(2 * Math.PI * turn), Math.sin(2 * Math.PI * turn)];
+    const { size, ratio } = learned;
+    const upright = [cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2];
+    const still = READERS.align(upright, map, { size, ratio, aligned: true, placement: "centre", reduction: "avg" });
+    const points = still.points.map((bin) => bin.map(({ x, y, weight }) => {
+      const [dx, dy] = [x + 0.5 - cx, y + 0.5 - cy];
+      const [px, py] = [cx + dx * cos - dy * sin - 0.5, cy + dx * sin + dy * cos - 0.5];
+      return { x: px, y: py, weight, cells: cellsAround(px, py, map) };
+    }));
+    const regular = READERS.align([x1, y1, x2, y2], map, { ...SETTINGS, size, aligned: true }).bins;
+    const middle = (list, key) => list.reduce((sum, p) => sum + p[key] + 0.5, 0) / list.length;
+    const offsets = points.map((bin, k) => {
+      const [a, b, c, d] = regular[k];
+      return [middle(bin, "x") - (a + c) / 2, middle(bin, "y") - (b + d) / 2, 1];
+    });
+    return { read: upright, size, bins: still.bins, regular, points, reduction: "avg", offsets, turn: 2 * Math.PI * turn };
+  },
+
+  /** The points of all heads on this level, with the weights that they have among those of all levels. */
+  attention([x1, y1, x2, y2], map, settings, learned) {
+    const { heads, levels, count, size: [h, w], queries, level } = learned;
+    const [width, height] = [(x2 - x1) / w, (y2 - y1) / h];
+    const points = forBins(h, w, (i, j) => {
+      const { offsets, weights } = queries[i * w + j];
+      const found = [];
+      for (let m = 0; m < heads; m++) {
+        for (let k = 0; k < count; k++) {
+          const at = (m * levels + level) * count + k;
+          const x = x1 + (j + 0.5 + (0.5 * offsets[2 * at]) / count) * width - 0.5;
+          const y = y1 + (i + 0.5 + (0.5 * offsets[2 * at + 1]) / count) * height - 0.5;
+          found.push({ x, y, weight: weights[at] / heads, cells: cellsAround(x, y, map) });
+        }
+      }
+      return found;
+    });
+    const bins = forBins(h, w, (i, j) => [x1 + j * width, y1 + i * height, x1 + (j + 1) * width, y1 + (i + 1) * height]);
+    return { read: [x1, y1, x2, y2], size: [h, w], bins, points, reduction: "avg" };
   },
 
   precise([x1, y1, x2, y2], map, { size: [h, w], aligned }) {
@@ -278,16 +377,36 @@ function fullyConnected(layers, input) {
   }, input);
 }
 
+/** Of each head's logits, over its levels and points. */
+function softmax(logits, { heads }) {
+  const each = logits.length / heads;
+  const exp = logits.map((v, k) => {
+    const own = logits.subarray(Math.floor(k / each) * each, (Math.floor(k / each) + 1) * each);
+    return Math.exp(v - Math.max(...own));
+  });
+  const total = (k) => exp.subarray(Math.floor(k / each) * each, (Math.floor(k / each) + 1) * each).reduce((a, b) => a + b);
+  return exp.map((v, k) => v / total(k));
+}
+
 /**
  * The offsets (all dx, then all dy; normalised, before gamma) and the modulation that the checkpoint's predictor finds
- * for a RoI. `head` is {gamma, ratio, size, perPoint, base, predictors}.
+ * for a RoI. `head` is {gamma, ratio, size, perPoint, base, predictors}. Or, by its `kind`, the five numbers that rotate a RoI
+ * (rotated), and each bin's offsets and weights (attention); for a RoI of any level, its base reads that.
  */
 function predict(head, box, map, level) {
   const base = readingOf(head.base.method, box, map, { ...head.base.settings, size: head.size });
   const bins = base.points.length;
   const input = new Float64Array(map.channels * bins);
   for (let c = 0; c < map.channels; c++) input.set(pooled(base, plane(map, c), map.width), c * bins);
-  const predictor = head.predictors[head.predictors.length === 1 ? 0 : level];
+  const predictor = head.predictors?.[head.predictors.length === 1 ? 0 : level];
+  if (head.kind === "rotated") return { ...head, rotation: fullyConnected(head.learner, input) };
+  if (head.kind === "attention") {
+    const queries = Array.from({ length: bins }, (_, bin) => {
+      const query = Float64Array.from({ length: map.channels }, (_, c) => input[c * bins + bin]);
+      return { offsets: fullyConnected(head.offsets, query), weights: softmax(fullyConnected(head.weights, query), head) };
+    });
+    return { ...head, queries, level };
+  }
   const sigmoid = (v) => 1 / (1 + Math.exp(-v));
   const modulation = predictor.modulation && fullyConnected(predictor.modulation, input).map(sigmoid);
   return { ...head, offsets: fullyConnected(predictor.offsets, input), modulation };

@@ -42,7 +42,8 @@ function readLayers(layers) {
 function readLearned(found) {
   return found && {
     ...found,
-    predictors: found.predictors.map((p) => ({
+    ...Object.fromEntries(["learner", "offsets", "weights"].map((key) => [key, readLayers(found[key])])),
+    predictors: found.predictors?.map((p) => ({
       offsets: readLayers(p.offsets),
       modulation: p.modulation.length ? readLayers(p.modulation) : null,
     })),
@@ -110,10 +111,14 @@ function liveliest() {
 
 /** Why a method has nothing to show here, or null. */
 function missing(method) {
-  if (METHODS[method].kind !== "deformable") return null;
+  const { kind } = METHODS[method];
+  if (!LEARNED.includes(kind)) return null;
   const { learned } = scene();
   if (!learned && state.scene) return "needs the predictor of a checkpoint";
-  if (!learned) return "this checkpoint predicts no offsets; train with roi=deformable";
+  if ((learned?.kind ?? "deformable") !== kind || !learned) {
+    return kind === "deformable" ? "this checkpoint predicts no offsets; train with roi=deformable"
+      : `this checkpoint's method is another; train with roi=${method}`;
+  }
   const without = METHODS[method].modulated && !learned.predictors[0].modulation;
   return without ? "this checkpoint predicts no modulation; train with roi=modulated_deformable" : null;
 }
@@ -121,19 +126,20 @@ function missing(method) {
 let remembered = { key: null, value: null }; // the predictor is the only slow part, and two methods ask for it
 function learnedFor(box, level) {
   const key = [state.scene, level, ...box].join();
-  if (remembered.key !== key) remembered = { key, value: predict(scene().learned, box, scene().maps[level], level) };
+  const own = scene().learned.kind === "attention" ? levelOf(box, scene().levels ? "auto" : 0) : level; // the queries' level
+  if (remembered.key !== key) remembered = { key, value: predict(scene().learned, box, scene().maps[own], level) };
   return remembered.value;
 }
 
 /** What a method reads, and its output for one channel; everything not given is as the page shows it. */
 function compute(request = {}) {
-  const { method, box, channel, size, ratio, reduction, placement } = { ...state, ...request };
+  const { method, box, channel, ...settings } = { ...state, ...request };
   const level = levelOf(box, request.level ?? state.level);
   const map = scene().maps[level];
   const reason = missing(method);
   if (reason) throw new Error(`${METHODS[method].name}: ${reason}`);
-  const learned = METHODS[method].kind === "deformable" ? learnedFor(box, level) : null;
-  const reading = readingOf(method, box, map, { size, ratio, reduction, placement }, learned);
+  const learned = LEARNED.includes(METHODS[method].kind) ? learnedFor(box, level) : null;
+  const reading = readingOf(method, box, map, settings, learned);
   const values = plane(map, channel);
   return { reading, level, map, values, learned, output: pooled(reading, values, map.width) };
 }
@@ -300,6 +306,7 @@ function drawReading({ reading, map, values }) {
   lines(marks, full, "bin", 1.4 * unit, stride);
   lines(marks, [reading.read], "under", 5 * unit, stride);
   lines(marks, [reading.read], "read", 3 * unit, stride, rounds(reading) ? `${8 * unit} ${5 * unit}` : null);
+  drawOutline(unit);
   if (reading.offsets) drawOffsets(reading, unit, stride);
   const { bin = -1, point = -1 } = state.chosen ?? {};
   if (bin >= 0) {
@@ -327,6 +334,62 @@ function drawReading({ reading, map, values }) {
 
 /** Whether a method reads whole cells, or a RoI made of them. */
 const rounds = ({ method }) => ["pool", "warp"].includes(METHODS[method].kind);
+
+/** The outline of the object that the RoI is about, as closed polygons [x, y, x, y, ...] in pixels; null without one. */
+function outline() {
+  const { outlines, boxes } = scene();
+  if (outlines) return outlines;
+  const [x1, y1, x2, y2] = state.box;
+  const size = ([a, b, c, d]) => Math.max(c - a, 0) * Math.max(d - b, 0);
+  const overlap = ({ box: [a, b, c, d] }) => {
+    const both = size([Math.max(a, x1), Math.max(b, y1), Math.min(c, x2), Math.min(d, y2)]);
+    return both / (size([a, b, c, d]) + size(state.box) - both || 1);
+  };
+  const best = boxes.reduce((found, box) => (overlap(box) > (found ? overlap(found) : 0.5) ? box : found), null);
+  return best?.outlines?.length ? best.outlines : null;
+}
+
+function drawOutline(unit) {
+  const path = (outline() ?? []).map((xy) => `M${xy.join(" ")}Z`).join("");
+  for (const [name, width] of [["under", 4], ["outline", 2]]) {
+    svg("path", { class: name, d: path, "stroke-width": width * unit }, closeup.marks);
+  }
+}
+
+/** Whether a place in pixels lies inside closed polygons, by the even-odd rule. */
+function isInside(x, y, polygons) {
+  let inside = false;
+  for (const xy of polygons) {
+    for (let k = 0; k < xy.length; k += 2) {
+      const [a, b, c, d] = [xy[k], xy[k + 1], xy[(k + 2) % xy.length], xy[(k + 3) % xy.length]];
+      if (b > y !== d > y && x < a + ((y - b) / (d - b)) * (c - a)) inside = !inside;
+    }
+  }
+  return inside;
+}
+
+/**
+ * What can be counted of a reading: its points, the largest offset in pixels, the shares of its points and of those of
+ * the regular grid that lie inside the object's outline, and the method's parameters; null what there is not.
+ */
+function counts({ reading, map, learned }) {
+  const points = reading.points.flat().filter(({ x }) => x !== null);
+  const { size, ratio } = learned ?? {};
+  const grid = { ...SETTINGS, size, ratio, aligned: true };
+  const regular = reading.offsets && READERS.align(reading.real, map, grid).points.flat();
+  const moved = (p, k) => Math.hypot(p.x - regular[k].x, p.y - regular[k].y) * map.stride;
+  const polygons = outline();
+  const share = (list) => (polygons && list?.length
+    ? list.filter(({ x, y }) => isInside((x + 0.5) * map.stride, (y + 0.5) * map.stride, polygons)).length / list.length
+    : null);
+  return {
+    points: points.length,
+    largest: regular ? points.reduce((most, p, k) => Math.max(most, moved(p, k)), 0) : null,
+    inside: share(points),
+    regularInside: share(regular),
+    parameters: learned ? scene().own?.parameters ?? null : null,
+  };
+}
 
 function drawOffsets({ regular, offsets }, unit, stride) {
   regular.forEach(([a, b, c, d], k) => {
@@ -447,12 +510,13 @@ function smallPrint() {
     const sizes = `${picture.width} × ${picture.height} instead of ${usual.join(" × ")} pixels`;
     notes.push(`To keep the page small the network saw the image at ${sizes}.`);
   }
-  if (learned) {
+  if (learned?.predictors) {
     const types = [...new Set(learned.predictors.flatMap((p) => [...p.offsets, ...p.modulation]).map((l) => l.type))];
     const error = short(Math.max(learned.error_px, 1e-4));
     const stored = `The offset predictor is stored as ${types.join(" and ")}`;
     notes.push(`${stored}; its offsets are within ${error} px of the model's.`);
   }
+  if (own.note) notes.push(own.note);
   if (!METHODS[own.method]) notes.push(`The checkpoint's own method, ${own.name}, is not among those shown here.`);
   return notes.join(" ");
 }
@@ -474,7 +538,7 @@ function chooseMethod(method, event) {
   const canvas = cards[method].querySelector("canvas");
   const place = canvas.getBoundingClientRect();
   const [x, y] = [(event.clientX - place.left) / place.width, (event.clientY - place.top) / place.height];
-  const [h, w] = METHODS[method].kind === "deformable" ? scene().learned.size : state.size;
+  const [h, w] = compute({ method }).reading.size;
   const bin = x >= 0 && x < 1 && y >= 0 && y < 1 ? Math.floor(y * h) * w + Math.floor(x * w) : null;
   set({ method, chosen: bin === null ? state.chosen : { bin, point: 0 } });
 }
@@ -559,9 +623,9 @@ function showControls({ level, map }) {
   $("ratio").value = state.ratio;
   $("reduction").value = state.reduction;
   $("placement").value = state.placement;
-  $("size").disabled = kind === "deformable";
-  $("ratio").disabled = kind !== "align" && kind !== "warp";
-  $("reduction").disabled = $("ratio").disabled;
+  $("size").disabled = [...LEARNED, "border", "semantic"].includes(kind);
+  $("ratio").disabled = !["align", "warp", "context"].includes(kind);
+  $("reduction").disabled = kind !== "align" && kind !== "warp";
   $("placement").disabled = kind !== "align";
   $("step").value = state.step;
   const values = { x: box[0], y: box[1], width: box[2] - box[0], height: box[3] - box[1] };
@@ -605,7 +669,8 @@ function away({ real, read, offsets }) {
   return Math.hypot(read[0] + read[2] - real[0] - real[2], read[1] + read[3] - real[1] - real[3]) / 2;
 }
 
-function showFacts({ reading, map }) {
+function showFacts(shown) {
+  const { reading, map } = shown;
   const entries = ([x1, y1, x2, y2], digits) =>
     [x1, y1, x2 - x1, y2 - y1, (x2 - x1) * (y2 - y1)].map((v) => fixed(v, digits));
   const rounded = rounds(reading);
@@ -623,6 +688,15 @@ function showFacts({ reading, map }) {
   const words = reading.offsets ? `area error; the offsets move bins by ${distance} px on average`
     : `area error; its centre is ${distance} px from the RoI's`;
   $("area").replaceChildren(strong, `${words}.${reading.whole ? ` Its bins read ${dropped} of ${extent} cells.` : ""}`);
+  const { points, largest, inside, regularInside, parameters } = counts(shown);
+  const percent = (part) => `${fixed(100 * part, 0)} %`;
+  $("counts").textContent = [
+    `${points} points`,
+    ...(largest === null ? [] : [`the largest offset is ${fixed(largest, 1)} px`]),
+    ...(parameters === null ? [] : [`${parameters.toLocaleString("en")} parameters`]),
+    ...(inside === null ? [] : [`${percent(inside)} of the points lie inside the object's outline`]),
+    ...(regularInside === null ? [] : [`${percent(regularInside)} of those of the regular grid`]),
+  ].join(", ");
   $("facts-note").textContent = METHODS[reading.method].name;
 }
 
@@ -677,6 +751,7 @@ function showPoint({ reading, map, values, learned }) {
 }
 
 function movedText([dx, dy, modulation], learned, stride) {
+  if (learned.kind === "rotated") return ` The learner turned the RoI by ${fixed(360 * learned.rotation[4], 1)}°.`;
   const weighed = METHODS[state.method].modulated ? ` It counts ${fixed(modulation, 3)} times.` : "";
   const by = `(${fixed(dx * stride)}, ${fixed(dy * stride)}) px`;
   return ` The predictor moved it by ${by}, γ = ${learned.gamma}.${weighed}`;
@@ -757,7 +832,8 @@ render();
 /**
  * For tests, and for the console:
  *   explorer.pool({method, roi, level, channel, size, ratio, reduction, placement})
- *     -> {output [h][w], read, real (cells), areaError, level, points, offsets, modulation}
+ *     -> {output [h][w], read, real (cells), areaError, level, points, offsets, modulation, rotation}
+ *   explorer.counts()
  *   explorer.set({method, box, ...}), explorer.state, explorer.open(scene), explorer.scenes
  */
 window.explorer = {
@@ -778,10 +854,12 @@ window.explorer = {
       areaError: areaError(reading),
       level,
       points: reading.points,
-      offsets: learned && [...learned.offsets],
+      offsets: learned?.predictors ? [...learned.offsets] : null,
+      rotation: learned?.rotation ? [...learned.rotation] : null,
       modulation: learned?.modulation ? [...learned.modulation] : null,
     };
   },
+  counts: () => counts(compute()),
   /** Where a point of the close-up is on the screen. */
   whereIs(bin, point) {
     const { reading, map } = compute();

@@ -19,6 +19,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -27,13 +28,20 @@ from torch import Tensor, nn
 from detector.config import ConfigError, make_folder
 from detector.inference.predict import Detector
 from detector.roi import (
+    BorderAlign,
+    ContextRoIPool,
+    DeformableAttentionPool,
     DeformableRoIPool,
+    PositionSensitiveRoIAlign,
     PreciseRoIPool,
     RoIAlign,
     RoIExtractor,
     RoIOp,
     RoIPool,
     RoIWarp,
+    RotatedRoIAlign,
+    SemanticRoIAlign,
+    SumLevels,
     assign_levels,
 )
 from detector.structures import Detections, rois_from_boxes
@@ -119,7 +127,7 @@ def collect(detector: Detector, image: np.ndarray, head: str, max_mb: float) -> 
         log.warning("the network sees the image at %s; max_mb=%d would keep its size", seen, ceil(wanted / 1e6))
     picture = batch.images[0, :, :height, :width].permute(1, 2, 0).cpu().numpy()
     own = describe(extractor.op)
-    if learned is not None:
+    if learned is not None and learned["kind"] == "deformable":
         learned["error_px"] = offset_error(extractor, learned, features, maps, probe_rois(found.boxes, height, width))
     return {
         "width": batch.images.shape[3],
@@ -135,12 +143,30 @@ def collect(detector: Detector, image: np.ndarray, head: str, max_mb: float) -> 
         },
         "boxes": [
             {"name": detector.categories[label - 1], "score": score, "box": box}
-            for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist())
+            | ({} if found.masks is None else {"outlines": outlines(found.masks[k].float().numpy(), box)})
+            for k, (box, score, label) in enumerate(
+                zip(*(t.tolist() for t in (found.boxes, found.scores, found.labels)))
+            )
         ],
         "head": head,
-        "own": {"name": type(extractor.op).__name__, "size": list(extractor.op.output_size), **(own or {})},
+        "own": {
+            "name": type(extractor.op).__name__,
+            "size": list(extractor.op.output_size),
+            "parameters": sum(p.numel() for p in extractor.op.parameters()),
+            **(own or {}),
+        },
         "learned": learned,
     }
+
+
+def outlines(mask: np.ndarray, box: Sequence[float]) -> list[list[float]]:
+    """The outlines of a predicted mask [M, M], probabilities in its box's frame, as polygons [x, y, ...] in pixels."""
+    fine = 4 * len(mask)
+    object_ = (cv2.resize(mask, (fine, fine), interpolation=cv2.INTER_LINEAR) >= 0.5).astype(np.uint8)
+    found, _ = cv2.findContours(object_, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    start, extent = np.array(box[:2]), np.array(box[2:]) - box[:2]
+    polygons = [start + (contour[:, 0] + 0.5) / fine * extent for contour in found if len(contour) > 2]
+    return [polygon.round(2).ravel().tolist() for polygon in polygons]
 
 
 def find_extractor(model: nn.Module, head: str) -> RoIExtractor:
@@ -153,7 +179,24 @@ def find_extractor(model: nn.Module, head: str) -> RoIExtractor:
 
 
 def describe(op: RoIOp) -> dict[str, Any] | None:
-    """{"method", "settings"} as methods.js calls them, or None for an op that the page does not show."""
+    """{"method", "settings"} as methods.js calls them, or None for an op that the page does not show.
+
+    Of a method with layers of its own what those read: the page pools the maps, not what layers make of them.
+    """
+    if isinstance(op, (SumLevels, PositionSensitiveRoIAlign)):
+        inner = describe(op.op if isinstance(op, SumLevels) else op.align)
+        what = "on every level" if isinstance(op, SumLevels) else "on maps of its own, each bin on other channels"
+        return inner and {**inner, "note": f"The checkpoint's {type(op).__name__} reads these points {what}."}
+    if isinstance(op, ContextRoIPool):
+        return {"method": "context", "settings": {"scale": op.scale}}
+    if isinstance(op, BorderAlign):
+        return {"method": "border", "settings": {"sides": op.points}}
+    if isinstance(op, SemanticRoIAlign):
+        return {"method": "semantic", "settings": {"samples": op.samples}}
+    if isinstance(op, RotatedRoIAlign):
+        return op.learner and {"method": "rotated", "settings": {}}
+    if isinstance(op, DeformableAttentionPool):
+        return describe(op.op) and {"method": "attention", "settings": {}}
     if isinstance(op, DeformableRoIPool):
         if describe(op.base) is None:
             return None
@@ -164,7 +207,10 @@ def describe(op: RoIOp) -> dict[str, Any] | None:
     if isinstance(op, PreciseRoIPool):
         return {"method": "precise_aligned" if op.aligned else "precise", "settings": {}}
     if isinstance(op, RoIAlign):
+        if op.per_level or op.per_size or not (op.aligned or op.kernel == "bilinear"):
+            return None
         name = "warp" if isinstance(op, RoIWarp) else "align" if op.aligned else "align_legacy"
+        name = name if op.kernel == "bilinear" else f"align_{op.kernel}"
         settings = {"ratio": op.sampling_ratio, "reduction": op.reduction, "placement": op.placement}
         return {"method": name, "settings": settings}
     return None
@@ -223,12 +269,15 @@ def data_url(picture: np.ndarray) -> str:
 
 
 def encode_predictors(op: RoIOp, allowed: float) -> dict[str, Any] | None:
-    """The offset predictors of an op with what the page needs to run them; None for an op without."""
-    if not isinstance(op, DeformableRoIPool) or describe(op) is None:
+    """The layers that say where an op reads, with what the page needs to run them; None for an op without."""
+    kinds = {DeformableRoIPool: "deformable", RotatedRoIAlign: "rotated", DeformableAttentionPool: "attention"}
+    kind = next((kind for cls, kind in kinds.items() if isinstance(op, cls)), None)
+    if kind is None or not describe(op):
         return None
-    total = sum(p.numel() for p in op.offset_predictor.parameters())
+    parts = {"deformable": ["offset_predictor"], "rotated": ["learner"], "attention": ["offsets", "weights"]}[kind]
+    total = sum(p.numel() for part in parts for p in getattr(op, part).parameters())
 
-    def stack(layers: nn.Sequential | None) -> list[dict[str, Any]] | None:
+    def stack(layers: Sequence[nn.Module] | None) -> list[dict[str, Any]] | None:
         linear = [layer for layer in layers or () if isinstance(layer, nn.Linear)]
         share = {layer: 0.5 * allowed * layer.weight.numel() / total for layer in linear}
         return linear and [
@@ -236,7 +285,18 @@ def encode_predictors(op: RoIOp, allowed: float) -> dict[str, Any] | None:
             for layer in linear
         ]
 
+    if kind != "deformable":
+        layers = {part: stack([getattr(op, part)]) for part in parts}
+        common = {
+            "kind": kind,
+            "size": list(op.output_size),
+            "base": describe(op.align if kind == "rotated" else op.op),
+        }
+        if kind == "rotated":
+            return {**common, **layers, "ratio": op.align.sampling_ratio}
+        return {**common, **layers, **dict(zip(("heads", "levels", "count"), op.shape))}
     return {
+        "kind": kind,
         "gamma": op.gamma,
         "ratio": op.align.sampling_ratio,
         "size": list(op.output_size),

@@ -22,8 +22,21 @@ from detector.comparison.alignment import area_error
 from detector.config import CONFIGS, ConfigError, build, compose
 from detector.data import read_image
 from detector.explorer import write_page
-from detector.explorer.page import collect, decode, encode, find_extractor, render
-from detector.roi import PreciseRoIPool, RoIAlign, RoIExtractor, RoIPool, RoIWarp, assign_levels
+from detector.explorer.page import collect, decode, encode, find_extractor, outlines, render
+from detector.roi import (
+    BorderAlign,
+    DeformableRoIPool,
+    PreciseRoIPool,
+    RoIAlign,
+    RoIExtractor,
+    RoIPool,
+    RoIWarp,
+    SemanticRoIAlign,
+    assign_levels,
+)
+from detector.roi.bag import pool_cells
+from detector.roi.context import enlarged
+from detector.roi.geometry import at_points, locate
 from tests.untrained import SMALL
 
 MODIFIED = ["model.box_head.roi.predictor_width=32", "model.mask_head.roi.predictor_width=8"]
@@ -156,6 +169,12 @@ METHODS = [
     ("align", {"ratio": 3, "reduction": "max"}, lambda size: RoIAlign(size, 3, reduction="max")),
     ("align", {"ratio": 0, "reduction": "max"}, lambda size: RoIAlign(size, 0, reduction="max")),
     ("align", {"ratio": 2, "placement": "edge"}, lambda size: RoIAlign(size, placement="edge")),
+    ("align_bicubic", {"ratio": 2}, lambda size: RoIAlign(size, kernel="bicubic")),
+    (
+        "align_lanczos",
+        {"ratio": 3, "reduction": "max"},
+        lambda size: RoIAlign(size, 3, reduction="max", kernel="lanczos"),
+    ),
     ("align_legacy", {"ratio": 2}, lambda size: RoIAlign(size, aligned=False)),
     ("align_legacy", {"ratio": 0}, lambda size: RoIAlign(size, 0, aligned=False)),
     ("precise", {}, lambda size: PreciseRoIPool(size)),
@@ -246,6 +265,67 @@ class TestNumbers:
                 torch.tensor([one["output"] for one in plain]), without[:, 5], rtol=1e-3, atol=2e-3
             )
 
+    def test_what_methods_with_layers_read(self, open_page, align_page):
+        """Context, border and semantic: what is pooled before their layers."""
+        page, features, rois = open_page(align_page), features_of(align_page), random_rois(20, seed=4)
+        rows = torch.cat([torch.zeros(len(rois), 1), torch.from_numpy(rois)], 1)
+        found = page_pools(page, rois, method="context", level=1, size=[3, 2], channel=4, scale=1.5)
+        expected = pool(RoIAlign((3, 2)), features, enlarged(rows, 1.5)[:, 1:], 1).features[:, 4]
+        torch.testing.assert_close(torch.tensor([one["output"] for one in found]), expected, rtol=1e-4, atol=1e-4)
+
+        op = BorderAlign(7, 16, points=5)
+        regions = locate(features, rows, torch.ones(len(rows), dtype=torch.int64), STRIDES)
+        expected = op.borders([f.repeat_interleave(4, 1) for f in features], regions)[:, 4, :, None]
+        found = page_pools(page, rois, method="border", level=1, channel=4, sides=5)
+        torch.testing.assert_close(torch.tensor([one["output"] for one in found]), expected, rtol=1e-4, atol=1e-4)
+
+        cells, there = SemanticRoIAlign(7, 16, samples=20).grid(regions)
+        found = page_pools(page, rois, method="semantic", level=1, samples=20)
+        assert [len(one["output"]) * len(one["output"][0]) for one in found] == there.sum(1).tolist()
+        assert [[len(one["output"]), len(one["output"][0])] for one in found] == [
+            [round(1 / float(c[0, 3])), round(1 / float(c[0, 2]))] for c in cells
+        ]
+
+    def learned_page(self, open_page, shapes_tiny, photo, tmp_path, roi, names):
+        model = make_model(shapes_tiny, f"roi={roi}")
+        op = model.model.box_head.extractor.op
+        for name in names:
+            layer = getattr(op, name)
+            torch.nn.init.normal_(layer.weight, std=0.3 * layer.in_features**-0.5)
+        path = write_page(model, read_image(photo), tmp_path / "page.html")
+        rois = random_rois(8, seed=5)
+        rows = torch.cat([torch.zeros(len(rois), 1), torch.from_numpy(rois)], 1)
+        return open_page(path), model.model.box_head.extractor, features_of(path), rois, rows
+
+    def test_rotated(self, open_page, shapes_tiny, photo, tmp_path):
+        page, extractor, features, rois, rows = self.learned_page(
+            open_page, shapes_tiny, photo, tmp_path, "rotated", ["learner"]
+        )
+        with torch.inference_mode():
+            expected = extractor(features, rows).features[:, 5]
+        found = page_pools(page, rois, method="rotated", level="auto", channel=5)
+        torch.testing.assert_close(torch.tensor([one["output"] for one in found]), expected, rtol=1e-3, atol=1e-3)
+        assert max(abs(one["rotation"][4]) for one in found) > 1e-3
+        assert page.evaluate("explorer.counts().largest") > 0
+
+    def test_attention(self, open_page, shapes_tiny, photo, tmp_path):
+        page, extractor, features, rois, rows = self.learned_page(
+            open_page, shapes_tiny, photo, tmp_path, "attention", ["offsets", "weights"]
+        )
+        op, level = extractor.op, 1
+        levels = assign_levels(rows[:, 1:], STRIDES)
+        with torch.inference_mode():
+            queries = op.op(features, rows, levels, STRIDES).features.flatten(2).mT
+            offsets = op.offsets(queries).unflatten(2, (*op.shape, 2))[:, :, :, level]
+            weights = op.weights(queries).unflatten(2, (op.shape[0], -1)).softmax(3)
+            weights = weights.unflatten(3, op.shape[1:])[:, :, :, level] / op.shape[0]
+            regions = locate(features[1:2], rows, torch.zeros_like(levels), STRIDES[1:2])
+            points = [t.flatten(2)[:, :, None] for t in (*op.locations(regions, offsets), weights)]
+            expected = pool_cells(features[1:2], regions, *at_points(*points[:2], regions, points[2]))[:, 5]
+        found = page_pools(page, rois, method="attention", level=level, channel=5)
+        output = torch.tensor([one["output"] for one in found]).flatten(1)
+        torch.testing.assert_close(output, expected.flatten(1), rtol=1e-3, atol=1e-3)
+
     def test_rounded_numbers_stay_within_what_the_page_states(self, open_page, shapes_tiny, photo, tmp_path):
         model = make_model(shapes_tiny, "roi=deformable", *MODIFIED)
         extractor = model.model.box_head.extractor
@@ -328,6 +408,45 @@ def drag(page, panel, start, end):
     target = on_screen(page, panel, *end)
     page.mouse.move(*target, steps=4)
     page.mouse.up()
+
+    def test_d(self, open_page, align_page):
+        page = open_page(align_page)
+        self.open(page, "D")
+        found = page.evaluate("explorer.pool()")
+        first = [(p["x"] + 0.5, 16 - (p["y"] + 0.5)) for p in found["points"][0]]
+        assert first[0] == pytest.approx((9.94, 9.50), abs=0.01) and first[1] == pytest.approx((10.63, 9.50), abs=0.01)
+        assert first[4] == pytest.approx((10.63, 8.99), abs=0.01)
+        assert page.evaluate("explorer.state.chosen") == {"bin": 0, "point": 0}
+        assert page.locator("#neighbours tr").last.locator("td").last.text_content() == "0.1469"
+        value = 0.56 * 0.1 + 0.44 * 0.2
+        assert value == pytest.approx(0.144) and "= 0.144" in page.locator("#about").text_content()
+        maxima = page.evaluate(
+            "explorer.pool().points.map((bin) => Math.max(...bin.map((p) => p.cells.reduce("
+            "(sum, c) => sum + c.weight * MAP_16[c.v][c.u], 0))))"
+        )
+        assert [v for row in found["output"] for v in row] == pytest.approx(maxima, abs=1e-6)
+
+    def test_e(self, open_page, align_page):
+        """The offsets are those of the layer, and move points into the outline."""
+        page = open_page(align_page)
+        self.open(page, "E")
+        found, counts = page.evaluate("explorer.pool()"), page.evaluate("explorer.counts()")
+        assert counts["points"] == 36 and counts["parameters"] == 2 * 9 * 9 + 18
+        assert counts["inside"] > counts["regularInside"] + 0.05
+        offsets = torch.tensor(found["offsets"]).view(1, 2, 3, 3)
+        feature = torch.tensor(page.evaluate("[...SCENES[5].maps[0].data]")).view(1, 1, 24, 24)
+        roi = torch.tensor([[0, 2.5, 2.5, 20.5, 21.5]])
+        level = torch.zeros(1, dtype=torch.int64)
+        pooled = RoIAlign(3)([feature], roi, level, [1]).features.flatten()
+        weight = torch.tensor(page.evaluate("[...SCENES[5].learned.predictors[0].offsets[0].weight]")).view(18, 9)
+        torch.testing.assert_close(offsets.flatten(), weight @ pooled, rtol=1e-4, atol=1e-4)
+        moved = DeformableRoIPool(3, 1).pool([feature], roi, level, [1], offsets)[0, 0]
+        torch.testing.assert_close(torch.tensor(found["output"]), moved, rtol=1e-4, atol=1e-4)
+        longest = (0.1 * offsets[0] * torch.tensor([18.0, 19.0])[:, None, None]).norm(dim=0).max()
+        assert counts["largest"] == pytest.approx(float(longest), abs=1e-3)
+        assert "36 points, the largest offset is" in page.locator("#counts").text_content()
+        page.evaluate("explorer.set({box: [0, 0, 6, 6]})")
+        assert page.evaluate("explorer.pool()")["offsets"] != found["offsets"]
 
 
 class TestUse:
@@ -533,11 +652,42 @@ def test_heads_and_settings(shapes_tiny, photo, tmp_path):
     image = read_image(photo)
     content = collect(model, image, "mask_head", 8)
     assert content["own"]["method"] == "align" and content["own"]["size"] == [14, 14]
-    assert collect(model, image, "box_head", 8)["own"] == {"name": "SumLevels", "size": [7, 7]}
+    own = collect(model, image, "box_head", 8)["own"]
+    assert own["method"] == "align" and own["note"] == "The checkpoint's SumLevels reads these points on every level."
     with pytest.raises(ConfigError, match="head = 'tail': the model's heads with a RoI method are box_head, mask_head"):
         write_page(model, image, tmp_path / "page.html", head="tail")
     with pytest.raises(ConfigError, match="max_mb = 0"):
         write_page(model, image, tmp_path / "page.html", max_mb=0)
+
+
+def test_outlines_of_detections(open_page, deformable_page):
+    """Within their boxes, and shown with the share of points inside while the RoI is about the object."""
+    path, _ = deformable_page
+    boxes = content_of(path)["boxes"]
+    page = open_page(path)
+    shown = next(one for one in boxes if one["outlines"])
+    for one in boxes:
+        for polygon in one["outlines"]:
+            corners = np.array(polygon).reshape(-1, 2)
+            assert (corners >= np.array(one["box"][:2]) - 0.1).all() and (
+                corners <= np.array(one["box"][2:]) + 0.1
+            ).all()
+    page.evaluate("(box) => explorer.set({box, method: 'modulated_deformable'})", shown["box"])
+    counts = page.evaluate("explorer.counts()")
+    assert 0 <= counts["inside"] <= 1 and counts["regularInside"] is not None and counts["parameters"] > 1000
+    assert "inside the object's outline" in page.locator("#counts").text_content()
+    assert page.locator("#closeup-panel path.outline").get_attribute("d").startswith("M")
+    page.evaluate("explorer.set({box: [500, 500, 501, 501]})")
+    assert page.evaluate("explorer.counts().inside") is None
+
+
+def test_outline_of_a_square():
+    mask = np.zeros((8, 8), np.float32)
+    mask[2:6, 2:6] = 1
+    (polygon,) = outlines(mask, [10, 20, 18, 28])
+    corners = np.array(polygon).reshape(-1, 2)
+    assert corners.min(0).tolist() == pytest.approx([12, 22], abs=0.3)
+    assert corners.max(0).tolist() == pytest.approx([16, 26], abs=0.3)
 
 
 def test_head_of_a_cascade():
