@@ -5,10 +5,11 @@
     python benchmarks/roi_ops.py --json benchmarks/results/roi_ops_cpu.json
 
 One map is [2, 256, 200, 272]; the pyramid is P2-P5 of an 800 x 1088 image. Deformable pooling stands against one
-written with F.grid_sample. Ours reads channels_last maps, the other the layout in which it is faster here. The runs
-alternate; the table has medians, and the ratio is theirs to ours. Memory is what forward and backward add at their
-peak. On a GPU the share of the card's measured copy bandwidth counts maps, RoI features and the gradients of both once
-each, a lower bound on the bytes moved. Rows of an existing JSON file stay where this run does not measure them again.
+written with F.grid_sample, and methods that no other library has against our own RoI Align. Ours reads channels_last
+maps, the other the layout in which it is faster here. The runs alternate; the table has medians, and the ratio is
+theirs to ours. Memory is what forward and backward add at their peak. On a GPU the share of the card's measured copy
+bandwidth counts maps, RoI features and the gradients of both once each, a lower bound on the bytes moved. Rows of an
+existing JSON file stay where this run does not measure them again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
@@ -30,11 +32,42 @@ from torchvision import ops
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
-from detector.roi import DeformableRoIPool, PositionSensitiveRoIAlign, PreciseRoIPool, RoIAlign, RoIPool, assign_levels
+from detector.roi import (
+    AdaptivePooling,
+    BorderAlign,
+    ContextRoIPool,
+    DeformableAttentionPool,
+    DeformableRoIPool,
+    LightHeadRoIAlign,
+    PositionSensitiveRoIAlign,
+    PreciseRoIPool,
+    RoIAlign,
+    RoIOp,
+    RoIPool,
+    RotatedRoIAlign,
+    SemanticRoIAlign,
+    SoftLevels,
+    assign_levels,
+    make_op,
+)
 
 CHANNELS, IMAGE = 256, (800, 1088)
 STRIDES = {"one": (4,), "pyramid": (4, 8, 16, 32)}
-METHODS = ("align", "align_adaptive", "deformable", "pool", "precise", "position_sensitive")
+BESIDE_ALIGN = {  # with their layers
+    "adaptive_pooling": AdaptivePooling,
+    "align_bicubic": partial(RoIAlign, kernel="bicubic"),
+    "align_lanczos": partial(RoIAlign, kernel="lanczos"),
+    "align_per_size": partial(RoIAlign, sampling_ratio=[[0, 4], [64, 2], [256, 1]]),
+    "attention": DeformableAttentionPool,
+    "border": BorderAlign,
+    "context": ContextRoIPool,
+    "light_head": LightHeadRoIAlign,
+    "position_sensitive_layer": partial(PositionSensitiveRoIAlign, out_channels=10),
+    "rotated": RotatedRoIAlign,
+    "semantic": SemanticRoIAlign,
+    "soft_levels": SoftLevels,
+}
+METHODS = ("align", "align_adaptive", "deformable", "pool", "precise", "position_sensitive", *BESIDE_ALIGN)
 
 
 def make_rois(count: int, maps: str, images: int) -> Tensor:
@@ -77,6 +110,10 @@ def grid_sample_deformable(feature: Tensor, rois: Tensor, offsets: Tensor, strid
         points = F.grid_sample(feature[image : image + 1], own, padding_mode="border", align_corners=False)
         parts.append(points[0].unflatten(1, (-1, 2 * size)).transpose(0, 1))
     return F.avg_pool2d(torch.cat(parts), 2)
+
+
+def beside_align(method: str, maps: str, size: int) -> RoIOp:
+    return make_op(BESIDE_ALIGN[method], size, CHANNELS, len(STRIDES[maps]))
 
 
 def candidates(method: str, maps: str, size: int, rois: Tensor, levels: Tensor, offsets: Tensor) -> dict[str, Callable]:
@@ -125,6 +162,10 @@ def candidates(method: str, maps: str, size: int, rois: Tensor, levels: Tensor, 
             "ours": ours(op),
             "torchvision": over(lambda f, r, i: ops.ps_roi_align(f, r, size, scale(i), 2)),
         }
+    if method in BESIDE_ALIGN:
+        op = beside_align(method, maps, size).to(rois.device)
+        align = RoIAlign(size)
+        return {"ours": ours(op), "our align": ours(align)}
     return {"ours": ours(PreciseRoIPool(size))}
 
 
@@ -151,7 +192,7 @@ def measure(method: str, maps: str, count: int, size: int, args: argparse.Namesp
 
     def step(function: Callable, layout: torch.memory_format, autocast: bool = False) -> Callable[[], None]:
         leaves = [f.contiguous(memory_format=layout).requires_grad_() for f in features]
-        gradient = grad.contiguous(memory_format=layout)
+        few = {out_channels: grad.contiguous(memory_format=layout)}  # some methods give fewer channels than others
 
         def run() -> None:
             offsets.grad = None
@@ -159,7 +200,9 @@ def measure(method: str, maps: str, count: int, size: int, args: argparse.Namesp
                 leaf.grad = None
             with torch.autocast(device.partition(":")[0], dtype, enabled=autocast and dtype != torch.float32):
                 out = function(leaves).to(dtype)
-            out.backward(gradient)
+            if out.shape[1] not in few:
+                few[out.shape[1]] = grad[:, : out.shape[1]].contiguous(memory_format=layout)
+            out.backward(few[out.shape[1]])
 
         return run
 
