@@ -112,7 +112,7 @@ class ResNet(nn.Module):
     Args:
         depth: 10, 18, 34, 50, 101 or 152.
         width: channels of the stem; stage 2 has as many, each later stage twice the one before
-            (bottlenecks: times 4).
+            (bottlenecks: times 4); at least 8 there.
         norm: 'frozen_batch_norm', 'batch_norm', 'sync_batch_norm', 'group_norm' or 'plain_frozen_batch_norm'.
         groups, width_per_group: of the 3 x 3 convolutions (32 and 8 make a ResNeXt 32x8d).
         stride_in_1x1: bottlenecks stride in their first 1 x 1 (the original, Caffe's) instead of the 3 x 3.
@@ -146,6 +146,11 @@ class ResNet(nn.Module):
         if not 0 <= frozen_stages <= 5:
             raise ValueError(f"frozen_stages={frozen_stages}: expected 0 to 5")
         block, repeats = BLOCKS[depth]
+        if width * block.expansion < 8:
+            raise ValueError(
+                f"width={width}: a ResNet-{depth} needs at least {8 // block.expansion}. Strided 1 x 1 convolutions of "
+                "fewer than 8 channels overwrite memory in PyTorch's backward pass on CPUs (seen with 2.15)"
+            )
         self.name = f"resnext{depth}_{groups}x{width_per_group}d" if groups > 1 else f"resnet{depth}"  # torchvision's
         if not set(deform_stages) <= set(range(2, max(stages) + 1)) or (deform_stages and block is BasicBlock):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 from torchvision.models import resnet
 
@@ -30,3 +31,12 @@ def test_layers_are_torchvision_s(depth, block, repeats, settings):
                 assert getattr(mine, key) == getattr(wanted, key), (name, key)
     if dilate:
         assert ours.layer4[0].conv2.dilation == ours.layer4[0].conv2.padding == (2, 2)
+
+
+@pytest.mark.parametrize(("depth", "least"), [(10, 8), (50, 2)])
+def test_widths_that_would_overwrite_memory_are_refused(depth, least):
+    with pytest.raises(ValueError, match=rf"width={least - 1}: a ResNet-{depth} needs at least {least}\."):
+        ResNet(depth, width=least - 1)
+    model = ResNet(depth, width=least, norm="batch_norm", frozen_stages=0, stages=[2, 3])
+    sum(level.sum() for level in model(torch.rand(2, 3, 64, 64))).backward()
+    assert model.conv1.weight.grad.isfinite().all()
