@@ -81,7 +81,7 @@ class RoIAlign(RoIOp):
         exact = self.exact and not torch.is_grad_enabled()
         if self.usual and (exact or choose_path(features[0], ("triton", "bag", "plain")) == "plain"):
             return RoIFeatures(self.plain(features, regions))
-        ratios = self.ratios(rois, regions.levels, strides)
+        ratios = None if self.usual else self.ratios(rois, regions.levels, strides)
         if self.reduction == "max":
             return RoIFeatures(self.pool_points(features, regions, ratios))
         return RoIFeatures(pool_cells(features, regions, *self.axes(regions, ratios=ratios)))
@@ -166,7 +166,7 @@ class RoIAlign(RoIOp):
         values = align_boxes(features, regions, regions.boxes[:, None], (h * s, w * s), 1, self.aligned)[:, 0]
         return F.max_pool2d(values, s)
 
-    def pool_points(self, features: Sequence[Tensor], regions: Regions, ratios: int | Tensor) -> Tensor:
+    def pool_points(self, features: Sequence[Tensor], regions: Regions, ratios: int | Tensor | None) -> Tensor:
         """[R, C, h, w], the maximum over the points of every bin.
 
         First every point is a bag of its own, then the points are a table, and every bin a bag of it. Few RoIs at a
@@ -244,18 +244,25 @@ class Grid(NamedTuple):
 
 def mean_of_points(grid: Grid, size: Tensor, kernel: str) -> Axis:
     """The cells that the points of each bin touch, weighted for the mean: `grid.first` is [R, h or 1, w or 1]."""
+    if not isinstance(grid.counts, int):
+        return mean_of_counted_points(grid, grid.counts, size, kernel)
+    positions, _ = points(grid, size)
+    cells, weights = interpolate(positions, size.view(-1, 1, 1, 1), kernel)  # [R, h, w, S, K]
+    return Axis(cells.flatten(3)[:, :, :, None], (weights / grid.counts).flatten(3)[:, :, :, None])
+
+
+def mean_of_counted_points(grid: Grid, counts: Tensor, size: Tensor, kernel: str) -> Axis:
+    """The same where every RoI has a number of points of its own: many touch the same cells, which lie side by side, so
+    their weights are added up."""
     reach = KERNELS[kernel] // 2
     positions, there = points(grid, size)
     last = size.view(-1, 1, 1, 1) - 1
     cells, weights = interpolate(positions, last + 1, kernel)  # [R, h, w, S, K]
-    if isinstance(grid.counts, int):
-        return Axis(cells.flatten(3)[:, :, :, None], (weights / grid.counts).flatten(3)[:, :, :, None])
-    # Many points touch the same cells, which lie side by side: add up their weights.
-    weights = torch.where(there[..., None], weights, 0) / grid.counts.clamp(min=1).view(-1, 1, 1, 1, 1)
+    weights = torch.where(there[..., None], weights, 0) / counts.clamp(min=1).view(-1, 1, 1, 1, 1)
     if grid.most is not None:
-        used = (grid.counts * KERNELS[kernel]).int()
+        used = (counts * KERNELS[kernel]).int()
         return Axis(cells.flatten(3)[:, :, :, None], weights.flatten(3)[:, :, :, None], used)
-    ends = torch.stack([torch.zeros_like(grid.counts), grid.counts - 1], 1)[:, None, None]
+    ends = torch.stack([torch.zeros_like(counts), counts - 1], 1)[:, None, None]
     lowest, highest = grid.at(ends).detach().clamp(min=0).minimum(last).sort(3).values.int().unbind(3)
     lowest, end = (lowest - (reach - 1)).clamp(min=0), (highest + 1 + reach).minimum(last[..., 0] + 1)
     touched, _, used = cells_between(lowest, end, size)
@@ -265,20 +272,23 @@ def mean_of_points(grid: Grid, size: Tensor, kernel: str) -> Axis:
 
 
 def points(grid: Grid, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions [R, ..., S] of the points of bins, and which exist.
+    """Positions [R, ..., S] of the points of bins, and which exist."""
+    if not isinstance(grid.counts, int):
+        return counted_points(grid, grid.counts, size)
+    positions = grid.at(torch.arange(grid.counts, dtype=grid.first.dtype, device=size.device))
+    return positions, torch.ones_like(positions, dtype=torch.bool)
 
-    Of a bin with more points than fit the map, those around the map: the others read 0, as their neighbours here do.
-    """
-    if grid.most is not None and isinstance(grid.counts, Tensor):
+
+def counted_points(grid: Grid, counts: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where every RoI has a number of points of its own. Of a bin with more points than fit the map, those
+    around the map: the others read 0, as their neighbours here do."""
+    if grid.most is not None:
         n = torch.arange(grid.most, dtype=grid.first.dtype, device=size.device)
         positions = grid.at(n)
-        return positions, (n < grid.counts.view(-1, *[1] * grid.first.ndim)).expand(positions.shape)
-    if isinstance(grid.counts, int):
-        positions = grid.at(torch.arange(grid.counts, dtype=grid.first.dtype, device=size.device))
-        return positions, torch.ones_like(positions, dtype=torch.bool)
+        return positions, (n < counts.view(-1, *[1] * grid.first.ndim)).expand(positions.shape)
     check_fixed("the number of points follows the RoI's size")
     shape = (-1, *[1] * (grid.first.ndim - 1))
-    counts = grid.counts.view(shape)
+    counts = counts.view(shape)
     step = grid.bin_size.detach().view(shape) / counts.clamp(min=1)
     edge = torch.where(step < 0, size.view(shape), -1)  # where a row of points enters the map, if it begins outside
     before = torch.where(step != 0, (edge - grid.first.detach()) / step - grid.far, 0).nan_to_num(0).floor()

@@ -1,4 +1,4 @@
-"""A RoI method from the outside: the README's, to the letter, and one defined here."""
+"""A RoI method from the outside: the guide's, to the letter, and one defined here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from detector.roi.geometry import Axis, bilinear, locate
 from tests.roi.common import STRIDES, levels_of, make_features, make_rois
 from tests.tiny import OVERRIDES, random_batch, tiny_model
 
-GUIDE = Path(__file__).parents[2] / "README.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "add_a_roi_method.md"
 
 
 class CentreRoIPool(RoIOp):
