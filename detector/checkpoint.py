@@ -128,6 +128,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]
     Raises CheckpointError for a file that is missing, truncated, or not a checkpoint of this project.
     """
     path = Path(path)
+    if path.is_dir():
+        held = [name for name in ("best.pt", "last.pt") if (path / name).is_file()]
+        runs = sorted(path.glob("*/best.pt")) or sorted(path.glob("*/last.pt"))
+        files = [path / name for name in held] or runs[:3]
+        there = f"; take {' or '.join(map(str, files))}" if files else ", without a best.pt or last.pt"
+        raise CheckpointError(f"{path}: is a folder{there}")
     if not path.is_file():
         others = ", ".join(sorted(p.name for p in path.parent.glob("*.pt"))) or "none"
         raise CheckpointError(f"{path}: there is no such checkpoint (in its folder: {others})")

@@ -138,6 +138,13 @@ def culprit(config_name: str, overrides: Sequence[str]) -> str | None:
     slots = [slot.removeprefix("/") for slot in known.hydra.runtime.choices if not slot.startswith("hydra/")]
     for text, override in chosen:
         slot = text.lstrip("+~").partition("=")[0]
+        keys = [
+            key
+            for key in leaves(known)
+            if key.startswith(f"{slot}.") and not OmegaConf.is_dict(OmegaConf.select(known, key))
+        ]
+        if slot not in slots and keys and not override.is_add():
+            return f"{text}: {slot} is no choice of a file here; its keys are {', '.join(keys)}"
         if slot not in slots and ("@" in slot or not override.is_add()):
             meant = elsewhere(slot, slots)
             meant = f"{meant}." if meant else near(slot, slots)

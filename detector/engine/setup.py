@@ -37,7 +37,10 @@ def preflight(cfg: DictConfig, training: Training) -> None:
     for split in ("train", "val"):
         path = Path(cfg.data.root) / cfg.data[split].annotations
         if not path.is_file():
-            raise ConfigError(f"data.{split}.annotations: {path} does not exist; {hint}")
+            root = Path(cfg.data.root)
+            files = sorted(file.relative_to(root) for depth in ("*", "*/*") for file in root.glob(f"{depth}.json"))
+            beside = f", or data.{split}.annotations to one of {', '.join(map(str, files[:5]))}" if files else ""
+            raise ConfigError(f"data.{split}.annotations: {path} does not exist; {hint}{beside}")
     if cfg.seed < 0:
         raise ConfigError(f"seed = {cfg.seed}: must be at least 0")
     build_optimizer(build(cfg.optimizer, "optimizer"), skeleton(cfg), training)

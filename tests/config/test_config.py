@@ -103,6 +103,11 @@ def test_one_line_names_key_value_and_near_matches(override, message):
     assert "\n" not in found.split(" There are:")[0]
 
 
+def test_a_group_of_another_program_names_the_keys_of_this_one():
+    found = explain(ValueError("as Hydra says it"), "eval", ["checkpoint=x", "data=nuclei"])
+    assert "data is no choice of a file here; its keys are data.root, data.val.images, data.val.annotations" in found
+
+
 def test_words_of_other_frameworks():
     """What is named instead of such a word is an override of that program, and every entry is one of some program."""
     offered = set()

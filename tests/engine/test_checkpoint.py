@@ -129,6 +129,18 @@ def test_missing_path_lists_what_is_there(tmp_path):
         run_folder.find(str(tmp_path / "bset.pt"), tmp_path)
 
 
+def test_a_folder_offers_its_checkpoints(tmp_path):
+    run = tmp_path / "runs" / "a"
+    run.mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"a: is a folder, without a best\.pt or last\.pt"):
+        checkpoint.load(run)
+    checkpoint.save(state(), run / "best.pt")
+    for folder in (run, tmp_path / "runs"):
+        with pytest.raises(CheckpointError, match=r": is a folder; take (\S*best\.pt)$") as error:
+            checkpoint.load(folder)
+        assert checkpoint.load(str(error.value).rpartition(" ")[2])["iteration"] == state()["iteration"]
+
+
 def test_foreign_files_are_named(tmp_path):
     torch.save({"backbone.conv1.weight": torch.zeros(1)}, tmp_path / "foreign.pt")
     with pytest.raises(CheckpointError, match=r"no checkpoint of this project \(it holds: backbone.conv1.weight\)"):

@@ -128,8 +128,9 @@ def test_broken_annotations_end_before_training(run, tmp_path):
 def test_missing_annotations_name_the_command_that_makes_them(run, shapes_tiny):
     with pytest.raises(
         ConfigError, match=r"data.val.annotations: \S*none.json does not exist; make it with: detector shapes --out "
-    ):
+    ) as error:
         run("data.val.annotations=none.json")
+    assert "or data.val.annotations to one of annotations/instances_train.json, annotations/inst" in str(error.value)
 
 
 def test_a_run_folder_that_cannot_be_written_to_is_refused(run, tmp_path):
