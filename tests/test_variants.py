@@ -116,20 +116,25 @@ def test_a_training_step_and_an_inference(group, name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES["model"] if name != "rpn"])
-def test_position_sensitive_methods_in_every_model(name):
-    """With the maps that the model has, whose channels are no multiple of the bins."""
-    ops = ("position_sensitive_align", "position_sensitive_pool", "deformable_position_sensitive")
-    for roi in ops if name == "mask_rcnn" else ops[:1]:
-        model = build(small(config(f"model={name}", f"roi={roi}")), "model", num_classes=3)
-        losses = model.train()(*random_input())
-        sum(losses.values()).backward()
-        layers = {key: p.grad for key, p in model.named_parameters() if ".op.maps." in key}
-        heads = {key.partition(".extractor")[0] for key in layers}
-        assert {head.partition(".")[0] for head in heads} == {
-            n for n, _ in model.named_children() if n.endswith("_head")
-        }
-        assert all(grad.isfinite().all() and grad.any() for grad in layers.values())
-        assert ("loss_offset" in losses) == (roi == ops[2])
+def test_position_sensitive_methods_fit_every_model(name):
+    """Each head makes the maps that they read of features whose channels are no multiple of the bins."""
+    with torch.device("meta"):
+        model = build(config(f"model={name}", "roi=position_sensitive_align"), "model", num_classes=3)
+    layers = {key.partition(".")[0]: p for key, p in model.named_parameters() if key.endswith(".op.maps.weight")}
+    assert set(layers) == {part for part, _ in model.named_children() if part.endswith("_head")}
+    assert {layer.shape[:2] for layer in layers.values()} == {(490, model.neck.out_channels)}
+
+
+@pytest.mark.parametrize(
+    "roi", ["position_sensitive_align", "position_sensitive_pool", "deformable_position_sensitive"]
+)
+def test_position_sensitive_methods_train(roi):
+    model = build(small(config("model=mask_rcnn", f"roi={roi}")), "model", num_classes=3)
+    losses = model.train()(*random_input())
+    sum(losses.values()).backward()
+    grads = [p.grad for key, p in model.named_parameters() if ".op.maps." in key]
+    assert len(grads) == 4 and all(grad.isfinite().all() and grad.any() for grad in grads)
+    assert ("loss_offset" in losses) == (roi == "deformable_position_sensitive")
 
 
 def count(cfg, num_classes: int) -> int:
