@@ -35,19 +35,22 @@ def parser(description: str, repeats: int = 5) -> argparse.ArgumentParser:
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu"
+    contenders: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every turn of every contender, after one turn each that is not counted."""
+    """Seconds of every turn of every contender by a clock, after one turn each that is not counted."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):
         for name, work in contenders.items():
             wait()
-            start = time.perf_counter()
+            start = clock()
             work()
             wait()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

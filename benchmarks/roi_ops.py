@@ -18,6 +18,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -209,16 +210,20 @@ def measure(method: str, maps: str, count: int, size: int, args: argparse.Namesp
     functions = candidates(method, maps, size, rois, levels, offsets)
     steps = {"ours": step(functions.pop("ours"), torch.channels_last)}
     for name, function in functions.items():  # in whichever layout it is faster
+        if name == "our align":
+            steps[name] = step(function, torch.channels_last)
+            continue
         layouts = torch.contiguous_format, torch.channels_last
         tried = {str(layout): step(function, layout, autocast=True) for layout in layouts}  # theirs lack bfloat16
         best = {layout: min(times) for layout, times in harness.interleave(tried, 1, device).items()}
         steps[name] = tried[min(best, key=best.get)]
-    seconds = harness.interleave(steps, args.repeats, device)
-    idle = harness.peak_memory(lambda: None, device)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    seconds = harness.interleave(steps, args.repeats, device, clock)
+    idle = 0 if args.cpu_time else harness.peak_memory(lambda: None, device)
     row = {"method": method, "maps": maps, "rois": count, "size": size, "dtype": args.dtype}
     row |= harness.summary(seconds, reference="ours")
     for name, run in steps.items():
-        row[name]["peak_mib"] = round(harness.peak_memory(run, device) - idle)
+        row[name]["peak_mib"] = None if args.cpu_time else round(harness.peak_memory(run, device) - idle)
         row["against"], row["ratio"] = name, round(1 / row[name].pop("speedup"), 2)
     if device == "cuda":
         moved = 2 * (sum(f.numel() for f in features) + grad.numel()) * features[0].element_size()
@@ -234,13 +239,18 @@ def main() -> None:
     parser.add_argument("--rois", nargs="+", type=int, default=(512, 1000))
     parser.add_argument("--sizes", nargs="+", type=int, default=(7, 14))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count the CPU's seconds, and no memory: on a machine that others use too",
+    )
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1 if args.cpu_time else args.threads)
     args.copy_bandwidth = copy_bandwidth() if args.device == "cuda" else None
     rows = []
     for case in product(args.methods, args.maps, args.rois, args.sizes):
         rows.append(measure(*case, args))
-        print("measured", *case, file=sys.stderr)
+        print("measured", *case, "ratio", rows[-1]["ratio"], file=sys.stderr)
     header = ["", "maps", "RoIs", "size", "ours, ms", "other, ms", "ratio", "ours, MiB", "other, MiB", "against"]
     print(harness.table(header, [as_cells(row) for row in rows]))
     if args.device == "cuda":
