@@ -6,6 +6,7 @@ A length of training is written as an int (iterations), a string "3 epochs", or 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +16,17 @@ Length = int | float | str
 # keys of a run's config that do not change what it learns: where it lies, how it is executed, watched and measured, and
 # where its data come from. With the seed these may differ between runs of one method.
 UNLEARNT = ("name", "run_dir", "resume", "runtime", "evaluation", "data.prepare", "data.cache")
+
+
+COCO_LIMITS = (1, 10, 100)  # detections of a class in an image that COCO's AP and AR count
+
+
+def check_limits(limits: Sequence[int], name: str = "max_detections") -> tuple[int, ...]:
+    """The limits as a tuple. Raises ValueError unless they are whole numbers from 1 on that grow."""
+    whole = all(isinstance(limit, int) and not isinstance(limit, bool) for limit in limits)
+    grows = whole and all(a < b for a, b in zip((0, *limits), limits))
+    require(len(limits) > 0 and grows, name, list(limits), f"growing whole numbers, such as {list(COCO_LIMITS)}")
+    return tuple(limits)
 
 
 def to_iterations(length: Length, per_epoch: int, total: int | None = None, name: str = "length") -> int:
@@ -41,8 +53,8 @@ def to_iterations(length: Length, per_epoch: int, total: int | None = None, name
 class Split:
     """Where the files of data.train or data.val are, below data.root."""
 
-    images: str
-    annotations: str
+    images: str | list[str]
+    annotations: str | list[str]
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,8 @@ class Data:
     on_error: Literal["raise", "skip"]
     max_pixels: int
     cache: str | None
+    sampling: Literal["uniform", "repeat_factor", "class_balanced"]
+    repeat_threshold: float
     group_by_aspect: bool
     pad_multiple: int
     pad_to: tuple[int, int] | None
@@ -134,10 +148,14 @@ class Evaluation:
     evaluator: Literal["hotcoco", "pycocotools"] = "hotcoco"
     batch_size: int = 8  # over all ranks
     sigmas: list[float] | None = None  # fall-off of each keypoint; null: COCO's for 17, else their mean
+    # of a class in an image: AP takes the last, and the box head keeps as many; keypoints have COCO's 20 with COCO's
+    # list
+    max_detections: list[int] = field(default_factory=lambda: list(COCO_LIMITS))
 
     def __post_init__(self):
         if self.every is not None:
             to_iterations(self.every, 1, 1, "every")
         known = re.fullmatch(r"auto|(bbox|segm|keypoints)\.A[PR]\w*", self.metric)
         require(known is not None, "metric", self.metric, "auto, or like bbox.AP, segm.AP50, bbox.APs")
+        check_limits(self.max_detections)
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")

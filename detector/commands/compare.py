@@ -47,7 +47,7 @@ from detector.inference.load import load
 from detector.inference.predict import max_pixels
 from detector.ops.text import one_line
 from detector.runtime import start_ranks
-from detector.settings import Runtime
+from detector.settings import COCO_LIMITS, Runtime, check_limits
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ def compare_runs(
     seed: int = 0,
     boundary: bool = True,
     pictures: int = 6,
+    max_detections: list[int] | None = None,
     probe_images: int = 8,
     device: str = "auto",
     batch_size: int = 8,
@@ -81,7 +82,8 @@ def compare_runs(
     usable: list[Run] = []
 
     def evaluate_run(weights: Path) -> None:
-        evaluate_checkpoint(str(weights), device=device, batch_size=batch_size, workers=workers, trust=trust)
+        options = {"device": device, "batch_size": batch_size, "workers": workers, "trust": trust}
+        evaluate_checkpoint(str(weights), max_detections=max_detections, **options)
 
     for folder in find_folders(runs):
         try:
@@ -96,6 +98,8 @@ def compare_runs(
     usable, wrong = fitting(usable, truth)
     if not usable:
         raise ConfigError("runs: none can be used: " + "; ".join(f"{k}: {v}" for k, v in (left_out | wrong).items()))
+    with config_errors("max_detections"):  # of what the runs were measured with, the most
+        limits = check_limits(max_detections or max((run.limits for run in usable), key=lambda own: own[-1]))
     methods, repeated = group(usable)
     if baseline is not None:
         if baseline not in (labels := [method.label for method in methods]):
@@ -103,7 +107,7 @@ def compare_runs(
         methods.sort(key=lambda method: method.label != baseline)
     folder = make_folder(output, "output")
     with tqdm(total=sum(len(m.runs) for m in methods), desc="compare", unit="run", leave=False, disable=None) as bar:
-        report = compare(methods, truth, samples, seed, boundary, bar.update)
+        report = compare(methods, truth, samples, seed, boundary, bar.update, limits)
     report["left_out"] = {str(k): v for k, v in (left_out | others | wrong | repeated).items()}
     probed = {m.label: probe(m.runs[0], world.device, probe_images, trust) for m in methods if probe_images}
     for name in ("cost", "alignment", "offsets"):
@@ -150,7 +154,7 @@ def disagreements(methods: Sequence[Method], truth: Truth, report: Mapping, coun
         best, worst = methods[:2]
     runs = [worst.runs[0], best.runs[0]]
     results = [check_predictions(run.predictions, check_annotations(truth, kind), kind) for run in runs]
-    limits, scores = zip(*(f1_by_image(truth, found, kind) for found in results))
+    limits, scores = zip(*(f1_by_image(truth, found, kind, report["max_detections"][-1]) for found in results))
     gap = scores[1] - scores[0]
     by_id = np.argsort(truth.image_ids)  # the order of the scores
     pictures = []
@@ -160,10 +164,11 @@ def disagreements(methods: Sequence[Method], truth: Truth, report: Mapping, coun
         own = truth.select(by_id[[index]])
         image_id, name = int(own.image_ids[0]), own.file_name(0)
         try:
-            (path,), _, problems = find_files(runs[0].images, [name])
+            folder = runs[0].images[own.sources[0]]
+            (path,), _, problems = find_files(folder, [name])
             if path is None:
-                raise ValueError(f"image {image_id}: {problems[0]} is not in {runs[0].images}")
-            image = read_image(runs[0].images / path, max_pixels(runs[0].config))
+                raise ValueError(f"image {image_id}: {problems[0]} is not in {folder}")
+            image = read_image(folder / path, max_pixels(runs[0].config))
         except (ValueError, OSError) as error:
             log.warning("no picture: %s", error)
             continue
@@ -178,10 +183,10 @@ def disagreements(methods: Sequence[Method], truth: Truth, report: Mapping, coun
     return pictures
 
 
-def f1_by_image(truth: Truth, results: list[dict], kind: str) -> tuple[float, np.ndarray]:
+def f1_by_image(truth: Truth, results: list[dict], kind: str, most: int = COCO_LIMITS[-1]) -> tuple[float, np.ndarray]:
     """The least score that gives the largest F1 at IoU 0.5 over all images, and the F1 [I] of each image with it, in
-    the order of their ids; 1 where there is nothing and nothing is found."""
-    matches = match(truth, results, kind)
+    the order of their ids; 1 where there is nothing and nothing is found. most: detections of a class in an image."""
+    matches = match(truth, results, kind, most)
     true, false = matches.true[:, 0, 0], matches.false[:, 0, 0]
     objects = matches.objects[:, :, 0].sum(1)
     order = np.argsort(-matches.score, kind="stable")

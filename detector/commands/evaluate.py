@@ -4,6 +4,7 @@ detector eval checkpoint=runs/quickstart/best.pt
 detector eval checkpoint=... evaluator=pycocotools           the reference implementation: the same numbers
 detector eval checkpoint=... data.val.annotations=annotations/other.json data.val.images=other
 detector eval checkpoint=... model.box_head.score_threshold=0.001
+detector eval checkpoint=... 'max_detections=[1,10,300]'     crowded images: COCO's AP stops at 100 of a class
 detector eval checkpoint=... flip=true 'scales=[0.75,1,1.25]'                  test-time augmentation
 detector eval checkpoint=... trust=my_package                a model with parts of your own
 torchrun --nproc-per-node=2 -m detector eval checkpoint=...  each image on one of the ranks
@@ -15,11 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
+from torch import nn
 
 from detector.checkpoint import write_json
 from detector.config import ConfigError, as_program, config_errors, make_folder
@@ -33,7 +36,9 @@ from detector.inference.load import load, merge
 from detector.inference.predict import Detector
 from detector.inference.tta import Augmented
 from detector.runtime import start_ranks
-from detector.settings import Runtime
+from detector.settings import COCO_LIMITS, Runtime, check_limits
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_checkpoint(
@@ -43,6 +48,7 @@ def evaluate_checkpoint(
     evaluator: Literal["hotcoco", "pycocotools"] = "hotcoco",
     iou_types: list[Literal["bbox", "segm", "boundary", "keypoints", "voc"]] | None = None,
     sigmas: list[float] | None = None,
+    max_detections: list[int] | None = None,
     batch_size: int = 8,
     device: str = "auto",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
@@ -70,12 +76,16 @@ def evaluate_checkpoint(
     detector = load(checkpoint, world.device, model, trust)
     data, network = merge(detector.config["data"], data or {}), detector.model
     proposals_only = network.box_head is None
-    sigmas = sigmas or (detector.config.get("evaluation") or {}).get("sigmas")
+    measured = detector.config.get("evaluation") or {}  # older checkpoints lack some
+    sigmas = sigmas or measured.get("sigmas")
+    with config_errors("max_detections"):
+        limits = check_limits(max_detections or measured.get("max_detections") or COCO_LIMITS)
+    keep_enough(network, limits[-1], ((model or {}).get("box_head") or {}).get("detections_per_image"))
     with config_errors("data"):
         categories = None if proposals_only else detector.categories
         dataset = build_dataset(data, "val", detector.config["augment"], categories=categories)
-        names = detector.keypoint_names
-        kinds = list(rehearse(network, dataset, evaluator, iou_types, sigmas, keypoint_names=names))
+        options = {"keypoint_names": detector.keypoint_names, "max_detections": limits}
+        kinds = list(rehearse(network, dataset, evaluator, iou_types, sigmas, **options))
         padding = {key: data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
         ranks = {"rank": world.rank, "world": world.size}
         loader = build_loader(dataset, batch_size, workers, training=False, **ranks, **padding)
@@ -96,15 +106,20 @@ def evaluate_checkpoint(
             evaluator=evaluator,
             iou_types=kinds,
             sigmas=sigmas,
+            max_detections=limits,
             paste=paste,
             folder=folder,
         )
     if world.main:
         about = {"checkpoint": str(checkpoint), "settings": settings}
-        about |= {"annotations": str(dataset.annotation_file), "images": str(dataset.folder), "data": key}
+        files = {"annotations": dataset.annotation_files, "images": dataset.folders}
+        about |= {name: str(paths[0]) if len(paths) == 1 else list(map(str, paths)) for name, paths in files.items()}
+        about |= {"data": key, "max_detections": list(limits)}
         write_json(folder / "about.json", about, indent=1)
         truth = without_classes(ground_truth(dataset)) if proposals_only else ground_truth(dataset)
-        summary, classes = summary_table(metrics), class_table(metrics, truth)
+        if len(dataset.annotation_files) > 1:  # images and categories of predictions.json have the numbers of this
+            write_json(folder / "annotations.json", ground_truth(dataset).to_coco())
+        summary, classes = summary_table(metrics, limits), class_table(metrics, truth)
         (folder / "table.txt").write_text(f"{summary}\n\n{classes}\n", encoding="utf-8")
         print(f"\n{summary}\n\n{classes if len(dataset.categories) <= 100 else 'per class: see table.txt'}\n")
         print(f"{len(dataset)} images, {len(results)} detections; {folder}: metrics.json, predictions.json, table.txt")
@@ -126,6 +141,17 @@ def refuse_other_results(folder: Path, key: str) -> None:
         )
 
 
+def keep_enough(model: nn.Module, limit: int, wanted: int | None) -> None:
+    """Let the box head keep as many detections of an image as are counted, unless the user wants another number."""
+    head = model.box_head and model.box_head.stages[-1]
+    if head is None or limit <= COCO_LIMITS[-1] or head.detections_per_image >= limit:
+        return
+    if wanted is not None:
+        log.warning("max_detections counts up to %d, but model.box_head.detections_per_image = %d", limit, wanted)
+        return
+    head.detections_per_image = limit
+
+
 def usual_folder(checkpoint: str, given: Mapping[str, Any], detector: Detector, dataset: CocoDataset) -> Path:
     """eval_<checkpoint> beside the checkpoint for the run's own validation set, wherever it lies now; for another one,
     which the settings of `data` that are given make, with its name and a key of what it holds, so that neither
@@ -136,7 +162,7 @@ def usual_folder(checkpoint: str, given: Mapping[str, Any], detector: Detector, 
         stored = detector.config["data"]["val"]
         moved = all(files.get(key) in (None, stored[key]) for key in ("images", "annotations"))
         if not same(now, own) if own else not moved:  # older checkpoints do not tell
-            name += f"_{dataset.annotation_file.stem[:60]}-{short_key(now)}"
+            name += f"_{dataset.annotation_files[0].stem[:60]}-{short_key(now)}"
     return Path(checkpoint).parent / name
 
 

@@ -16,6 +16,7 @@ import hashlib
 import html
 import io
 import json
+import math
 import os
 import sys
 from collections import Counter, defaultdict
@@ -39,14 +40,16 @@ from detector.config.program import prepare
 from detector.config.suggest import hydra_options
 from detector.data import Annotations, CocoDataset, Pipeline, build_dataset
 from detector.data.annotations import Truth
-from detector.data.loader import build_transforms
+from detector.data.loader import build_transforms, split_files
 from detector.data.read_coco import Problems
+from detector.data.several import shown
 from detector.engine import setup
 from detector.evaluation.coco import for_backend
 from detector.inference.draw import draw
 from detector.ops.text import one_line, readable_streams
 from detector.roi import RoIExtractor, assign_levels
 
+KEPT = "model.box_head.detections_per_image"
 SHOWN = 10  # examples that a finding names
 SIZES = (0, 8, 16, 32, 64, 96, 128, 256, 512, np.inf)  # limits of the histogram, sqrt(area) in network pixels
 
@@ -65,6 +68,9 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     statistics: dict[str, Any] = field(default_factory=dict)
     pictures: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    suggestions: dict[str, str] = field(
+        default_factory=dict
+    )  # settings that suit the data, as the command line has them
 
     def add(self, severity: str, split: str, what: str, examples: Iterable[Any], count: int | None = None) -> None:
         """count: how many there are, where `examples` are not all of them."""
@@ -89,7 +95,7 @@ def validate(cfg: DictConfig, images: bool = True, pictures: int = 6) -> Report:
     report, sets = Report(), {}
     wrong = "error" if cfg.data.on_error == "raise" else "warning"
     for split in ("train", "val"):
-        problems = Problems(Path(cfg.data.root) / cfg.data[split].annotations)
+        problems = Problems(shown(split_files(cfg.data, split)[1]))
         options = {"categories": sets["train"].categories if "train" in sets else None, "problems": problems}
         try:
             with config_errors("data"):
@@ -106,6 +112,7 @@ def validate(cfg: DictConfig, images: bool = True, pictures: int = 6) -> Report:
     for split, dataset in sets.items():
         look_at_objects(report, split, dataset.annotations)
         look_with_hotcoco(report, split, dataset.annotations.truth)
+    look_at_crowds(report, cfg, {split: dataset.annotations for split, dataset in sets.items()})
     if sets:
         look_at_sizes(report, cfg, {split: dataset.annotations for split, dataset in sets.items()})
     digests = {}
@@ -139,12 +146,6 @@ def look_at_objects(report: Report, split: str, found: Annotations) -> None:
             for label, name in enumerate(found.categories, 1)
         },
     }
-    report.add(
-        "warning",
-        split,
-        "image with more than 100 objects: COCO's AP counts 100 detections of an image, data with many need more",
-        (f"image {found.image_ids[i]}: {per_image[i]}" for i in np.flatnonzero(per_image > 100)),
-    )
     outlined = np.flatnonzero(np.diff(found.ring_starts) > 0)
     if len(outlined):
         first = found.point_starts[found.ring_starts[outlined]]
@@ -177,6 +178,29 @@ def look_at_objects(report: Report, split: str, found: Annotations) -> None:
         "the same box and category again in an image",
         (f"annotation {found.object_ids[i]} (image {found.image_ids[images_of[i]]})" for i in again),
     )
+
+
+def look_at_crowds(report: Report, cfg: DictConfig, sets: Mapping[str, Annotations]) -> None:
+    """Images with more objects than the box head keeps or AP counts, and the settings that reach all."""
+    kept, counted = OmegaConf.select(cfg, KEPT), cfg.evaluation.max_detections[-1]
+    most, of_class, crowded = 0, 0, {}
+    for split, found in sets.items():
+        images_of = np.repeat(np.arange(len(found)), np.diff(found.object_starts))[~found.crowd]
+        objects = np.bincount(images_of, minlength=len(found))
+        _, of_classes = np.unique(np.stack([images_of, found.labels[~found.crowd]]), axis=1, return_counts=True)
+        most, of_class = max(most, objects.max()), max(of_class, of_classes.max(initial=0))
+        crowded[split] = [(found.image_ids[i], objects[i]) for i in np.argsort(-objects, kind="stable")]
+    limit = counted if kept is None else min(kept, counted)
+    enough = 100 * math.ceil(1.5 * most / 100)  # what is found twice or wrongly takes places, too
+    if kept is not None and most > kept:
+        report.suggestions[KEPT] = str(enough)
+    if of_class > counted:
+        report.suggestions["evaluation.max_detections"] = f"[1,10,{enough}]"
+    advice = " ".join(f"{key}={value}" for key, value in report.suggestions.items())
+    for split, images in crowded.items() if advice else ():
+        named = (f"image {image_id}: {count}" for image_id, count in images if count > limit)
+        what = f"image with more than {limit} objects, the most that are kept or counted; images hold up to {most}"
+        report.add("warning", split, f"{what}: {advice}", named)
 
 
 def look_with_hotcoco(report: Report, split: str, truth: Truth) -> None:
@@ -311,7 +335,7 @@ def examples(split: str, dataset: CocoDataset, count: int) -> list[tuple[str, np
             picture = draw(*found, dataset.categories, keypoints=objects.keypoints)
             scale = min(1, 800 / max(picture.shape))
             picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-            name = dataset.image_path(index).relative_to(dataset.folder)
+            name = dataset.file_names()[dataset.rows[index]]
             pictures.append((f"{split} image {dataset.image_ids[index]}: {name}", picture))
     return pictures
 

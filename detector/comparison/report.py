@@ -17,10 +17,9 @@ from PIL import Image
 from detector.checkpoint import write_json
 from detector.comparison.charts import bar_chart, interval_chart, line_chart
 from detector.comparison.summary import TIDE, sentence
-from detector.evaluation.tables import TITLES, percent
+from detector.evaluation.tables import COLUMNS, TITLES, percent
 from detector.ops.text import one_line
 
-COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 TIDE_NAMES = {
     "Cls": "class",
     "Loc": "place",
@@ -79,11 +78,15 @@ def verdicts(report: Mapping) -> list[tuple[str, bool]]:
     return found
 
 
+def columns(report: Mapping) -> list[str]:
+    return [*COLUMNS, f"AR{report['max_detections'][-1]}"]
+
+
 def metric_rows(report: Mapping, kind: str) -> list[list[str]]:
     rows = []
     for name, numbers in report["metrics"][kind].items():
         cells = []
-        for column in COLUMNS:
+        for column in columns(report):
             entry = numbers[column]
             text = percent(entry["mean"])
             deviation = entry["deviation"] if text != "-" else None
@@ -152,7 +155,12 @@ def markdown(report: Mapping) -> str:
     lines += [f"> {warning}" for warning in report["warnings"]] + [""]
     lines += [f"- {'**' if clear else ''}{text}{'**' if clear else ''}" for text, clear in verdicts(report)] + [""]
     for kind in report["kinds"]:
-        lines += [f"## {TITLES[kind]} AP", "", *md_table(["method", "runs", *COLUMNS], metric_rows(report, kind)), ""]
+        lines += [
+            f"## {TITLES[kind]} AP",
+            "",
+            *md_table(["method", "runs", *columns(report)], metric_rows(report, kind)),
+            "",
+        ]
     lines += ["## Cost", "", *md_table(COST_HEADER, cost_rows(report)), ""]
     if report.get("left_out"):
         lines += ["## Left out", "", *(f"- {run}: {reason}" for run, reason in report["left_out"].items()), ""]
@@ -247,7 +255,7 @@ def scaled(value: float | None) -> float | None:
 def precision(report: Mapping) -> str:
     parts = []
     for kind in report["kinds"]:
-        table = html_table(["method", "runs", *COLUMNS], metric_rows(report, kind))
+        table = html_table(["method", "runs", *columns(report)], metric_rows(report, kind))
         curves = report["curves"][kind]
         over = {name: (c["thresholds"], [scaled(v) for v in c["mean"]]) for name, c in curves.items()}
         bands = {

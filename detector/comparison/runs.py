@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,13 @@ import yaml
 from detector.checkpoint import flatten, with_new_names
 from detector.config import CONFIGS, ConfigError
 from detector.data.annotations import Truth
-from detector.data.file_names import find_files
-from detector.data.read_coco import read_coco, read_json, read_truth
+from detector.data.file_names import find_in_folders
+from detector.data.loader import split_files
+from detector.data.read_coco import Problems, read_json
+from detector.data.several import as_paths, read_several, read_truths, shown
+from detector.data.store import contents_key
 from detector.evaluation.coco import check_predictions
-from detector.settings import UNLEARNT
+from detector.settings import COCO_LIMITS, UNLEARNT
 
 # what may differ between the runs of one method, and says nothing about it
 IRRELEVANT = {"seed", *UNLEARNT}
@@ -39,11 +41,12 @@ class Run:
     folder: Path
     config: dict
     checkpoint: Path
-    truth: Path
-    images: Path
+    truth: tuple[Path, ...]  # annotation files, and as many image folders
+    images: tuple[Path, ...]
     predictions: list[dict] = field(repr=False)
     log: list[dict] = field(repr=False)
     data: dict = field(default_factory=dict, repr=False)  # the settings that the validation set was read with
+    limits: tuple[int, ...] = COCO_LIMITS  # max_detections of its evaluation
 
     @property
     def seed(self) -> Any:
@@ -110,27 +113,32 @@ def read_run(folder: Path, checkpoint: str, evaluate=None) -> Run:
             raise Unusable(f"{weights.name} cannot be evaluated: {error}") from error
     try:
         data = config.get("data") or {}
+        limits = (config.get("evaluation") or {}).get("max_detections")
         if by_eval or not by_training:
             about = read_json(results / "about.json", "evaluation")
             data = data | (about.get("settings", {}).get("data") or {})
-            truth, images = Path(about["annotations"]), Path(about["images"])
+            limits = about.get("max_detections", limits)
+            truth, images = as_paths(about["annotations"]), as_paths(about["images"])
         else:
             results = folder
-            truth, images = (Path(data["root"]) / data["val"][key] for key in ("annotations", "images"))
+            images, truth = map(tuple, split_files(data, "val"))
+            images *= len(truth) if len(images) == 1 else 1
         predictions = read_json(results / "predictions.json", "prediction")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise Unusable(f"its evaluation cannot be read: {error}") from None
-    if not truth.exists():
-        raise Unusable(f"its validation annotations {truth} are gone")
-    return Run(folder, config, weights, truth, images, predictions, log, data)
+    if gone := next((path for path in truth if not path.exists()), None):
+        raise Unusable(f"its validation annotations {gone} are gone")
+    return Run(folder, config, weights, truth, images, predictions, log, data, tuple(limits or COCO_LIMITS))
 
 
 def same_validation_set(runs: Sequence[Run]) -> tuple[list[Run], dict[Path, str]]:
     """The runs on the validation set that most have, and why the others are left out. Files are compared by content."""
-    digests = [hashlib.sha256(run.truth.read_bytes()).hexdigest() for run in runs]
+    digests = [contents_key(run.truth) for run in runs]
     usual = Counter(digests).most_common(1)[0][0]
     kept = [run for run, digest in zip(runs, digests) if digest == usual]
-    others = {run.folder: f"it was evaluated on {run.truth}, the others on {kept[0].truth}" for run in runs}
+    others = {
+        run.folder: f"it was evaluated on {shown(run.truth)}, the others on {shown(kept[0].truth)}" for run in runs
+    }
     return kept, {run.folder: others[run.folder] for run, digest in zip(runs, digests) if digest != usual}
 
 
@@ -140,13 +148,16 @@ def validation_truth(run: Run) -> Truth:
     masks, skip = run.data.get("masks", True), run.data.get("on_error") == "skip"
     try:
         if not skip:  # a run that ends where something is wrong has seen all of it
-            return read_truth(run.truth, masks)
-        truth = read_coco(run.truth, None, masks, "skip", run.data.get("max_pixels", 100_000_000)).truth
+            return read_truths(run.truth, masks)
+        options = {"masks": masks, "on_error": "skip", "max_pixels": run.data.get("max_pixels", 100_000_000)}
+        problems = Problems(shown(run.truth), "skip")
+        truth = read_several(run.truth, problems=problems, **options).truth
+        problems.report()
     except ValueError as error:
         raise ConfigError(f"runs: their validation set cannot be used: {error}") from error
-    if not run.images.is_dir():
+    if not all(folder.is_dir() for folder in run.images):
         return truth
-    paths, _, _ = find_files(run.images, truth.all_file_names())
+    paths, _, _ = find_in_folders(run.images, truth.sources, truth.all_file_names())
     return truth.select(np.flatnonzero([path is not None for path in paths]))
 
 

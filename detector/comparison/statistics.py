@@ -23,12 +23,11 @@ from scipy import stats
 
 from detector.evaluation.boundary import with_boundaries
 from detector.evaluation.coco import FIELD, check_annotations, check_predictions, for_backend
+from detector.settings import COCO_LIMITS
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])
-LIMIT = 100  # detections of a category in an image
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
 
 class MatchedDetections(NamedTuple):
@@ -51,8 +50,9 @@ class Table(NamedTuple):
     recall: np.ndarray  # [B, K, A, T]
 
 
-def match(annotations, predictions, iou_type: str = "bbox") -> MatchedDetections:
-    """COCO's greedy matching. annotations, predictions, iou_type (bbox, segm, boundary): as in coco_metrics."""
+def match(annotations, predictions, iou_type: str = "bbox", limit: int = COCO_LIMITS[-1]) -> MatchedDetections:
+    """COCO's greedy matching. annotations, predictions, iou_type (bbox, segm, boundary): as in coco_metrics. limit: how
+    many detections of a category in an image count."""
     if iou_type not in ("bbox", "segm", "boundary"):
         raise ValueError(f"iou_type is {iou_type!r}; choose bbox, segm or boundary")
     checked = check_annotations(annotations, iou_type)
@@ -68,7 +68,7 @@ def match(annotations, predictions, iou_type: str = "bbox") -> MatchedDetections
     objects = np.zeros((len(image_of), len(category_of), len(AREAS)), np.int32)
     rows, true, false = [], [], []
     for key in sorted(real.keys() | found.keys()):
-        detections = sorted(found[key], key=lambda entry: -entry["score"])[:LIMIT]
+        detections = sorted(found[key], key=lambda entry: -entry["score"])[:limit]
         ignored = np.array([_ignored(entry) for entry in real[key]], bool).reshape(-1, len(AREAS)).T  # [A, G]
         objects[key] = (~ignored).sum(1)
         if not detections:
@@ -221,8 +221,9 @@ def _average_precision(
     return np.take_along_axis(precision, index, 1).mean(1), hits[:, -1] / counts
 
 
-def metrics(table: Table) -> dict[str, np.ndarray]:
-    """COCO's numbers [B] of a table, and "curve" [B, T], AP at each IoU threshold; NaN where there is nothing."""
+def metrics(table: Table, limit: int = COCO_LIMITS[-1]) -> dict[str, np.ndarray]:
+    """COCO's numbers [B] of a table of matches with this `limit`, and "curve" [B, T], AP at each IoU threshold; NaN
+    where there is nothing."""
     mean = _nanmean
     precision, recall = table
     return {
@@ -230,7 +231,7 @@ def metrics(table: Table) -> dict[str, np.ndarray]:
         "AP50": mean(precision[:, :, 0, [0]]),
         "AP75": mean(precision[:, :, 0, [5]]),
         **{name: mean(precision[:, :, a]) for a, name in enumerate(("APs", "APm", "APl"), 1)},
-        "AR100": mean(recall[:, :, 0]),
+        f"AR{limit}": mean(recall[:, :, 0]),
         "curve": np.stack([mean(precision[:, :, 0, [t]]) for t in range(len(THRESHOLDS))], axis=1),
     }
 

@@ -11,9 +11,11 @@ import numpy as np
 from detector.comparison.runs import Method, Run
 from detector.comparison.statistics import THRESHOLDS, Difference, Table, difference, draws, match, metrics, resample
 from detector.data.annotations import Truth
-from detector.evaluation.coco import BOX_METRICS, check_annotations, check_predictions, run_coco_eval
+from detector.data.several import shown
+from detector.evaluation.coco import check_annotations, check_predictions, run_coco_eval, summarized
 from detector.evaluation.evaluator import measurable
-from detector.evaluation.tables import TITLES
+from detector.evaluation.tables import TITLES, limits_note
+from detector.settings import COCO_LIMITS
 
 INTERVALS = ("AP", "AP50", "AP75")  # numbers whose differences get intervals
 TIDE = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")
@@ -27,21 +29,24 @@ def compare(
     seed: int = 0,
     boundary: bool = True,
     tick=lambda: None,
+    max_detections: Sequence[int] = COCO_LIMITS,
 ):
     """Compare methods evaluated on one validation set, that of `truth`. tick() is called after each run.
 
-    Returns a dict: validation, methods, warnings, kinds, metrics, curves, precision_recall, differences,
-    curve_differences, per_class, tide, training. Fractions of 1; None where COCO has no number.
+    max_detections: as in coco_metrics.
+
+    Returns a dict: validation, max_detections, methods, warnings, kinds, metrics, curves, precision_recall,
+    differences, curve_differences, per_class, tide, training. Fractions of 1; None where COCO has no number.
     """
     kinds = kinds_of(methods, truth, boundary)
     weights = draws(len(truth), samples, seed)
     measured = {}
     for run in (run for method in methods for run in method.runs):
-        measured[run.folder] = {kind: measure(run, truth, kind, weights) for kind in kinds}
+        measured[run.folder] = {kind: measure(run, truth, kind, weights, max_detections) for kind in kinds}
         tick()
     report: dict[str, Any] = {
         "validation": {
-            "annotations": str(methods[0].runs[0].truth),
+            "annotations": shown(methods[0].runs[0].truth),
             "images": len(truth),
             "objects": int((~truth.crowd).sum()),
             "categories": truth.categories,
@@ -51,7 +56,8 @@ def compare(
             for m in methods
         ],
         "samples": samples,
-        "warnings": warnings(methods, truth),
+        "max_detections": list(max_detections),
+        "warnings": warnings(methods, truth, max_detections),
         "kinds": list(kinds),
         "training": {m.label: [training_curve(run) for run in m.runs] for m in methods},
     }
@@ -79,16 +85,20 @@ def kinds_of(methods: Sequence[Method], truth: Truth, boundary: bool) -> list[st
     return kinds + (["boundary"] if boundary and "segm" in kinds else [])
 
 
-def measure(run: Run, truth: Truth, kind: str, weights: np.ndarray) -> dict[str, Any]:
+def measure(
+    run: Run, truth: Truth, kind: str, weights: np.ndarray, limits: Sequence[int] = COCO_LIMITS
+) -> dict[str, Any]:
     """A run's numbers of one IoU type, on the data set and on the draws."""
     results = check_predictions(run.predictions, check_annotations(truth, kind), kind)
-    matches = match(truth, results, kind)
+    matches = match(truth, results, kind, limits[-1])
     found: dict[str, Any] = {"full": resample(matches), "drawn": resample(matches, weights, areas=(0,))}
-    found["numbers"] = {name: values[0] for name, values in metrics(found["full"]).items() if name != "curve"}
+    found["numbers"] = {
+        name: values[0] for name, values in metrics(found["full"], limits[-1]).items() if name != "curve"
+    }
     found["categories"] = matches.categories
     if kind != "boundary":
-        evaluator, _ = run_coco_eval(truth, results, kind)
-        found["numbers"] = {n: np.nan if v < 0 else v for n, v in zip(BOX_METRICS, map(float, evaluator.stats))}
+        evaluator, _ = run_coco_eval(truth, results, kind, max_detections=limits)
+        found["numbers"] = {n: np.nan if v < 0 else v for n, v in summarized(evaluator, kind, limits).items()}
         precision = np.where(evaluator.eval["precision"] < 0, np.nan, evaluator.eval["precision"])[..., 0, -1]
         known = ~np.isnan(precision).all((0, 1))
         found["precision"] = precision[:, :, known].mean(2)  # [T, 101]
@@ -211,9 +221,16 @@ def training_curve(run: Run) -> dict[str, Any]:
     return {"seed": run.seed, **curves, **speed}
 
 
-def warnings(methods: Sequence[Method], truth: Truth) -> list[str]:
+def warnings(methods: Sequence[Method], truth: Truth, limits: Sequence[int]) -> list[str]:
     """What limits the conclusions."""
-    found = []
+    found = [note] if (note := limits_note(limits)) else []
+    own = {run.limits for method in methods for run in method.runs}
+    if own - {tuple(limits)}:
+        shown = " and ".join(str(list(each)) for each in sorted(own))
+        found.append(
+            f"The runs were measured with max_detections = {shown}; here with {list(limits)}. A run's model may have "
+            "kept fewer detections than count here."
+        )
     if len(methods) == 1:
         found.append("There is one method only: nothing to compare.")
     if len(truth) < FEW_IMAGES:

@@ -4,9 +4,10 @@ Hydra's grammar gives a meaning to '=', ',', '(', '[', '$', quotes and more, and
 names: roi=pool,seed=0. So the values of keys that hold paths are put into quotes where Hydra would read anything else
 than the path. `null` is no path, and a file of that name is ./null.
 
-Several paths are told apart by what exists. `[a,b]` (runs, images) and, in a sweep (-m), `a,b` are split at commas, but
-never within a path that exists: runs=[runs/roi=pool,seed=0,runs/roi=pool,seed=1] are two. Quotes around a path, as in
-'a,b', keep it together too. What a sweep writes is never split, and ${seed} stands for the setting in its run_dir.
+Several paths are told apart by what exists. `[a,b]` (runs, images, data.train.annotations, ...) and, in a sweep (-m),
+`a,b` are split at commas, but never within a path that exists: runs=[runs/roi=pool,seed=0,runs/roi=pool,seed=1] are
+two. Quotes around a path, as in 'a,b', keep it together too. What a sweep writes is never split, and ${seed} stands for
+the setting in its run_dir.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def _override(text: str, sweep: bool, root: str) -> str:
     if name not in PATHS or not equals or value in ("", "null"):
         return text
     root = root if name in IN_ROOT else ""
-    if name in LISTS and value[0] == "[" and value[-1] == "]" and not os.path.lexists(value):
+    several = name in (*LISTS, *IN_ROOT) and value[0] == "[" and value[-1] == "]"
+    if several and not os.path.lexists(os.path.join(root, value)):
         return f"{key}=[{','.join(map(_quoted, _split(value[1:-1], root)))}]"
     if not _exists(value, root):
         if sweep and name not in WRITTEN:

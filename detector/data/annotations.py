@@ -32,6 +32,7 @@ class Images:
     image_sizes: np.ndarray  # [I, 2] int32 (height, width)
     file_names: np.ndarray  # [bytes] uint8
     file_name_starts: np.ndarray  # [I + 1] int64
+    sources: np.ndarray  # [I] int32: which of several annotation files an image is from
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -98,6 +99,7 @@ class Truth(Images):
             self,
             image_ids=self.image_ids[images],
             image_sizes=self.image_sizes[images],
+            sources=self.sources[images],
             **{"file_names": names, "file_name_starts": name_starts},
             object_starts=starts_of(np.diff(self.object_starts)[images]),
             ring_starts=starts_of(np.diff(self.ring_starts)[objects]),

@@ -20,7 +20,8 @@ import torch
 
 from detector.data.dataset import CocoDataset, read_image
 from detector.data.file_names import leads_out
-from detector.data.store import SMALL, content_key
+from detector.data.several import shown
+from detector.data.store import SMALL, contents_key
 from detector.ops.text import one_line
 
 GONE = -1
@@ -31,18 +32,21 @@ PART = 16 * 1024  # bytes at the start, in the middle and at the end of a file: 
 
 
 def contents(dataset: CocoDataset) -> dict[str, Any]:
-    """{"annotations": key of the file's content, "sizes": [I] int64, bytes of each image file that it names, or -1,
+    """{"annotations": key of the files' content, "sizes": [I] int64, bytes of each image file that it names, or -1,
     "sums": [I] int64, checksum of each file that is read for it, or -1}."""
-    names = dataset.file_names()
+    names, sources = dataset.file_names(), dataset.annotations.sources.tolist()
     rows, step = range(len(names)), max(1, -(-len(names) // SUMMED))
+
+    def look(start: int) -> list[tuple[int, int]]:
+        own = rows[start : start + MANY]
+        return [_look(dataset.folders[sources[i]], names[i], i % step == 0) for i in own]
+
     with ThreadPoolExecutor() as pool:
-        parts = pool.map(
-            lambda start: [_look(dataset.folder, names[i], i % step == 0) for i in rows[start : start + MANY]],
-            range(0, len(names), MANY),
-        )
+        parts = pool.map(look, range(0, len(names), MANY))
         looks = torch.tensor([look for part in parts for look in part], dtype=torch.int64).reshape(-1, 2)
-    is_large = dataset.annotation_file.stat().st_size >= SMALL
-    key = content_key(dataset.annotation_file, Path(dataset.cache).expanduser() if dataset.cache and is_large else None)
+    is_large = sum(path.stat().st_size for path in dataset.annotation_files) >= SMALL
+    cache = Path(dataset.cache).expanduser() if dataset.cache and is_large else None
+    key = contents_key(dataset.annotation_files, cache)
     return {"annotations": key, "sizes": looks[:, 0].clone(), "sums": looks[:, 1].clone()}
 
 
@@ -67,21 +71,23 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> np.ndarray:
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], dataset: CocoDataset, split: str) -> list[str]:
     """What is no longer as it was, each with its key and files; nothing about images under other annotations."""
     if before["annotations"] != now["annotations"]:
-        return [f"data.{split}.annotations: the content of {dataset.annotation_file}"]
+        return [f"data.{split}.annotations: the content of {dataset.origin}"]
     rows = np.flatnonzero(_differing(before, now))
     if not len(rows):
         return []
     names, old, new = dataset.file_names(), before["sizes"].numpy(), now["sizes"].numpy()
-    shown = [_difference(dataset, names[row], old[row], new[row]) for row in rows[:NAMED]]
-    more = ["..."] if len(rows) > NAMED else []
-    return [f"data.{split}.images: {len(rows)} of {len(old)} files in {dataset.folder} ({'; '.join(shown + more)})"]
+    folders = [dataset.folders[source] for source in dataset.annotations.sources[rows[:NAMED]]]
+    named = [_difference(dataset, folder, names[row], old[row], new[row]) for folder, row in zip(folders, rows[:NAMED])]
+    named += ["..."] if len(rows) > NAMED else []
+    where = shown(dataset.folders)
+    return [f"data.{split}.images: {len(rows)} of {len(old)} files in {where} ({'; '.join(named)})"]
 
 
-def _difference(dataset: CocoDataset, name: str, old: int, new: int) -> str:
+def _difference(dataset: CocoDataset, folder: Path, name: str, old: int, new: int) -> str:
     """Whether the file is damaged, or its sizes then and now."""
     if new != GONE:
         try:
-            read_image(dataset.folder / name, dataset.max_pixels)
+            read_image(folder / name, dataset.max_pixels)
         except (OSError, ValueError) as error:
             return one_line(str(error))
     if old == new:

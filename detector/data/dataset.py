@@ -19,9 +19,10 @@ from torch.utils.data import Dataset
 
 from detector.data.annotations import Objects
 from detector.data.copy_paste import paste
-from detector.data.file_names import find_files, leads_out
+from detector.data.file_names import find_in_folders, leads_out
 from detector.data.outlines import fill, mask_windows
 from detector.data.read_coco import Problems
+from detector.data.several import Paths, as_paths, shown
 from detector.data.store import open_coco
 from detector.data.transforms import Pipeline, Transformed
 from detector.structures import Batch, Targets
@@ -96,13 +97,14 @@ def image_suffixes() -> frozenset[str]:
 
 
 class CocoDataset(Dataset):
-    """Images and objects of a COCO annotation file, augmented.
+    """Images and objects of a COCO annotation file, or of several, augmented.
 
     A sample is a pure function of (seed, epoch, index): `dataset[epoch, index]`; `dataset[index]` is epoch 0.
 
     Args:
         images: the folder that the file names start from.
-        annotations: COCO instances JSON.
+        annotations: COCO instances JSON. Of several files, each with its folder, or all with one, the categories are
+            joined by name and the images numbered 1, 2, ...
         transforms: albumentations transforms or a `Pipeline`.
         categories: names of labels 1, 2, ... (those of the training set or the model); by default the file's own.
         masks: give masks [S, S] for objects that have an outline.
@@ -123,13 +125,13 @@ class CocoDataset(Dataset):
         categories: name of label 1, 2, ...
         category_ids: COCO id of label 1, 2, ... in this file; None where the file does not have the category.
         image_ids: [I] int64, image_sizes: [I, 2] int32 (height, width).
-        annotation_file: path of the JSON.
+        annotation_files, folders: paths, as many of both. origin: the former in one text, for messages.
     """
 
     def __init__(
         self,
-        images: str | os.PathLike,
-        annotations: str | os.PathLike,
+        images: Paths,
+        annotations: Paths,
         transforms: Pipeline | Sequence = (),
         *,
         categories: Sequence[str] | None = None,
@@ -156,21 +158,28 @@ class CocoDataset(Dataset):
                 f"data.masks={masks}, data.keypoints={keypoints}"
             )
         self.copy_paste = copy_paste
-        self.folder = Path(images)
-        self.annotation_file = Path(annotations)
+        self.annotation_files, self.folders = as_paths(annotations), as_paths(images)
+        if len(self.folders) == 1:
+            self.folders *= len(self.annotation_files)
+        if len(self.folders) != len(self.annotation_files):
+            raise ValueError(
+                f"{len(self.folders)} image folders for {len(self.annotation_files)} annotation files: give one for "
+                "each file, or one for all"
+            )
+        self.origin = shown(self.annotation_files)
         self.pipeline = transforms if isinstance(transforms, Pipeline) else Pipeline(transforms)
         self.masks, self.mask_size, self.seed = masks, mask_size, seed
         self.on_error, self.training, self.max_pixels, self.cache = on_error, training, max_pixels, cache
         options = {"keypoints": keypoints, "cache": cache, "truth": truth, "problems": problems}
-        self.annotations = open_coco(annotations, categories, masks, on_error, max_pixels, **options)
+        self.annotations = open_coco(self.annotation_files, categories, masks, on_error, max_pixels, **options)
         if masks and not len(self.annotations.points):
-            logger.warning("%s: masks are wanted, but no object has a segmentation", self.annotation_file)
+            logger.warning("%s: masks are wanted, but no object has a segmentation", self.origin)
         usable, self.variants = self._find_files(problems)
         if not keep_empty:
             usable &= np.diff(self.annotations.object_starts) > 0
         self.rows = np.flatnonzero(usable)  # position in the data set -> position in the file
         if not len(self.rows):
-            raise ValueError(f"{self.annotation_file}: no images are left (keep_empty={keep_empty})")
+            raise ValueError(f"{self.origin}: no images are left (keep_empty={keep_empty})")
         self.mirrored = mirrored_keypoints(self.annotations.keypoint_names)
         self.categories, self.category_ids = self.annotations.categories, self.annotations.category_ids
         self.image_ids = self.annotations.image_ids[self.rows]
@@ -181,26 +190,38 @@ class CocoDataset(Dataset):
 
     def _find_files(self, problems: Problems | None) -> tuple[np.ndarray, dict[int, str]]:
         """Which images are there, [I] bool, and the paths of those whose names are written in another way."""
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"image folder {self.folder} does not exist: check data.root and the image options")
-        collected, problems = problems, problems or Problems(self.annotation_file, self.on_error)
-        names = self.annotations.all_file_names()
-        paths, variants, missing = find_files(self.folder, names)
+        if gone := next((folder for folder in self.folders if not folder.is_dir()), None):
+            raise FileNotFoundError(f"image folder {gone} does not exist: check data.root and the image options")
+        collected, problems = problems, problems or Problems(self.origin, self.on_error)
+        names, sources = self.annotations.all_file_names(), self.annotations.sources
+        paths, variants, missing = find_in_folders(self.folders, sources, names)
         for row, text in variants.items():
-            where = f"image {self.annotations.image_ids[row]} file_name={text}"
+            where = f"{self.name_of(row)} file_name={text}"
             problems.notice("file_name that is written in another way than the file's, which is taken", where)
         for row, text in missing.items():
-            path, kind = self.folder / names[row], "missing image file"
+            path, kind = self.folders[sources[row]] / names[row], "missing image file"
             if not leads_out(names[row]) and (path.is_dir() or path.is_symlink()):
                 kind = "folder in place of an image file" if path.is_dir() else "image file that is a link to nothing"
             text = path if text == repr(names[row]) else text
-            problems.error(kind, f"image {self.annotations.image_ids[row]} file_name={text}")
+            problems.error(kind, f"{self.name_of(row)} file_name={text}")
+        seen: dict[Path, int] = {}
+        for row, path in enumerate(paths) if len(self.annotation_files) > 1 else ():
+            file = self.folders[sources[row]] / (path or names[row])
+            if sources[seen.setdefault(file, row)] != sources[row]:
+                kind = "picture that two annotation files have: what one of them marks is background in the other"
+                problems.notice(kind, str(file))
         if collected is None:
             problems.report()
         return np.array([path is not None for path in paths], bool), {row: paths[row] for row in variants}
 
+    def name_of(self, row: int) -> str:
+        """What messages call an image: its id, or among several annotation files, which number anew, its file."""
+        if len(self.annotation_files) == 1:
+            return f"image {self.annotations.image_ids[row]}"
+        return f"{self.annotation_files[self.annotations.sources[row]]}: image {self.annotations.file_name(row)!r}"
+
     def file_names(self) -> list[str]:
-        """The file of every image of the annotation file, below the folder; of those that are missing, as written."""
+        """The file of every image of the annotations, below its folder; of those that are missing, as written."""
         names = self.annotations.all_file_names()
         for row, path in self.variants.items():
             names[row] = path
@@ -208,7 +229,7 @@ class CocoDataset(Dataset):
 
     def image_path(self, index: int) -> Path:
         row = int(self.rows[index])
-        return self.folder / (self.variants.get(row) or self.annotations.file_name(row))
+        return self.folders[self.annotations.sources[row]] / (self.variants.get(row) or self.annotations.file_name(row))
 
     def read(self, index: int) -> np.ndarray:
         """The image [H, W, 3] uint8 RGB as it is on disk. Raises ValueError where it is not of the declared size."""
@@ -217,7 +238,8 @@ class CocoDataset(Dataset):
         if image.shape[:2] != (height, width):
             raise ValueError(
                 f"image {self.image_path(index)} is {image.shape[1]} x {image.shape[0]} (as its EXIF data turn it), "
-                f"but {self.annotation_file} says width={width} height={height} for image id {self.image_ids[index]}"
+                f"but {self.annotation_files[self.annotations.sources[self.rows[index]]]} says width={width} "
+                f"height={height} for image id {self.image_ids[index]}"
             )
         return image
 
@@ -280,7 +302,7 @@ class CocoDataset(Dataset):
                 return self.read(other), other
             except (ValueError, OSError):
                 continue
-        raise ValueError(f"none of the {len(self)} images in {self.folder} can be read")
+        raise ValueError(f"none of the {len(self)} images in {shown(self.folders)} can be read")
 
     def _draw(self, out, windows: np.ndarray) -> np.ndarray:
         masks = fill(out.outlines, windows, self.mask_size)

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
+
 UPLOAD = re.compile(r"[0-9a-f]{8}-(?=.)")  # 1a2b3c4d-photo.jpg
 SERVED = re.compile(r"^(?:file:/*|.*[?&]d=)")  # file:///home/me/photo.jpg, /data/local-files/?d=photos/photo.jpg
 
@@ -56,6 +58,22 @@ def find_files(folder: Path, names: Sequence[str]) -> tuple[list[str | None], di
             problems[i] = f"{names[i]!r} leads out of the image folder, and no end of it is a file in there"
         else:
             problems[i] = f"{names[i]!r}"
+    return paths, variants, problems
+
+
+def find_in_folders(
+    folders: Sequence[Path], sources: np.ndarray, names: Sequence[str]
+) -> tuple[list[str | None], dict[int, str], dict[int, str]]:
+    """`find_files` of names [I] each of which lies below folders[sources[i]]."""
+    paths: list[str | None] = [None] * len(names)
+    variants, problems = {}, {}
+    for source, folder in enumerate(folders):
+        own = np.flatnonzero(sources == source).tolist()
+        found, other, missing = find_files(folder, [names[i] for i in own])
+        for i, path in zip(own, found):
+            paths[i] = path
+        variants |= {own[k]: text for k, text in other.items()}
+        problems |= {own[k]: text for k, text in missing.items()}
     return paths, variants, problems
 
 

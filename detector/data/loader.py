@@ -19,7 +19,10 @@ from torch.utils.data import DataLoader, Sampler
 from detector.config import RunError
 from detector.data.dataset import CocoDataset, collate
 from detector.data.read_coco import Problems
+from detector.data.sampling import draw_epoch, image_weights
 from detector.structures import Batch, Targets
+
+COPY = 1 << 32  # added to the epoch of a sample for each time that its image was drawn before in the epoch
 
 
 def build_dataset(
@@ -44,10 +47,8 @@ def build_dataset(
         problems: collects what is wrong in the files, instead of `data.on_error`.
         truth: keep what evaluation compares with; by default for "val".
     """
-    files, root = data[split], Path(data["root"])
     return CocoDataset(
-        root / files["images"],
-        root / files["annotations"],
+        *split_files(data, split),
         build_transforms(augment, split),
         categories=categories,
         masks=data["masks"],
@@ -65,6 +66,13 @@ def build_dataset(
     )
 
 
+def split_files(data: Mapping[str, Any], split: str) -> tuple[list[Path], list[Path]]:
+    """The image folders and the annotation files of a split."""
+    root = Path(data["root"])
+    given = [data[split][key] for key in ("images", "annotations")]
+    return tuple([root / path for path in ([value] if isinstance(value, str) else value)] for value in given)
+
+
 def build_transforms(augment: Mapping[str, Any] | None, split: str) -> list:
     """The transforms of configs/augment/*.yaml for "train" or "val"."""
     return [] if augment is None else [instantiate(step, _convert_="all") for step in augment[split] or []]
@@ -77,6 +85,8 @@ class TrainingSampler(Sampler[list[tuple[int, int]]]):
     takes the r-th of `world` equal consecutive parts of each. Nothing is dropped.
 
     Args:
+        weights: [I] how often images are drawn, in proportion, or None: each once in an epoch. A sample
+            whose image comes again in an epoch has epoch + 2^32 for each time before, and so its own augmentation.
         aspect_ratios: [I] width / height of the images, or None. Where given, a batch holds only landscape or only
             portrait images, which saves padding.
         batch_size: of all ranks together.
@@ -91,6 +101,7 @@ class TrainingSampler(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world: int = 1,
         aspect_ratios: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
     ):
         if length < 1:
             raise ValueError(f"length={length}: the data set is empty")
@@ -101,6 +112,7 @@ class TrainingSampler(Sampler[list[tuple[int, int]]]):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.part = slice(batch_size // world * rank, batch_size // world * (rank + 1))
         self.groups = np.zeros(length, bool) if aspect_ratios is None else np.asarray(aspect_ratios) < 1
+        self.weights = weights
         self.position = 0  # samples that have been used: where the next iteration starts
 
     def state_dict(self) -> dict[str, int]:
@@ -124,8 +136,12 @@ class TrainingSampler(Sampler[list[tuple[int, int]]]):
         skip = self.position // self.batch_size
         waiting = [np.zeros((0, 2), np.int64)] * 2  # per group: samples for which no batch was left
         for epoch in itertools.count():
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-            samples = np.stack([np.full(self.length, epoch), order], axis=1)
+            rng = np.random.default_rng((self.seed, epoch))
+            if self.weights is None:
+                order, copies = rng.permutation(self.length), 0
+            else:
+                order, copies = draw_epoch(self.weights, rng)
+            samples = np.stack([np.full(self.length, epoch) + copies * COPY, order], axis=1)
             batches, completed = [], []
             for group in range(2):
                 own = np.flatnonzero(self.groups[order] == group)
@@ -225,6 +241,8 @@ def build_loader(
     pad_multiple: int = 32,
     pad_to: Sequence[int] | None = None,
     pin_memory: bool | None = None,
+    sampling: str = "uniform",
+    repeat_threshold: float = 0.001,
 ) -> Loader:
     """Batches for training (endless, shuffled) or evaluation (each image once).
 
@@ -235,11 +253,13 @@ def build_loader(
         group_by_aspect: separate batches for landscape and portrait images.
         pad_multiple, pad_to: see `collate`.
         pin_memory: by default where CUDA is available.
+        sampling, repeat_threshold: training: how often images are drawn, see `sampling.image_weights`.
     """
     ratios = dataset.image_sizes[:, 1] / dataset.image_sizes[:, 0] if group_by_aspect else None
     where = {"rank": rank, "world": world, "aspect_ratios": ratios}
     if training:
-        sampler = TrainingSampler(len(dataset), batch_size, seed=seed, **where)
+        weights = image_weights(dataset.annotations, dataset.rows, sampling, repeat_threshold)
+        sampler = TrainingSampler(len(dataset), batch_size, seed=seed, weights=weights, **where)
         sampler.load_state_dict({"position": start_position})
     else:
         sampler = EvaluationSampler(len(dataset), batch_size, **where)

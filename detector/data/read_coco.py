@@ -8,13 +8,14 @@ does not need have no say.
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import logging
 import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -57,16 +58,26 @@ class Problems:
     on_error: str = "raise"
     found: dict[tuple[bool, str], Places] = field(default_factory=dict)
     advice: str = "\nMend the file, or leave these records out with data.on_error=skip"
+    file: str = ""  # what stands before every place: the name of the file, where there are several
 
     def __post_init__(self):
         if self.on_error not in ("raise", "skip"):
             raise ValueError(f"on_error={self.on_error!r}: must be 'raise' or 'skip'")
 
     def error(self, kind: str, where: str) -> None:
-        self.found.setdefault((True, kind), Places()).add(where)
+        self.found.setdefault((True, kind), Places()).add(self.file + where)
 
     def notice(self, kind: str, where: str) -> None:
-        self.found.setdefault((False, kind), Places()).add(where)
+        self.found.setdefault((False, kind), Places()).add(self.file + where)
+
+    @contextlib.contextmanager
+    def of_file(self, path: str | Path) -> Iterator[None]:
+        """In this context everything is of one of several files."""
+        self.file = f"{path}: "
+        try:
+            yield
+        finally:
+            self.file = ""
 
     def report(self) -> None:
         """Raise ValueError for errors where they are not to be skipped; one warning for everything else."""
@@ -89,6 +100,7 @@ def read_coco(
     keypoints: bool = False,
     problems: Problems | None = None,
     truth: bool = True,
+    alone: bool = True,
 ) -> Annotations:
     """Read COCO instances to train on or to evaluate a model on.
 
@@ -103,6 +115,7 @@ def read_coco(
         keypoints: keep the keypoints. All categories that have some must have the same.
         problems: collects what is wrong instead of reporting it, for those who report by themselves.
         truth: keep what evaluation compares with.
+        alone: refuse a file in which there is nothing to learn; one among several may hold pictures without objects.
 
     Raises:
         FileNotFoundError: no such file.
@@ -111,7 +124,7 @@ def read_coco(
     name, content = _load(source)
     collected, problems = problems, problems or Problems(name, on_error)
     classes = _read_categories(name, content, problems)
-    names, ids = _labels(name, classes, categories)
+    names, ids = labels_of(name, classes.names, classes.ids, categories)
     keypoint_names = _read_keypoint_names(name, content["categories"]) if keypoints else []
     reader = _Reader(problems, classes, masks, len(keypoint_names), max_pixels)
     found = reader.read(content)
@@ -120,10 +133,10 @@ def read_coco(
     if not reader.images:
         raise ValueError(f"{name}: no usable images ('images' has {len(content['images'])} records)")
     learnt = [item for items in found for item in items if item.learnt]
-    if not learnt:
+    if not learnt and alone:
         raise ValueError(f"{name}: no usable objects ('annotations' has {len(content['annotations'])} records)")
     reader.check_conventions(name, found)
-    if all(item.crowd for item in learnt):
+    if alone and all(item.crowd for item in learnt):
         raise ValueError(
             f"{name}: all {len(learnt)} usable objects are crowd regions (iscrowd: 1): nothing is learnt from them, "
             "and no detection has to find them. Write iscrowd: 0 for single objects"
@@ -235,18 +248,23 @@ def _read_categories(name: str, content: Mapping, problems: Problems) -> _Classe
     return _Classes([found[id_][0] for id_ in ids], ids, [found[id_][1] for id_ in ids])
 
 
-def _labels(name: str, classes: _Classes, wanted: Sequence[str] | None) -> tuple[list[str], list[int | None]]:
-    """Names in the order of labels, and the id of each in the file."""
+def labels_of(
+    name: str, known: Sequence[str], ids: Sequence[int], wanted: Sequence[str] | None, quiet: bool = False
+) -> tuple[list[str], list[int | None]]:
+    """Names in the order of labels, and the id of each in a file that has the categories `known`.
+
+    Raises ValueError where the file has one that is not `wanted`; a warning, unless `quiet`, where it lacks one.
+    """
     if wanted is None:
-        return classes.names, list(classes.ids)
-    id_of, names = dict(zip(classes.names, classes.ids)), list(wanted)
+        return list(known), list(ids)
+    id_of, names = dict(zip(known, ids)), list(wanted)
     unknown, missing = sorted(set(id_of) - set(names)), [title for title in names if title not in id_of]
     if unknown:
         raise ValueError(
             f"{name}: categories {unknown} are not among those of the training set or model, {names}; "
             "categories are matched by name"
         )
-    if missing:
+    if missing and not quiet:
         logger.warning("%s: has no categories %s; nothing of them will be found here", name, missing)
     return names, [id_of.get(title) for title in names]
 
@@ -649,6 +667,7 @@ def _pack_images(reader: _Reader) -> dict[str, np.ndarray]:
         "image_sizes": np.array([image[1:3] for image in reader.images.values()], np.int32).reshape(-1, 2),
         "file_names": np.frombuffer(b"".join(files), np.uint8),
         "file_name_starts": _starts(files),
+        "sources": np.zeros(len(files), np.int32),
     }
 
 

@@ -22,16 +22,17 @@ from pathlib import Path
 import numpy as np
 
 from detector.data.annotations import Annotations, Truth
-from detector.data.read_coco import Places, Problems, read_coco
+from detector.data.read_coco import Places, Problems
+from detector.data.several import Paths, as_paths, read_several, shown
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # of what a store holds; older ones are not read
+VERSION = 4  # of what a store holds; older ones are not read
 SMALL = 20_000_000  # bytes of JSON that are parsed faster than it is worth storing
 
 
 def open_coco(
-    path: str | os.PathLike,
+    paths: Paths,
     categories: Sequence[str] | None = None,
     masks: bool = True,
     on_error: str = "raise",
@@ -42,28 +43,37 @@ def open_coco(
     truth: bool = True,
     problems: Problems | None = None,
 ) -> Annotations:
-    """`read_coco`, whose result is kept in the folder `cache` for the next time.
+    """`read_coco` of a file, or of several joined (see several.py), whose result is kept in the folder `cache` for the
+    next time, under a name made of the content of all.
 
-    Files below `small` bytes are always parsed, and so is everything where `cache` is None or cannot be written. What
-    is wrong in a file is reported each time it is opened, or added to `problems`.
+    Files below `small` bytes together are always parsed, and so is everything where `cache` is None or cannot be
+    written. What is wrong in a file is reported each time it is opened, or added to `problems`.
     """
-    path = Path(path)
+    paths = as_paths(paths)
     options = {"categories": categories and list(categories), "masks": masks, "max_pixels": max_pixels}
     options |= {"keypoints": keypoints, "truth": truth}
-    if cache is None or not path.is_file() or path.stat().st_size < small:
-        return read_coco(path, on_error=on_error, problems=problems, **options)
-    collected, problems = problems, problems or Problems(path, on_error)
+    collected, problems = problems, problems or Problems(shown(paths), on_error)
+    exist = all(path.is_file() for path in paths)
+    if cache is None or not exist or sum(path.stat().st_size for path in paths) < small:
+        try:
+            found = read_several(paths, on_error=on_error, problems=problems, **options)
+        finally:  # what is wrong with the records is said first
+            if collected is None:
+                problems.report()
+        return found
     cache = Path(cache).expanduser()
     options_key = hashlib.sha256(json.dumps([VERSION, options]).encode()).hexdigest()[:8]
-    place = cache / f"{path.stem}-{content_key(path, cache)}-{options_key}"
+    place = cache / f"{paths[0].stem}-{contents_key(paths, cache)}-{options_key}"
     if not place.is_dir():
-        found = read_coco(path, problems=problems, **options)
+        found = read_several(paths, problems=problems, **options)
         if collected is None:
             problems.report()
         try:
             save(found, problems, place)
         except OSError as error:
-            logger.warning("%s cannot be stored in %s and will be parsed again next time: %s", path, place, error)
+            logger.warning(
+                "%s cannot be stored in %s and will be parsed again next time: %s", shown(paths), place, error
+            )
             return found
         return load(place)[0]
     try:
@@ -74,6 +84,12 @@ def open_coco(
     if collected is None:
         problems.report()
     return found
+
+
+def contents_key(paths: Sequence[Path], cache: Path | None = None) -> str:
+    """`content_key` of one file, and a name of as many letters for the content of several, in their order."""
+    keys = [content_key(path, cache) for path in paths]
+    return keys[0] if len(keys) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest()[:24]
 
 
 def content_key(path: Path, cache: Path | None = None) -> str:

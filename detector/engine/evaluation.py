@@ -36,6 +36,7 @@ def measure(run: Run, state: State, batches: Iterable, journal: Journal, stop: S
         precision=run.runtime.precision,
         evaluator=run.evaluation.evaluator,
         sigmas=run.evaluation.sigmas,
+        max_detections=run.evaluation.max_detections,
         per_class=False,
         folder=run.folder if state.iteration == run.total else None,
         progress=run.runtime.verbosity != "quiet",
@@ -44,7 +45,7 @@ def measure(run: Run, state: State, batches: Iterable, journal: Journal, stop: S
     state.metrics, state.evaluated = metrics, state.iteration
     journal.evaluation(state.iteration, metrics)
     if state.iteration < run.total:
-        log.info("iteration %d:\n%s", state.iteration, summary_table(metrics))
+        log.info("iteration %d:\n%s", state.iteration, summary_table(metrics, run.evaluation.max_detections))
     value = chosen(metrics, run.evaluation.metric)
     better = not state.best or value > state.best["value"]
     if better:

@@ -19,8 +19,9 @@ from detector.settings import UNLEARNT
 # a run that differs from its checkpoint in one of these is another run; in the others it may go on differently
 IDENTITY = ("seed", "model", "roi", "data", "augment", "optimizer", "training")
 IRRELEVANT = (*UNLEARNT, "weights")  # what the weights were before is past
-# the same data may lie elsewhere, and what stopped a run may be left out
-MOVABLE = (*(f"data.{key}" for key in ("root", "on_error", "max_pixels")), "training.patience")
+# the same data may lie elsewhere, what stopped a run may be left out, and more detections may be measured
+MOVABLE = tuple(f"data.{key}" for key in ("root", "on_error", "max_pixels"))
+MOVABLE += ("training.patience", "model.box_head.detections_per_image")
 GROWING = ("model", "data", "training")  # where new versions add keys
 log = logging.getLogger(__name__)
 

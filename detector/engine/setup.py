@@ -15,6 +15,7 @@ from detector.config import ConfigError, build, config_errors, overridden
 from detector.config.schema import FILES, needed_trust
 from detector.data import Loader, build_dataset, build_loader, collate
 from detector.data.contents import changes, contents
+from detector.data.loader import split_files
 from detector.engine import run_folder
 from detector.engine.evaluation import chosen
 from detector.engine.optimizer import build_optimizer
@@ -22,7 +23,7 @@ from detector.engine.state import Run, State
 from detector.evaluation.fit import check_training, rehearse
 from detector.evaluation.tables import summary_table
 from detector.runtime import set_random_state
-from detector.settings import Evaluation, Training
+from detector.settings import COCO_LIMITS, Evaluation, Training
 from detector.structures import Batch, Targets
 
 log = logging.getLogger(__name__)
@@ -35,12 +36,12 @@ def preflight(cfg: DictConfig, training: Training) -> None:
     if not Path(cfg.data.root).exists():
         raise ConfigError(f"data.root = {cfg.data.root!r} does not exist; {hint}")
     for split in ("train", "val"):
-        path = Path(cfg.data.root) / cfg.data[split].annotations
-        if not path.is_file():
+        gone = next((path for path in split_files(cfg.data, split)[1] if not path.is_file()), None)
+        if gone is not None:
             root = Path(cfg.data.root)
             files = sorted(file.relative_to(root) for depth in ("*", "*/*") for file in root.glob(f"{depth}.json"))
             beside = f", or data.{split}.annotations to one of {', '.join(map(str, files[:5]))}" if files else ""
-            raise ConfigError(f"data.{split}.annotations: {path} does not exist; {hint}{beside}")
+            raise ConfigError(f"data.{split}.annotations: {gone} does not exist; {hint}{beside}")
     if cfg.seed < 0:
         raise ConfigError(f"seed = {cfg.seed}: must be at least 0")
     build_optimizer(build(cfg.optimizer, "optimizer"), skeleton(cfg), training)
@@ -180,18 +181,33 @@ def datasets(cfg: DictConfig) -> tuple[Any, Any]:
 
 
 def fit(cfg: DictConfig, train_set: Any, val_set: Any, evaluation: Evaluation) -> None:
-    """Put the data's number of keypoints into `cfg` where it is left open; refuse what the model cannot learn from the
-    data, and what cannot be measured."""
+    """Put the data's number of keypoints into `cfg` where it is left open, and the number of detections that are
+    measured where the box head keeps fewer; refuse what the model cannot learn from the data, and what cannot be
+    measured."""
     names = train_set.annotations.keypoint_names
     if names and OmegaConf.select(cfg, "model.keypoint_head.num_keypoints", default=0) is None:
         cfg.model.keypoint_head.num_keypoints = len(names)
+    keep_enough(cfg, evaluation.max_detections[-1])
     model = skeleton(cfg)
     check_training(model, train_set)
+    options = {"keypoint_names": names, "where": "evaluation.", "max_detections": evaluation.max_detections}
     with config_errors("evaluation"):
-        numbers = rehearse(
-            model, val_set, evaluation.evaluator, None, evaluation.sigmas, keypoint_names=names, where="evaluation."
-        )
+        numbers = rehearse(model, val_set, evaluation.evaluator, None, evaluation.sigmas, **options)
     chosen(numbers, evaluation.metric)
+
+
+def keep_enough(cfg: DictConfig, limit: int) -> None:
+    """Let the box head keep as many detections of an image as evaluation counts, unless the command line says how many;
+    there a warning says what is missing."""
+    key = "model.box_head.detections_per_image"
+    kept = OmegaConf.select(cfg, key)
+    if limit <= COCO_LIMITS[-1] or kept is None or kept >= limit:
+        return
+    if key in overridden():
+        log.warning("evaluation.max_detections counts up to %d detections, but %s = %d keeps fewer", limit, key, kept)
+        return
+    OmegaConf.update(cfg, key, limit)
+    log.info("%s = %d, not %d: as many as evaluation.max_detections counts", key, limit, kept)
 
 
 def loaders(run: Run, iteration: int) -> tuple[Loader, Loader, tuple[Batch, Targets]]:
@@ -199,9 +215,10 @@ def loaders(run: Run, iteration: int) -> tuple[Loader, Loader, tuple[Batch, Targ
     data, training, val_set = run.cfg.data, run.training, run.val_set
     shared = {key: data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
     shared |= {"workers": run.runtime.workers, "rank": run.world.rank, "world": run.world.size}
-    where = {"seed": run.cfg.seed, "start_position": iteration * training.batch_size}
+    own = {key: data[key] for key in ("sampling", "repeat_threshold")}
+    own |= {"seed": run.cfg.seed, "start_position": iteration * training.batch_size}
     with config_errors("training"):
-        train_loader = build_loader(run.train_set, training.batch_size // training.accumulate, **where, **shared)
+        train_loader = build_loader(run.train_set, training.batch_size // training.accumulate, **own, **shared)
     val_loader = build_loader(val_set, run.evaluation.batch_size, training=False, **shared)
     examples = collate([val_set[0], val_set[len(val_set) // 2]], data.pad_multiple)
     return train_loader, val_loader, examples
@@ -216,6 +233,6 @@ def finish(run: Run, state: State) -> None:
         "run          %s  (last.pt, best.pt, metrics.json, log.jsonl)\n"
         "curves       tensorboard --logdir %s\n"
         "predictions  detector predict checkpoint=%s images=PATH%s",
-        *(state.iteration, state.best["iteration"], summary_table(state.metrics)),
+        *(state.iteration, state.best["iteration"], summary_table(state.metrics, run.evaluation.max_detections)),
         *(run.folder, run.folder / "tensorboard", run.folder / "best.pt", trust),
     )

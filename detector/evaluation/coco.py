@@ -15,9 +15,18 @@ import numpy as np
 
 from detector.data.annotations import Truth
 from detector.data.read_coco import OtherSize, Problems, number, read_json, read_mask, read_truth, whole
+from detector.data.several import read_truths
 from detector.evaluation.boundary import BoundaryEval
+from detector.settings import COCO_LIMITS, check_limits
 
-BOX_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+def box_metrics(limits: Sequence[int] = COCO_LIMITS) -> tuple[str, ...]:
+    """The names of the numbers of boxes and masks; limits: detections that count, AP takes the last."""
+    recalls = (f"AR{limit}" for limit in limits)
+    return ("AP", "AP50", "AP75", "APs", "APm", "APl", *recalls, "ARs", "ARm", "ARl")
+
+
+BOX_METRICS = box_metrics()
 KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 IOU_TYPES = ("bbox", "segm", "boundary", "keypoints")
 BACKENDS = ("hotcoco", "pycocotools")
@@ -32,35 +41,55 @@ def coco_metrics(
     per_class: bool = False,
     mask_area: bool = False,
     sigmas: Sequence[float] | None = None,
+    max_detections: Sequence[int] = COCO_LIMITS,
 ) -> dict:
     """COCO average precision and recall as fractions of 1; -1 where there is nothing to measure, as COCO says it.
 
-    annotations: COCO instances (path of a JSON file, or the loaded dict), or the truth of a data set. predictions: COCO
-    results (path or list).
+    annotations: COCO instances (path of a JSON file, or the loaded dict), a list of paths as in data.val.annotations,
+    or the truth of a data set. predictions: COCO results (path or list).
     iou_type: bbox, segm, keypoints, or boundary (Cheng et al., "Boundary IoU", CVPR 2021; see boundary.py).
     backend: hotcoco or pycocotools; boundary always runs on pycocotools, whose IoU can be replaced.
     per_class: adds "per_class", {category name: {the same numbers}}.
     mask_area: where results hold a box and a mask, pycocotools tells small from large unmatched detections by the
     box's area. True takes the mask's, as detectron2 and results without boxes do: APs, APm, APl differ a little.
     sigmas: keypoint fall-offs, one per keypoint; None: `coco_sigmas`.
+    max_detections: how many detections of a class in an image count, best first: AP takes the last number, AR each.
+    With COCO's own, keypoints take COCO's 20, with others the last too.
 
-    Returns {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}; for keypoints
-    COCO's ten instead. Objects without a mask are left out of "segm" and "boundary": detections on their boxes are
-    neither right nor wrong. Raises ValueError or TypeError naming entry, field and value, FileNotFoundError for a path.
+    Returns {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}, the AR named after
+    `max_detections`; for keypoints COCO's ten instead. Objects without a mask are left out of "segm" and "boundary":
+    detections on their boxes are neither right nor wrong. Raises ValueError or TypeError naming entry, field and value,
+    FileNotFoundError for a path.
     """
-    evaluator, categories = run_coco_eval(annotations, predictions, iou_type, backend, mask_area, sigmas)
-    names = KEYPOINT_METRICS if iou_type == "keypoints" else BOX_METRICS
+    limits = check_limits(max_detections)
+    evaluator, categories = run_coco_eval(annotations, predictions, iou_type, backend, mask_area, sigmas, limits)
     precision, recall = evaluator.eval["precision"], evaluator.eval["recall"]
-    metrics = dict(zip(names, map(float, evaluator.stats)))
+    metrics = summarized(evaluator, iou_type, limits)
     if per_class:
         metrics["per_class"] = {
-            name: _summary(precision[:, :, [k]], recall[:, [k]], names) for k, name in enumerate(categories)
+            name: _summary(precision[:, :, [k]], recall[:, [k]], iou_type, limits) for k, name in enumerate(categories)
         }
     return metrics
 
 
-def run_coco_eval(annotations, predictions, iou_type="bbox", backend="hotcoco", mask_area=False, sigmas=None):
-    """The backend's evaluator after evaluate, accumulate and summarize, and the names of its categories, in order."""
+def summarized(evaluator, iou_type: str, limits: Sequence[int]) -> dict[str, float]:
+    """The numbers of an evaluator of `run_coco_eval`."""
+    if tuple(limits) != COCO_LIMITS:  # pycocotools' own summary knows no other
+        return _summary(evaluator.eval["precision"], evaluator.eval["recall"], iou_type, limits)
+    return dict(zip(KEYPOINT_METRICS if iou_type == "keypoints" else BOX_METRICS, map(float, evaluator.stats)))
+
+
+def run_coco_eval(
+    annotations,
+    predictions,
+    iou_type="bbox",
+    backend="hotcoco",
+    mask_area=False,
+    sigmas=None,
+    max_detections=COCO_LIMITS,
+):
+    """The backend's evaluator after evaluate and accumulate (with COCO's limits summarize, too), and the names of its
+    categories, in order."""
     if iou_type not in IOU_TYPES:
         raise ValueError(f"iou_type is {iou_type!r}; choose one of {', '.join(IOU_TYPES)}")
     if backend not in BACKENDS:
@@ -74,11 +103,14 @@ def run_coco_eval(annotations, predictions, iou_type="bbox", backend="hotcoco", 
     evaluator = run(*for_backend(truth, results, iou_type), iou_type)
     if sigmas is not None:
         evaluator.params.kpt_oks_sigmas = sigmas if backend == "pycocotools" else sigmas.tolist()
+    usual = tuple(max_detections) == COCO_LIMITS
+    if not usual:
+        evaluator.params.maxDets = list(max_detections)[-1:] if iou_type == "keypoints" else list(max_detections)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator.evaluate()
         evaluator.accumulate()
-        # hotcoco's summarize prints past sys.stdout
-        evaluator.summary_lines() if hasattr(evaluator, "summary_lines") else evaluator.summarize()
+        if usual:  # hotcoco's summarize prints past sys.stdout
+            evaluator.summary_lines() if hasattr(evaluator, "summary_lines") else evaluator.summarize()
     return evaluator, truth.categories
 
 
@@ -108,15 +140,19 @@ def run_pycocotools(truth, results, iou_type):
         )
 
 
-def _summary(precision: np.ndarray, recall: np.ndarray, names: tuple[str, ...]) -> dict[str, float]:
-    """The named numbers from precision [T, 101, K, A, M] and recall [T, K, A, M] (T thresholds, A areas, M limits)."""
-    areas = {"s": 1, "m": 2, "l": 3} if precision.shape[3] == 4 else {"m": 1, "l": 2}
-    limits = {"1": 0, "10": 1}
+def _summary(
+    precision: np.ndarray, recall: np.ndarray, iou_type: str, limits: Sequence[int] = COCO_LIMITS
+) -> dict[str, float]:
+    """COCO's numbers from precision [T, 101, K, A, M] and recall [T, K, A, M] (T thresholds, A areas, M limits)."""
+    points = iou_type == "keypoints"
+    names = KEYPOINT_METRICS if points else box_metrics(limits)
+    areas = {"m": 1, "l": 2} if points else {"s": 1, "m": 2, "l": 3}
+    places = {} if points else {f"AR{limit}": place for place, limit in enumerate(limits)}
 
     def mean(name: str) -> float:
         values, option = (precision, name[2:]) if name.startswith("AP") else (recall, name[2:])
-        values = values[..., areas.get(option, 0), limits.get(option, -1)]
-        if option in ("50", "75"):
+        values = values[..., areas.get(option, 0), places.get(name, -1)]
+        if option in ("50", "75") and name not in places:
             values = values[[0 if option == "50" else 5]]
         values = values[values > -1]
         return float(values.mean()) if values.size else -1.0
@@ -131,9 +167,12 @@ class Results(list):
     """COCO results that are known to be right: those of `check_predictions`, or our own."""
 
 
-def check_annotations(annotations: str | Path | Mapping | Truth, iou_type: str = "bbox") -> Truth:
+def check_annotations(
+    annotations: str | Path | Sequence[str | Path] | Mapping | Truth, iou_type: str = "bbox"
+) -> Truth:
     """COCO annotations as the reader takes them. Raises ValueError if they lack what an IoU type compares with."""
-    truth = read_truth(annotations, masks=iou_type in ("segm", "boundary"), keypoints=iou_type == "keypoints")
+    read = read_truths if isinstance(annotations, (list, tuple)) else read_truth
+    truth = read(annotations, masks=iou_type in ("segm", "boundary"), keypoints=iou_type == "keypoints")
     lacking = {"bbox": False, "segmentation": not truth.has_mask().any(), "keypoints": not truth.keypoints.shape[1]}
     if len(truth.labels) and lacking[field := FIELD[iou_type]]:
         raise ValueError(f"annotations: no object has a {field!r}, which iou_type={iou_type!r} needs")

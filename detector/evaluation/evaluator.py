@@ -19,6 +19,7 @@ from detector.evaluation.proposals import OBJECT, proposal_recall, without_class
 from detector.evaluation.results import detections_to_coco
 from detector.evaluation.voc import voc_metrics
 from detector.runtime import autocast, eval_mode
+from detector.settings import COCO_LIMITS
 from detector.structures import to_device
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def evaluate(
     folder: str | Path | None = None,
     progress: bool = True,
     sigmas: Sequence[float] | None = None,
+    max_detections: Sequence[int] = COCO_LIMITS,
 ) -> tuple[dict, list[dict]]:
     """COCO metrics of `model` on `dataset`, and its results.
 
@@ -48,7 +50,8 @@ def evaluate(
     and data set have them. Besides those of coco_metrics there is "voc": VOC's AP of boxes. Boxes and masks of a data
     set with LVIS's lists of checked categories are measured by LVIS's federated AP.
     folder: predictions.json and metrics.json are written there, the former before anything is measured. sigmas: of
-    keypoints, see coco_metrics. `fit.rehearse` tells beforehand whether all this can be measured.
+    keypoints, and max_detections: see coco_metrics; LVIS's AP always takes 300. `fit.rehearse` tells beforehand whether
+    all this can be measured.
 
     A model without a box head is measured by its proposals, whatever their class, with "AR300" and "AR1000" beside the
     usual numbers.
@@ -81,7 +84,7 @@ def evaluate(
                 truth = without_classes(truth)
             if iou_types is None:
                 iou_types = measurable(truth, set().union(*(kinds for _, kinds in shards)))
-            outcome = [measure(truth, results, iou_types, evaluator, per_class, sigmas)]
+            outcome = [measure(truth, results, iou_types, evaluator, per_class, sigmas, max_detections)]
             if proposals_only and "bbox" in outcome[0]:
                 outcome[0]["bbox"] |= proposal_recall(truth, results)
             if folder is not None:
@@ -131,7 +134,7 @@ def ground_truth(dataset) -> Truth:
     """What evaluation compares with: every object of the images of a data set. Raises ValueError if it has no truth."""
     truth = dataset.annotations.truth
     if truth is None:
-        raise ValueError(f"{dataset.annotation_file} was opened for training: what to compare with has not been kept")
+        raise ValueError(f"{dataset.origin} was opened for training: what to compare with has not been kept")
     return truth.select(dataset.rows)
 
 
@@ -157,6 +160,7 @@ def measure(
     evaluator: str,
     per_class: bool,
     sigmas: Sequence[float] | None = None,
+    max_detections: Sequence[int] = COCO_LIMITS,
 ) -> dict:
     """The layout of metrics.json: {iou type: numbers} and, if asked for, {"per_class": {iou type: {name: numbers}}}."""
 
@@ -165,7 +169,8 @@ def measure(
             return voc_metrics(annotations, results, per_class)
         if kind in ("bbox", "segm") and check_annotations(annotations, kind).federated:
             return lvis_metrics(annotations, results, kind, per_class)
-        return coco_metrics(annotations, results, kind, evaluator, per_class, sigmas=sigmas)
+        options = {"sigmas": sigmas, "max_detections": max_detections}
+        return coco_metrics(annotations, results, kind, evaluator, per_class, **options)
 
     metrics = {kind: numbers(kind) for kind in iou_types}
     if per_class:

@@ -15,6 +15,7 @@ from detector.evaluation.coco import coco_sigmas
 from detector.evaluation.evaluator import ground_truth, measurable, measure
 from detector.evaluation.proposals import proposal_recall, without_classes
 from detector.ops.checks import ConfigError
+from detector.settings import COCO_LIMITS
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ NAMES = {"segm": "masks", "keypoints": "keypoints"}
 
 def check_training(model: nn.Module, dataset: Any) -> None:
     """Raise ConfigError where a head of the model has nothing to learn from a CocoDataset, or other keypoints."""
-    found, file = dataset.annotations, dataset.annotation_file
+    found, file = dataset.annotations, dataset.origin
     if model.mask_head is not None:
         way_out = "model.mask_head=null trains boxes alone"
         if not dataset.masks:
@@ -79,11 +80,13 @@ def rehearse(
     sigmas: Sequence[float] | None = None,
     keypoint_names: Sequence[str] | None = None,
     where: str = "",
+    max_detections: Sequence[int] = COCO_LIMITS,
 ) -> dict[str, dict[str, float]]:
     """Evaluate `model` on a CocoDataset as if it had found nothing: {iou type: {name: value}} of all that will be
     measured.
 
-    iou_types, sigmas: the settings of these names, below the node `where` ("evaluation.") of the configuration.
+    iou_types, sigmas, max_detections: the settings of these names, below the node `where` ("evaluation.") of the
+    configuration.
     keypoint_names: what the model learns, in its order; None where that is not known.
 
     Raises ConfigError where the model or the data cannot give what is asked for, ValueError and TypeError for truth
@@ -96,10 +99,10 @@ def rehearse(
     predicted = {kind for kind, there in heads.items() if there}
     kinds = measurable(truth, predicted)
     if iou_types is not None:
-        check_iou_types(iou_types, predicted, kinds, f"{where}iou_types", dataset.annotation_file)
+        check_iou_types(iou_types, predicted, kinds, f"{where}iou_types", dataset.origin)
         kinds = list(iou_types)
     if "keypoints" in kinds:
-        check_keypoints(num_keypoints(model), names, dataset.annotation_file, keypoint_names)
+        check_keypoints(num_keypoints(model), names, dataset.origin, keypoint_names)
         if sigmas is None and len(names) != len(coco_sigmas(17)):
             log.info(
                 "keypoints are measured with the fall-off %.4f for each, the mean of COCO's; %ssigmas sets others",
@@ -107,7 +110,7 @@ def rehearse(
             )
     if sigmas is not None:
         check_sigmas(sigmas, names if "keypoints" in kinds else [], f"{where}sigmas")
-    metrics = measure(truth, [], kinds, evaluator, False, sigmas)
+    metrics = measure(truth, [], kinds, evaluator, False, sigmas, max_detections)
     if proposals_only and "bbox" in metrics:
         metrics["bbox"] |= proposal_recall(truth, [])
     return metrics

@@ -7,20 +7,32 @@ from collections.abc import Sequence
 from detector.data.annotations import Truth
 from detector.evaluation.coco import check_annotations
 from detector.ops.text import one_line, width
+from detector.settings import COCO_LIMITS
 
-COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
-
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 TITLES = {"bbox": "box", "segm": "mask", "boundary": "boundary", "keypoints": "keypoint", "voc": "VOC box"}
 
 
-def summary_table(metrics: dict) -> str:
-    """One row per IoU type, in percent."""
+def summary_table(metrics: dict, limits: Sequence[int] = COCO_LIMITS) -> str:
+    """One row per IoU type, in percent; a line below says so where other `limits` than COCO's were measured."""
+    columns = (*COLUMNS, f"AR{limits[-1]}")
     rows = [
-        [TITLES[kind]] + [percent(values.get(c, values.get("AR"))) for c in COLUMNS]
+        [TITLES[kind]] + [percent(values.get(c, values.get("AR"))) for c in columns]
         for kind, values in metrics.items()
         if kind in TITLES
     ]
-    return table(["", *COLUMNS], rows)
+    note = limits_note(limits)
+    return table(["", *columns], rows) + (f"\n{note}" if note else "")
+
+
+def limits_note(limits: Sequence[int]) -> str:
+    """What to know about AP with other limits than COCO's; "" for COCO's."""
+    if tuple(limits) == COCO_LIMITS:
+        return ""
+    return (
+        f"AP and AR count up to {limits[-1]} detections of a class in an image, COCO's {COCO_LIMITS[-1]}: "
+        "compare only numbers of the same limit."
+    )
 
 
 def class_table(metrics: dict, annotations: dict | Truth) -> str:

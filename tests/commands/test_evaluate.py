@@ -203,3 +203,21 @@ def test_proposals_are_measured_by_boxes_alone(shapes_tiny, tmp_path):
     ):
         evaluate_checkpoint(**arguments("eval", [*arguments, "iou_types=[segm]"]))
     assert evaluate_checkpoint(**arguments("eval", [*arguments, "iou_types=[voc]"])).keys() == {"voc", "per_class"}
+
+
+def test_more_detections_than_coco_counts(checkpoint, tmp_path, capsys, caplog):
+    """max_detections reaches the box head, the metrics' names and the table; another checkpoint's evaluation has it."""
+    wide = options(checkpoint, max_detections="[1,10,300]", output=tmp_path / "wide")
+    metrics = evaluate_checkpoint(**arguments("eval", wide))
+    assert "AR300" in metrics["bbox"] and "AR100" not in metrics["segm"]
+    assert len(json.loads((tmp_path / "wide" / "predictions.json").read_text())) > 8 * 20
+    about = json.loads((tmp_path / "wide" / "about.json").read_text())
+    assert about["max_detections"] == [1, 10, 300]
+    table = (tmp_path / "wide" / "table.txt").read_text()
+    assert "AR300" in table and "count up to 300 detections of a class in an image, COCO's 100" in table
+    assert table.strip() in capsys.readouterr().out and not caplog.records
+    evaluate_checkpoint(**arguments("eval", [*wide, "model.box_head.detections_per_image=30"]))
+    assert len(json.loads((tmp_path / "wide" / "predictions.json").read_text())) == 8 * 30
+    assert "counts up to 300, but model.box_head.detections_per_image = 30" in caplog.text
+    with pytest.raises(ConfigError, match=r"max_detections.*growing whole numbers"):
+        evaluate_checkpoint(**arguments("eval", options(checkpoint, max_detections="[100,10]")))

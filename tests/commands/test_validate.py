@@ -102,6 +102,19 @@ def test_faults_are_found(monkeypatch, capsys, folder, fault):
     assert found[0]["severity"] == ("error" if expected else "warning") and found[0]["split"] in (split, "both")
 
 
+def test_what_a_crowded_set_needs(monkeypatch, capsys, folder):
+    """The settings with their numbers, and with them there is nothing to say."""
+    entries = [{"category_id": 2, "iscrowd": 0, "area": 64, "image_id": 7} for _ in range(122)]
+    boxes = [{"id": 50 + i, "bbox": [4 * (i % 12), 3 * (i // 12), 8, 8]} for i in range(122)]
+    change(folder, "train", lambda coco: coco.update(annotations=[a | b for a, b in zip(entries, boxes)]))
+    _, report, printed = run(monkeypatch, capsys, folder)
+    advice = "model.box_head.detections_per_image=200 evaluation.max_detections=[1,10,200]"
+    assert f"more than 100 objects, the most that are kept or counted; images hold up to 122: {advice}" in printed
+    assert next(f for f in report["findings"] if "100 objects" in f["what"])["examples"] == ["image 7: 122"]
+    _, report, _ = run(monkeypatch, capsys, folder, *advice.split())
+    assert not [f for f in report["findings"] if "objects, the most" in f["what"]]
+
+
 def test_not_json(monkeypatch, capsys, folder):
     (folder / "annotations" / "instances_val.json").write_text("{")
     code, report, printed = run(monkeypatch, capsys, folder)

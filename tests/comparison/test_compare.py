@@ -402,6 +402,25 @@ def test_one_method_alone_is_reported(make_run, tmp_path):
     assert "<h2>Average precision" in (tmp_path / "report" / "report.html").read_text()
 
 
+def test_the_limit_of_detections(make_run, tmp_path):
+    """As the runs were measured, the most where they differ, or as the user wants it; the report says so."""
+    make_run("one", roi("align"))
+    wide = make_run("two", roi("pool"))
+    assert compare_runs(**settings(tmp_path))["max_detections"] == [1, 10, 100]
+    about = wide / "eval_last" / "about.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"max_detections": [1, 10, 300]}))
+    report = compare_runs(**settings(tmp_path))
+    assert report["max_detections"] == [1, 10, 300] and "AR300" in report["metrics"]["bbox"]["align"]
+    assert report["metrics"]["boundary"]["pool"]["AR300"]["mean"] > 0
+    assert any(
+        "measured with max_detections = [1, 10, 100] and [1, 10, 300]; here with" in w for w in report["warnings"]
+    )
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "| AR300 |" in page and "AR100" not in page and "up to 300 detections" in page
+    few = compare_runs(**settings(tmp_path, max_detections="[1]"))
+    assert few["metrics"]["bbox"]["align"]["AP"]["mean"] < report["metrics"]["bbox"]["align"]["AP"]["mean"]
+
+
 def test_unknown_baseline(make_run, tmp_path):
     make_run("align", roi("align"))
     with pytest.raises(ConfigError, match="baseline = 'pool': the methods are align"):

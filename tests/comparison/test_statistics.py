@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detector.comparison.statistics import METRICS, MatchedDetections, difference, draws, match, metrics, resample
+from detector.comparison.statistics import MatchedDetections, difference, draws, match, metrics, resample
 from detector.evaluation import coco_metrics
-from tests.evaluation.test_coco import random_case
+from detector.evaluation.tables import COLUMNS
+from tests.evaluation.test_coco import crowded_case, random_case
 
 
 def same(found, expected):
-    for name in METRICS:
+    for name in (*COLUMNS, "AR100"):
         value = found[name][0]
         assert (expected[name] == -1 and np.isnan(value)) or value == pytest.approx(expected[name], abs=1e-12), name
 
@@ -167,3 +168,12 @@ def test_pairing_by_seed_narrows_the_interval():
 def test_nothing_to_compare():
     found = difference([np.nan], [0.4], np.full((1, 9), np.nan), np.zeros((1, 9)))
     assert np.isnan(found.low) and not found.clear
+
+
+@pytest.mark.parametrize("limit", [100, 150, 300])
+def test_more_than_100_detections(limit):
+    truth, predictions = crowded_case()
+    found = metrics(resample(match(truth, predictions, limit=limit)), limit)
+    expected = coco_metrics(truth, predictions, max_detections=[1, 10, limit])
+    for name in ("AP", "AP50", "APs", f"AR{limit}"):
+        assert found[name][0] == pytest.approx(expected[name], abs=1e-12) and found[name][0] > 0.1

@@ -172,7 +172,7 @@ def test_lvis_images_get_their_file_names(tmp_path):
     assert main(["lvis", str(tmp_path)]) == 0
     data = opened("lvis", tmp_path, "val")
     assert data[0].boxes.tolist() == [[5, 6, 25, 16]] and data[0].has_mask.all()
-    written = json.loads(data.annotation_file.read_text())
+    written = json.loads(data.annotation_files[0].read_text())
     assert written["images"][0]["neg_category_ids"] == [2] and written["categories"] == content["categories"]
     del content["images"][0]["neg_category_ids"]
     (tmp_path / "lvis_v1_val.json").write_text(json.dumps(content))

@@ -11,7 +11,7 @@ import pickle
 import numpy as np
 import pytest
 
-from detector.data import Annotations, CocoDataset, open_coco, read_coco
+from detector.data import Annotations, CocoDataset, open_coco, read_coco, several
 from detector.data import store as store_module
 from detector.data.annotations import Truth
 from tests.data.coco_files import minimal, write
@@ -38,7 +38,7 @@ def open_again(tmp_path, monkeypatch):
         parsed.append(1)
         return read_coco(*args, **kwargs)
 
-    monkeypatch.setattr(store_module, "read_coco", counted)
+    monkeypatch.setattr(several, "read_coco", counted)
 
     def open_it(path, **options):
         return open_coco(path, cache=tmp_path / "cache", small=0, **options)

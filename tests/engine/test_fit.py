@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from detector.config import ConfigError
+from detector.engine import setup
 from detector.engine import train as loop
 from detector.settings import Evaluation
 from tests.data.coco_files import FIVE, five_points
@@ -112,3 +113,23 @@ def test_a_metric_of_masks_that_the_validation_set_lacks(run, monkeypatch, tmp_p
     message = r"evaluation\.metric = 'segm\.AP': is not measured; choose auto, bbox\.AP"
     refused(lambda: run(*SHORT, data, "evaluation.metric=segm.AP"), monkeypatch, tmp_path, message)
     run(*SHORT, data)
+
+
+def test_as_many_detections_are_kept_as_are_counted(config, run, caplog, monkeypatch):
+    """Unless the command line says otherwise, which a warning answers; a resumed run may count more than before."""
+    wide = "evaluation.max_detections=[1,10,300]"
+    with caplog.at_level("INFO", "detector"):
+        cfg = config(wide)
+        setup.fit(cfg, *setup.datasets(cfg), Evaluation(max_detections=[1, 10, 300]))
+    assert cfg.model.box_head.detections_per_image == 300
+    assert "detections_per_image = 300, not 100: as many as evaluation.max_detections counts" in caplog.text
+    monkeypatch.setattr(setup, "overridden", lambda: {"model.box_head.detections_per_image"})
+    cfg = config(wide, "model.box_head.detections_per_image=50")
+    setup.keep_enough(cfg, 300)
+    assert cfg.model.box_head.detections_per_image == 50 and "= 50 keeps fewer" in caplog.text
+    monkeypatch.undo()
+    folder = run(*SHORT)
+    assert folder == run(*SHORT, "schedule.max_iterations=2", wide)
+    assert "AR300" in json.loads((folder / "metrics.json").read_text())["bbox"]
+    with pytest.raises(ConfigError, match="max_detections"):
+        run(*SHORT, "evaluation.max_detections=[10,1]")

@@ -76,6 +76,62 @@ def random_case(seed, images=6, objects=8, classes=3, size=160):
     return truth, predictions
 
 
+def crowded_case(objects=250):
+    """Two images full of objects, most of one class, with one noisy detection of each."""
+    rng = np.random.default_rng(0)
+    annotations, predictions = [], []
+    for image in (1, 2):
+        for _ in range(objects):
+            box = [*rng.uniform(0, 900, 2).tolist(), *rng.uniform(10, 60, 2).tolist()]
+            entry = {"image_id": image, "category_id": 1 + int(rng.random() < 0.1), "bbox": box}
+            annotations.append(entry | {"id": len(annotations), "area": box[2] * box[3], "iscrowd": 0})
+            moved = [box[0] + rng.normal(), box[1] + rng.normal(), *box[2:]]
+            predictions.append(entry | {"bbox": moved, "score": float(np.round(rng.random(), 2))})
+    images = [{"id": i, "width": 1000, "height": 1000, "file_name": f"{i}.jpg"} for i in (1, 2)]
+    categories = [{"id": 1, "name": "cell"}, {"id": 2, "name": "debris"}]
+    return {"images": images, "categories": categories, "annotations": annotations}, predictions
+
+
+@pytest.mark.parametrize("limits", [(1, 10, 300), (50,), (5, 75, 150, 400)])
+def test_limits_of_detections(limits):
+    truth, predictions = crowded_case()
+    found = coco_metrics(truth, predictions, per_class=True, max_detections=limits)
+    assert found == coco_metrics(truth, predictions, "bbox", "pycocotools", True, max_detections=limits)
+    assert [name for name in found if name.startswith("AR") and name[2].isdigit()] == [f"AR{n}" for n in limits]
+    evaluator = pycocotools_by_hand(truth, predictions)
+    evaluator.params.maxDets = list(limits)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator.evaluate()
+        evaluator.accumulate()
+    precision, recall = evaluator.eval["precision"], evaluator.eval["recall"]  # every value is there: no -1
+    assert found["AP"] == pytest.approx(precision[..., 0, -1].mean())
+    assert found["AP75"] == pytest.approx(precision[5, ..., 0, -1].mean())
+    for place, limit in enumerate(limits):
+        assert found[f"AR{limit}"] == pytest.approx(recall[..., 0, place].mean())
+
+
+def pycocotools_by_hand(truth, predictions):
+    reference = COCO()
+    reference.dataset = copy.deepcopy(truth)
+    for number, entry in enumerate(reference.dataset["annotations"], 1):
+        entry["id"] = number
+    with contextlib.redirect_stdout(io.StringIO()):
+        reference.createIndex()
+        return COCOeval(reference, reference.loadRes(copy.deepcopy(predictions)), "bbox")
+
+
+def test_100_detections_of_250_objects():
+    truth, _ = crowded_case()
+    perfect = [{**a, "score": 1.0} for a in truth["annotations"]]
+    assert coco_metrics(truth, perfect)["AP"] < 0.75 < 1 == coco_metrics(truth, perfect, max_detections=[300])["AP"]
+
+
+@pytest.mark.parametrize("limits", [[], [10, 1], [0, 10], [1, 10, 10], [1.5], [True]])
+def test_limits_that_cannot_be(case, limits):
+    with pytest.raises(ValueError, match=r"max_detections.*growing whole numbers, such as \[1, 10, 100\]"):
+        coco_metrics(*case, max_detections=limits)
+
+
 @pytest.fixture
 def case():
     return random_case(0)
