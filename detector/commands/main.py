@@ -15,7 +15,7 @@ COMMANDS = {  # the module whose `main` the word runs, with which arguments befo
     "explore": ("commands.explore", [], "an HTML page that shows what each RoI method reads in an image"),
     "features": ("commands.features", [], "what a model makes of the boxes in a COCO file, as arrays in a .npz"),
     "validate": ("commands.validate", [], "look over a data set before time is spent on it"),
-    "convert": ("data.convert", [], "Pascal VOC, Cityscapes, LVIS or YOLO as COCO annotation files"),
+    "convert": ("data.convert", [], "data sets and exports of other tools as COCO files, and back; splits"),
     "shapes": ("commands.make_shapes", [], "generate the shapes data set, on which the quickstart trains"),
     "coco": ("commands.prepare_coco", [], "download COCO 2017"),
     "weights": ("commands.weights", [], "weights of torchvision, detectron2, mmdetection in; ours out"),

@@ -1,4 +1,4 @@
-"""Data sets in other formats as COCO annotation files beside their pictures, which stay where they are.
+"""Data sets of other formats and tools as COCO annotation files, and back; one file as several splits.
 
     detector convert voc data/VOCdevkit        then: detector train experiment=pascal_voc
     detector convert voc my_data --train trainval --val test
@@ -7,7 +7,25 @@
     detector convert lvis data/coco
     detector convert yolo my_data
 
-Writes ROOT/annotations/FORMAT_train.json and FORMAT_val.json.
+write ROOT/annotations/FORMAT_train.json and FORMAT_val.json; the pictures stay where they are.
+
+    detector convert cvat my_export            annotations.xml, "CVAT for images 1.1"
+    detector convert label_studio my_export    its JSON or JSON-MIN
+    detector convert labelme my_export         a folder of JSON files
+    detector convert supervisely my_project    meta.json, DATASET/ann, DATASET/img
+
+write SOURCE/annotations/TOOL.json, one file with all pictures, for:
+
+    detector convert split my_export/annotations/cvat.json --val 0.2
+    detector convert split all.json --val 0.15 --test 0.15 --by patient
+
+And out again: annotations, or what `detector predict` and `detector eval` found.
+
+    detector convert to_yolo my_data/annotations/instances_train.json my_yolo --images my_data/train
+    detector convert to_cvat predictions/predictions.json found.xml --images photos --score 0.5
+    detector convert to_label_studio predictions/predictions.json tasks.json --images photos
+    detector convert to_coco predictions/predictions.json polygons.json
+    detector convert to_csv predictions/predictions.json found.csv
 """
 
 from __future__ import annotations
@@ -18,7 +36,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detector.checkpoint import write_json
-from detector.data.formats import READERS, Notes
+from detector.data.formats import READERS, TOOLS, WRITERS, Notes
+from detector.data.formats.writers import TOLERANCE, load_found
+from detector.data.split import split_coco
 from detector.ops.text import readable_streams
 
 SPLITS = {"voc": (["VOC2007/trainval", "VOC2012/trainval"], ["VOC2007/test"])}
@@ -65,35 +85,126 @@ def _is_text(name: str) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0: written; 2: it cannot be, and why."""
-    parser = argparse.ArgumentParser(
-        prog="detector convert", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("format", choices=READERS)
-    parser.add_argument("root", type=Path, help="the folder of the data set")
-    parser.add_argument("--train", nargs="+", metavar="SPLIT", help="splits to train on (VOC: VOC2007/trainval ...)")
-    parser.add_argument("--val", nargs="+", metavar="SPLIT", help="splits to evaluate on")
-    args = parser.parse_args(arguments)
+    args = _parser().parse_args(arguments)
     readable_streams()
-    train, val = SPLITS.get(args.format, (["train"], ["val"]))
+    notes = Notes()
     try:
-        contents = {}
-        for name, splits in (("train", args.train or train), ("val", args.val or val)):  # all before any is written
-            notes = Notes()
-            contents[name] = convert(args.format, args.root, splits, notes)
-            for line in notes.lines():
-                print(f"{name}: {line}", file=sys.stderr)
-            if not contents[name]["annotations"]:
-                count = len(contents[name]["images"])
-                raise ValueError(f"{name}: none of the {count} images has an object: use a split that is annotated")
-        for name, content in contents.items():
-            path = args.root / "annotations" / f"{args.format}_{name}.json"
-            write_json(path, content)
-            images, objects, categories = (len(content[key]) for key in ("images", "annotations", "categories"))
-            print(f"{path}: {images} images, {objects} objects of {categories} categories")
+        lines = args.task(args, notes)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        lines, failure = [], error
+    else:
+        failure = None
+    for line in notes.lines():
+        print(line, file=sys.stderr)
+    for line in lines:
+        print(line)
+    if failure is not None:
+        print(f"error: {failure}", file=sys.stderr)
+    return 0 if failure is None else 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="detector convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
+    for name in READERS:
+        kind = kinds.add_parser(name, help="a data set of this format as COCO files")
+        kind.add_argument("root", type=Path, help="the folder of the data set")
+        kind.add_argument("--train", nargs="+", metavar="SPLIT", help="splits to train on (VOC: VOC2007/trainval ...)")
+        kind.add_argument("--val", nargs="+", metavar="SPLIT", help="splits to evaluate on")
+        kind.set_defaults(task=_convert_splits)
+    for name in TOOLS:
+        kind = kinds.add_parser(name, help="an export of this tool as a COCO file")
+        kind.add_argument("source", type=Path, help="the folder of the export, or its file")
+        kind.add_argument("--images", type=Path, help="the folder of the pictures, where it is another than usual")
+        kind.add_argument("--output", type=Path, help="the file to write; SOURCE/annotations/FORMAT.json by default")
+        kind.set_defaults(task=_convert_export)
+    kind = kinds.add_parser("split", help="one COCO file as several, for training, validation, test")
+    kind.add_argument("source", type=Path, help="the COCO file; NAME_train.json, NAME_val.json are written beside it")
+    kind.add_argument("--val", type=float, default=0.2, help="share of the images to evaluate on (0.2)")
+    kind.add_argument("--test", type=float, default=0.0, help="share of the images for a test set (none)")
+    kind.add_argument(
+        "--by", default="image", help="a field of the images, such as patient: equal values stay together"
+    )
+    kind.add_argument("--pattern", help="instead, a regular expression for file names: what its group matches")
+    kind.add_argument("--seed", type=int, default=0, help="of what chance decides")
+    kind.set_defaults(task=_split)
+    for name in WRITERS:
+        kind = kinds.add_parser(name, help="annotations or predictions as this")
+        kind.add_argument("source", type=Path, help="a COCO file, or predictions.json")
+        kind.add_argument("target", type=Path, help="the folder to write" if name == "to_yolo" else "the file to write")
+        kind.add_argument(
+            "--annotations", type=Path, help="the COCO file that the predictions of `detector eval` are on"
+        )
+        kind.add_argument("--images", type=Path, help="the folder of the pictures, from which names are to start")
+        kind.add_argument("--score", type=float, default=0.0, help="the least score of a detection")
+        if name == "to_coco":
+            kind.add_argument(
+                "--tolerance", type=float, default=TOLERANCE, help="pixels by which outlines are smoothed"
+            )
+        if name == "to_label_studio":
+            kind.add_argument(
+                "--prefix", default="/data/local-files/?d=", help="what its server puts before file names"
+            )
+            kind.add_argument("--from-name", default="label", help="name of its label tags")
+            kind.add_argument("--to-name", default="image", help="name of its image tag, and of the data that it shows")
+        if name == "to_yolo":
+            kind.add_argument("--split", default="train", help="name of the split: train, val, ...")
+            kind.add_argument("--boxes", action="store_true", help="leave outlines away")
+        kind.set_defaults(task=_write)
+    return parser
+
+
+def _convert_splits(args: argparse.Namespace, notes: Notes) -> list[str]:
+    train, val = SPLITS.get(args.format, (["train"], ["val"]))
+    contents = {}
+    for name, splits in (("train", args.train or train), ("val", args.val or val)):  # all before any is written
+        own = Notes()
+        try:
+            contents[name] = convert(args.format, args.root, splits, own)
+        finally:
+            notes.found |= {f"{name}: {kind}": places for kind, places in own.found.items()}
+        if not contents[name]["annotations"]:
+            count = len(contents[name]["images"])
+            raise ValueError(f"{name}: none of the {count} images has an object: use a split that is annotated")
+    return [
+        _written(args.root / "annotations" / f"{args.format}_{name}.json", content)
+        for name, content in contents.items()
+    ]
+
+
+def _convert_export(args: argparse.Namespace, notes: Notes) -> list[str]:
+    if not args.source.exists():
+        raise FileNotFoundError(f"{args.source} does not exist")
+    content = TOOLS[args.format](args.source, args.images, notes)
+    folder = args.source if args.source.is_dir() else args.source.parent
+    return [_written(args.output or folder / "annotations" / f"{args.format}.json", content)]
+
+
+def _split(args: argparse.Namespace, notes: Notes) -> list[str]:
+    shares = {"train": 1 - args.val - args.test, "val": args.val} | ({"test": args.test} if args.test else {})
+    parts = split_coco(load_found(args.source), shares, args.by, args.pattern, args.seed, notes)
+    return [
+        _written(args.source.with_name(f"{args.source.stem}_{name}.json"), content) for name, content in parts.items()
+    ]
+
+
+def _write(args: argparse.Namespace, notes: Notes) -> list[str]:
+    content = load_found(args.source, args.annotations, None if args.format == "to_yolo" else args.images, args.score)
+    others = ("tolerance", "prefix", "from_name", "to_name", "split", "boxes")
+    options = {key: value for key, value in vars(args).items() if key in others}
+    if args.format == "to_yolo":
+        options["images"] = args.images
+    else:
+        args.target.parent.mkdir(parents=True, exist_ok=True)
+    return [f"{args.target}: {WRITERS[args.format](content, args.target, notes, **options)}"]
+
+
+def _written(path: Path, content: dict) -> str:
+    write_json(path, content)
+    images, objects, categories = (len(content[key]) for key in ("images", "annotations", "categories"))
+    return f"{path}: {images} images, {objects} objects of {categories} categories"
 
 
 if __name__ == "__main__":

@@ -226,6 +226,10 @@ def _read_categories(name: str, content: Mapping, problems: Problems) -> _Classe
         found[id_] = title, frequency if isinstance(frequency, str) and frequency in ("r", "c", "f") else None
     if not found:
         raise ValueError(f"{name}: categories: there must be some, and names must each occur once; there are none")
+    groups = {record.get("supercategory") for record in content["categories"] if whole(record.get("id")) != 0}
+    if 0 in found and groups == {found[0][0]} and not _uses(content, 0):  # Roboflow's
+        kind = "category 0 is the group of the others and no object uses it, left out"
+        problems.notice(kind, f"category 0 name={found.pop(0)[0]!r}")
     by_name = defaultdict(list)
     for id_ in sorted(found):
         by_name[found[id_][0]].append(id_)
@@ -246,6 +250,11 @@ def _read_categories(name: str, content: Mapping, problems: Problems) -> _Classe
             )
     ids = sorted(found)
     return _Classes([found[id_][0] for id_ in ids], ids, [found[id_][1] for id_ in ids])
+
+
+def _uses(content: Mapping, category_id: int) -> bool:
+    entries = (entry for entry in content["annotations"] if isinstance(entry, dict))
+    return any(whole(entry.get("category_id")) == category_id for entry in entries)
 
 
 def labels_of(
@@ -494,6 +503,11 @@ class _Reader:
             problems.notice("no bbox, taken from the segmentation", where)
         elif (box := self._read_box(bbox, where)) is None:
             return problems.error("bbox is not four finite numbers", f"{where} bbox={_short(bbox)}")
+        if not segmentation and (turned := _turned(record, box)) is not None:
+            kind = "box that CVAT turned (attributes.rotation), read as its outline and the upright box around it"
+            problems.notice(kind, f"{where} rotation={_short(record['attributes']['rotation'])}")
+            mask = Mask(image[1:3], [turned], np.concatenate([turned.min(0), turned.max(0)]))
+            box = mask.bounds()
         if no_area:
             area = (mask.area() if mask else 0.0) or box[2] * box[3]
             value = f"area={_short(record['area'])}" if "area" in record else "no area"
@@ -574,6 +588,19 @@ class _Reader:
             if not rings:
                 self.problems.notice("segmentation without an area, box kept", where)
         return _Learnt((max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)), rings, even_odd)
+
+
+def _turned(record: dict, box: tuple[float, float, float, float]) -> np.ndarray | None:
+    """The corners [4, 2] of a box that CVAT's COCO export gives as it was before it was turned about its centre; None
+    where it was not. The angle is clockwise, in degrees."""
+    attributes = record.get("attributes")
+    angle = number(attributes.get("rotation")) if isinstance(attributes, dict) else None
+    if not angle or not angle % 360:
+        return None
+    x, y, w, h = box
+    sine, cosine = math.sin(math.radians(angle)), math.cos(math.radians(angle))
+    corners = np.array([[-w, -h], [w, -h], [w, h], [-w, h]]) / 2
+    return corners @ np.array([[cosine, sine], [-sine, cosine]]) + [x + w / 2, y + h / 2]
 
 
 class OtherSize(ValueError):

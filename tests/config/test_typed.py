@@ -38,7 +38,17 @@ PROGRAMS = {  # its module, and the keys that are paths
 }
 CODE = ("augment.", "model.", "optimizer.", "roi.", "runtime.", "schedule.", "training.")  # arguments of constructors
 NO_PATHS = {  # settings that are texts, or may be, and no paths: a new one stands here or in PATHS
-    *("baseline", "data.keypoints", "data.max_pixels", "data.on_error", "data.pad_to", "data.prepare", "device"),
+    *(
+        "baseline",
+        "data.sampling",
+        "max_detections",
+        "data.keypoints",
+        "data.max_pixels",
+        "data.on_error",
+        "data.pad_to",
+        "data.prepare",
+        "device",
+    ),
     *("evaluation.evaluator", "evaluation.every", "evaluation.metric", "evaluation.sigmas", "evaluator", "head"),
     *(
         "dtype",

@@ -18,6 +18,7 @@ from detector.data.contents import changes, contents
 from detector.evaluation import coco_metrics
 from detector.evaluation.coco import check_annotations
 from tests.data.coco_files import minimal, write
+from tests.untrained import arguments
 
 
 @pytest.fixture
@@ -178,10 +179,10 @@ def test_evaluation_and_comparison_of_two_files_are_those_of_one(checkpoint, sha
     files, folders = halves(shapes_tiny, tmp_path / "halves")
     typed = [f"data.val.annotations=[{','.join(files)}]", f"data.val.images=[{','.join(folders)}]"]
     options = [f"checkpoint={checkpoint}", "device=cpu", "workers=0", "threads=1"]
-    one = evaluate.evaluate_checkpoint(compose("eval", options))
-    cfg = compose("eval", as_typed([*options, *typed]))
-    assert OmegaConf.to_container(cfg.data.val) == {"images": folders, "annotations": files}
-    assert evaluate.evaluate_checkpoint(cfg) == one
+    one = evaluate.evaluate_checkpoint(**arguments("eval", options))
+    given = arguments("eval", as_typed([*options, *typed]))
+    assert given["data"]["val"] == {"images": folders, "annotations": files}
+    assert evaluate.evaluate_checkpoint(**given) == one
     (folder,) = checkpoint.parent.glob("eval_run_a-*")
     assert json.loads((folder / "about.json").read_text())["annotations"] == files
     for truth in (files, folder / "annotations.json"):
@@ -196,7 +197,7 @@ def test_evaluation_and_comparison_of_two_files_are_those_of_one(checkpoint, sha
 
     (run / "config.yaml").write_text(OmegaConf.to_yaml(load(checkpoint)["config"]))
     about = [f"runs={tmp_path / 'runs'}", f"output={tmp_path / 'report'}", "probe_images=0", "samples=20", "device=cpu"]
-    report = compare.compare_runs(compose("compare", about))
+    report = compare.compare_runs(**arguments("compare", about))
     assert report["metrics"]["bbox"]["align"]["AP"]["mean"] == pytest.approx(one["bbox"]["AP"])
     assert len(check_annotations(files)) == 8
 

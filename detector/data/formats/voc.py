@@ -170,7 +170,7 @@ def image_folders(folder: Path) -> list[Path]:
     return [path for path in (*inside, folder) if Stems(path, image_suffixes()).files] or [*inside, folder][:1]
 
 
-def parse(file: Path) -> ElementTree.Element:
+def parse(file: Path, kind: str = "VOC", outermost: str = "annotation") -> ElementTree.Element:
     """The annotation of an XML file, whatever encoding it declares."""
     data = file.read_bytes()
     declared = re.match(rb"""\s*<\?xml[^>]*encoding\s*=\s*["']([\w.:-]+)["']""", data)
@@ -185,8 +185,10 @@ def parse(file: Path) -> ElementTree.Element:
         raise ValueError(
             f"{file} is not XML ({error}): mend the file, or save it in the encoding it declares"
         ) from None
-    if tree.tag != "annotation":
-        raise ValueError(f"{file}: the outermost element is <{tree.tag}>, VOC's is <annotation>: of another format?")
+    if tree.tag != outermost:
+        raise ValueError(
+            f"{file}: the outermost element is <{tree.tag}>, {kind}'s is <{outermost}>: of another format?"
+        )
     return tree
 
 
