@@ -54,7 +54,7 @@ def test_every_side_gets_its_share(seed, units, classes):
     sides = deal(amounts, [0.6, 0.2, 0.2], np.random.default_rng(seed))
     got = np.stack([amounts[sides == side].sum(0) for side in range(3)])
     wanted = np.array([0.6, 0.2, 0.2])[:, None] * amounts.sum(0)
-    assert (np.abs(got - wanted) <= np.maximum(6, 0.1 * amounts.sum(0))).all()
+    assert (np.abs(got - wanted) <= np.maximum(12, 0.2 * amounts.sum(0))).all()
 
 
 def test_a_rare_category_is_on_both_sides():

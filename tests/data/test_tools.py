@@ -470,7 +470,7 @@ def test_to_label_studio_and_back(found, tmp_path, capsys):
     first = tasks[0]["predictions"][0]
     assert first["score"] == pytest.approx(0.65) and first["result"][0]["score"] == 0.9
     assert first["result"][0]["type"] == "polygonlabels" and first["result"][0]["from_name"] == "tag"
-    value = tasks[1]["predictions"][0]["result"][0]["value"]
+    value = dict(tasks[1]["predictions"][0]["result"][0]["value"])
     assert value.pop("rectanglelabels") == ["dog"]
     assert value == pytest.approx({"x": 7.5, "y": 400 / 60, "width": 25, "height": 2000 / 60, "rotation": 0})
     for one in tasks:  # what an annotator submits as it is
