@@ -2,9 +2,10 @@
 
     detector validate data=custom data.root=my_data
 
-Takes what `detector train` takes and looks at the data that it would train on, with its image sizes and anchors. Prints
-what it finds, and writes report.json and report.html with pictures. Exit codes: 0 nothing that would stop a run, 1
-errors, 2 a setting cannot work or there is no data set to look at.
+Takes what `detector train` takes and looks at the data that it would train on, with its image sizes and anchors
+(experiment=finetune where data are given and no experiment). Prints what it finds and a command line with the settings
+that suit the data, and writes report.json and report.html with pictures. One step is trained to measure memory and
+time. Exit codes: 0 nothing that would stop a run, 1 errors, 2 a setting cannot work or there is no data set to look at.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import io
 import json
 import math
 import os
+import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -34,21 +36,29 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
+from detector.commands import advice
+from detector.commands.copies import SAME_PICTURE, Looks, agreement, alike, fitted, look_of
 from detector.commands.train import train
 from detector.config import ConfigError, as_typed, build, compose, config_errors, explain, make_folder
 from detector.config.program import prepare
 from detector.config.suggest import hydra_options
 from detector.data import Annotations, CocoDataset, Pipeline, build_dataset
-from detector.data.annotations import Truth
+from detector.data.annotations import Objects, Truth
 from detector.data.loader import build_transforms, split_files
+from detector.data.outlines import fill
 from detector.data.read_coco import Problems
 from detector.data.several import shown
 from detector.engine import setup
 from detector.evaluation.coco import for_backend
+from detector.evaluation.evaluator import ground_truth
+from detector.evaluation.tables import table
 from detector.inference.draw import draw
 from detector.ops.text import one_line, readable_streams
 from detector.roi import RoIExtractor, assign_levels
 
+COUNTED = ("objects", "images")
+COPIES_SHOWN = 6  # pictures side by side
+SHOWN_CATEGORIES = 100  # on the terminal
 KEPT = "model.box_head.detections_per_image"
 SHOWN = 10  # examples that a finding names
 SIZES = (0, 8, 16, 32, 64, 96, 128, 256, 512, np.inf)  # limits of the histogram, sqrt(area) in network pixels
@@ -68,9 +78,10 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     statistics: dict[str, Any] = field(default_factory=dict)
     pictures: list[tuple[str, np.ndarray]] = field(default_factory=list)
-    suggestions: dict[str, str] = field(
-        default_factory=dict
-    )  # settings that suit the data, as the command line has them
+    suggestions: dict[str, str] = field(default_factory=dict)  # settings as the command line has them
+    advice: list[str] = field(default_factory=list)  # what they are for
+    looked_at: str = ""  # the training for which
+    command: str = ""  # that starts it with all suggestions
 
     def add(self, severity: str, split: str, what: str, examples: Iterable[Any], count: int | None = None) -> None:
         """count: how many there are, where `examples` are not all of them."""
@@ -82,8 +93,9 @@ class Report:
         return any(finding.severity == "error" for finding in self.findings)
 
 
-def validate(cfg: DictConfig, images: bool = True, pictures: int = 6) -> Report:
-    """The report on the data set of a training configuration. `images=False` leaves the image files unread.
+def validate(cfg: DictConfig, images: bool = True, pictures: int = 6, step: bool = False) -> Report:
+    """The report on the data set of a training configuration. `images=False` leaves the image files unread; `step`
+    trains one step, where nothing is wrong, to measure memory and time.
 
     The data are opened as the training opens them, with the same settings; what is wrong is an error where it would
     stop the training, and a warning where data.on_error=skip leaves it out.
@@ -115,13 +127,19 @@ def validate(cfg: DictConfig, images: bool = True, pictures: int = 6) -> Report:
     look_at_crowds(report, cfg, {split: dataset.annotations for split, dataset in sets.items()})
     if sets:
         look_at_sizes(report, cfg, {split: dataset.annotations for split, dataset in sets.items()})
-    digests = {}
+    digests, looks = {}, {}
     for split, dataset in sets.items():
         if images:
-            digests[split] = look_at_images(report, split, dataset, wrong)
+            digests[split], looks[split] = look_at_images(report, split, dataset, wrong)
         report.pictures += examples(split, dataset, pictures)
     if len(sets) == 2:
         compare_splits(report, digests)
+        if looks:
+            look_for_copies(report, sets, looks)
+    if "val" in sets:
+        look_at_noise(report, ground_truth(sets["val"]))
+    if step and "train" in sets and not report.has_errors():
+        look_at_a_step(report, cfg, sets["train"])
     report.findings.sort(key=lambda finding: finding.severity)
     return report
 
@@ -221,7 +239,8 @@ def look_with_hotcoco(report: Report, split: str, truth: Truth) -> None:
 
 
 def look_at_sizes(report: Report, cfg: DictConfig, sets: Mapping[str, Annotations]) -> None:
-    """Objects against anchors and pyramid levels, at the size at which the network sees them."""
+    """Objects against anchors and pyramid levels, at the size at which the network sees them; the training set's give
+    the settings that are proposed."""
     model = setup.skeleton(cfg)
     rpn = build(cfg.model.rpn, "model.rpn")(model.neck.out_channels, model.neck.strides)  # with numbers in its anchors
     transforms = Pipeline(build_transforms(cfg.augment, "val"))
@@ -232,18 +251,21 @@ def look_at_sizes(report: Report, cfg: DictConfig, sets: Mapping[str, Annotation
         names = [f"{low:g} to {high:g} px" for low, high in zip(SIZES, SIZES[1:])]
         statistics = report.statistics[split]
         statistics["size as the network sees it, sqrt(area)"] = dict(zip(names, counts.tolist()))
-        best = best_anchor_iou(boxes, sizes, rpn.anchors)
+        best = advice.best_anchor_iou(boxes, sizes, rpn.anchors)
         statistics["best anchor"] = {
             f"IoU below {rpn.negative_iou}": int((best < rpn.negative_iou).sum()),
             f"IoU below {rpn.positive_iou}": int((best < rpn.positive_iou).sum()),
             "of objects": len(best),
         }
+        if split == "train" and len(boxes):
+            propose_sizes(report, cfg, found, boxes, sizes, side.numpy())
         if len(best) and (unmatched := float((best < rpn.negative_iou).float().mean())) > 0.01:
+            keys = (key for key in report.suggestions if key.startswith(("model.rpn.", "augment.")))
+            what = " ".join(f"{key}={report.suggestions[key]}" for key in keys) or "other objects than the training set"
             report.add(
                 "warning",
                 split,
-                f"no anchor overlaps {unmatched:.1%} of the objects by IoU {rpn.negative_iou}: "
-                "change model.rpn.anchor_sizes or the image size",
+                f"no anchor overlaps {unmatched:.1%} of the objects by IoU {rpn.negative_iou}: {what}",
                 (f"{w:.0f} x {h:.0f} px" for w, h in (boxes[:, 2:] - boxes[:, :2])[best < rpn.negative_iou]),
             )
         extractor = next((part for part in model.modules() if isinstance(part, RoIExtractor)), None)
@@ -254,6 +276,75 @@ def look_at_sizes(report: Report, cfg: DictConfig, sets: Mapping[str, Annotation
         statistics["pyramid level of the box head"] = {
             f"stride {stride:g}": count for stride, count in zip(extractor.strides, levels)
         }
+
+
+def propose_sizes(
+    report: Report, cfg: DictConfig, found: Annotations, boxes: Tensor, sizes: Tensor, side: np.ndarray
+) -> None:
+    """The size of images, and then the anchors at that size, where others suit the objects clearly better."""
+    factor, edge = 1.0, cfg.augment.get("short_edge")
+    if edge is not None and (proposal := advice.propose_edge(side, found.image_sizes, edge)):
+        wanted, why = proposal
+        factor = wanted / edge
+        report.suggestions |= {"augment.short_edge": str(wanted)}
+        report.suggestions["augment.max_size"] = str(round(cfg.augment.max_size * factor))
+        report.advice.append(f"augment.short_edge={wanted}, not {edge}: {why}")
+    model = setup.skeleton(cfg)
+    rpn = OmegaConf.to_container(cfg.model.rpn)
+    shapes = list(model.neck.strides), rpn["anchor_sizes"], rpn["aspect_ratios"]
+    now, best = advice.propose_anchors(boxes * factor, (sizes * factor).round().long(), *shapes)
+    where = f"reach {now.reached:.0%} of the objects by IoU {advice.REACHED}, {now.iou:.2f} on average"
+    if best.reached > now.reached + 0.02 or best.iou > now.iou + 0.03:
+        own = {"anchor_sizes": advice.bracketed(best.sizes), "aspect_ratios": advice.bracketed(best.ratios)}
+        own = {f"model.rpn.{key}": value for key, value in own.items()}
+        report.suggestions |= own
+        line = " ".join(f"{key}={value}" for key, value in own.items())
+        report.advice.append(f"the anchors {where}; {line} reach {best.reached:.0%}, {best.iou:.2f}")
+    else:
+        report.advice.append(f"the anchors {where}: as well as others would")
+
+
+def look_at_noise(report: Report, truth: Truth) -> None:
+    """Whether the validation set is large enough for its AP to say something."""
+    objects = int((~truth.crowd).sum())
+    if len(truth) >= advice.FEW_IMAGES and objects >= advice.FEW_OBJECTS:
+        return
+    if (found := advice.noise(truth)) is not None:
+        value, low, high = (100 * number for number in found)
+        report.add(
+            "warning",
+            "val",
+            f"AP on {len(truth)} images with {objects} objects is mostly chance: a detector of AP {value:.0f} is "
+            f"measured as {low:.0f} to {high:.0f} (95 %), {high - low:.0f} points wide. Give it {advice.FEW_IMAGES} "
+            f"images and {advice.FEW_OBJECTS} objects: detector convert split",
+            [f"{len(truth)} images, {objects} objects"],
+        )
+
+
+def look_at_a_step(report: Report, cfg: DictConfig, dataset: CocoDataset) -> None:
+    """One step of the training, for the batch that fits and the time that an epoch takes."""
+    step = advice.measure_step(cfg, dataset)
+    workers, batch = cfg.runtime.workers, cfg.training.batch_size // cfg.training.accumulate
+    epoch = advice.span(step.epoch(len(dataset), workers))
+    report.statistics["one step"] = {
+        f"images on {step.device}": step.images,
+        "s": round(step.seconds, 2),
+        "s to load an image": round(step.loading, 3),
+        "MB for an image": round(step.per_image),
+        "MB for the model": round(step.fixed),
+    }
+    report.advice.append(f"an epoch of {len(dataset)} images takes about {epoch} on {step.device}")
+    fits = step.batch()
+    if fits is None:
+        return
+    memory = f"{step.per_image:.0f} MB for an image and {step.fixed:.0f} MB for the model, {step.free:.0f} MB are free"
+    usual = cfg.training.reference_batch or cfg.training.batch_size
+    if fits < batch:
+        report.suggestions["training.batch_size"] = str(fits)
+        report.advice.append(f"training.batch_size={fits}, not {batch}: more do not fit ({memory})")
+    elif step.device.startswith("cuda") and (more := min(fits, usual, len(dataset))) >= 2 * batch:
+        report.suggestions["training.batch_size"] = str(more)
+        report.advice.append(f"training.batch_size={more}, not {batch}: they fit ({memory}), and take less time")
 
 
 def network_boxes(found: Annotations, transforms: Pipeline) -> tuple[Tensor, Tensor]:
@@ -268,46 +359,56 @@ def network_boxes(found: Annotations, transforms: Pipeline) -> tuple[Tensor, Ten
     return torch.from_numpy(boxes).float(), torch.from_numpy(after[images_of])
 
 
-def best_anchor_iou(boxes: Tensor, sizes: Tensor, anchors: Any) -> Tensor:
-    """[M] the largest IoU of each box with any anchor: per shape that is the anchor nearest to the box's centre."""
-    best = torch.zeros(len(boxes))
-    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-    for stride, cells in zip(anchors.strides, anchors.cells):
-        last = (sizes.flip(1) - 1).div(stride, rounding_mode="floor") * stride
-        nearest = ((centre / stride).round() * stride).clamp(min=0).minimum(last)
-        for cell in cells:
-            placed = torch.cat([nearest, nearest], dim=1) + cell
-            low, high = torch.maximum(placed[:, :2], boxes[:, :2]), torch.minimum(placed[:, 2:], boxes[:, 2:])
-            shared = (high - low).clamp(min=0).prod(dim=1)
-            area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) + (cell[2:] - cell[:2]).prod()
-            best = torch.maximum(best, shared / (area - shared))
-    return best
+def look_at_images(report: Report, split: str, dataset: CocoDataset, wrong: str) -> tuple[dict[str, list[int]], Looks]:
+    """Decode every image; returns the image ids by content, and how the images look. wrong: severity of an image that
+    cannot be read."""
 
-
-def look_at_images(report: Report, split: str, dataset: CocoDataset, wrong: str) -> dict[str, list[int]]:
-    """Decode every image; returns the image ids by content. wrong: severity of an image that cannot be read."""
-
-    def look(index: int) -> tuple[str | None, str | None]:
+    def look(index: int) -> tuple[str | None, str | None, tuple[int, int] | None]:
         try:
             digest = hashlib.blake2b(dataset.image_path(index).read_bytes(), digest_size=16).hexdigest()
         except OSError as error:
-            return None, str(error)
+            return None, str(error), None
         try:
-            dataset.read(index)
+            return digest, None, look_of(dataset.read(index))
         except (OSError, ValueError) as error:
-            return digest, str(error)
-        return digest, None
+            return digest, str(error), None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         looked = pool.map(look, range(len(dataset)))
         results = list(tqdm(looked, total=len(dataset), desc=f"read {split}", disable=None))
-    report.add(wrong, split, "image that cannot be read, or is of another size", (e for _, e in results if e))
+    report.add(wrong, split, "image that cannot be read, or is of another size", (e for _, e, _ in results if e))
     by_content = defaultdict(list)
-    for image_id, (digest, _) in zip(dataset.image_ids.tolist(), results):
+    for image_id, (digest, *_) in zip(dataset.image_ids.tolist(), results):
         if digest:
             by_content[digest].append(image_id)
     report.add("warning", split, "the same image again", (f"images {ids}" for ids in by_content.values() if ids[1:]))
-    return by_content
+    seen = [(index, look) for index, (_, _, look) in enumerate(results) if look is not None]
+    hashes = np.array([look for _, look in seen], np.uint64).reshape(-1, 2)
+    return by_content, Looks(np.array([index for index, _ in seen], int), hashes)
+
+
+def look_for_copies(report: Report, sets: Mapping[str, CocoDataset], looks: Mapping[str, Looks]) -> None:
+    """Pictures of val that are in train too though their files differ: saved anew, resized or mirrored. What looks
+    alike in short is compared at one size, and shown side by side."""
+    if not len(looks["val"].hashes) or not len(looks["train"].hashes):
+        report.advice.append(
+            "copies of pictures that were saved anew, resized or mirrored: pip install imagehash finds them"
+        )
+        return
+    found = []
+    for indices in alike(looks["val"], looks["train"]):
+        pair, mirrored = {"val": indices[0], "train": indices[1]}, indices[2]
+        if len({sets[split].image_path(index).read_bytes() for split, index in pair.items()}) == 1:
+            continue  # the same file: told already
+        images = [sets[split].read(index) for split, index in pair.items()]
+        if agreement(images[0], images[1][:, ::-1] if mirrored else images[1]) < SAME_PICTURE:
+            continue
+        names = {split: sets[split].file_names()[sets[split].rows[index]] for split, index in pair.items()}
+        found.append(f"train {names['train']}, val {names['val']}{', mirrored' if mirrored else ''}")
+        if len(found) <= COPIES_SHOWN:
+            report.pictures.append((f"copy: {found[-1]}", np.concatenate(list(map(fitted, images)), axis=1)))
+    what = "picture of val that looks like one of train (saved anew, resized or mirrored): the evaluation is too good"
+    report.add("warning", "both", what, found)
 
 
 def compare_splits(report: Report, digests: Mapping[str, Mapping]) -> None:
@@ -331,8 +432,10 @@ def examples(split: str, dataset: CocoDataset, count: int) -> list[tuple[str, np
     for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int):
         with contextlib.suppress(OSError, ValueError):
             objects = dataset.annotations.objects(dataset.rows[index])
-            found = dataset.read(index), objects.boxes, objects.labels
-            picture = draw(*found, dataset.categories, keypoints=objects.keypoints)
+            image = dataset.read(index)
+            masks = object_masks(objects, *image.shape[:2])
+            options = {"masks": masks, "keypoints": objects.keypoints}
+            picture = draw(image, objects.boxes, objects.labels, dataset.categories, **options)
             scale = min(1, 800 / max(picture.shape))
             picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
             name = dataset.file_names()[dataset.rows[index]]
@@ -340,8 +443,19 @@ def examples(split: str, dataset: CocoDataset, count: int) -> list[tuple[str, np
     return pictures
 
 
+def object_masks(objects: Objects, height: int, width: int) -> np.ndarray | None:
+    """[G, height, width] bool of the outlines; None where none of the objects has one."""
+    if not len(objects.outlines.points):
+        return None
+    side = max(height, width)
+    windows = np.tile(np.float32([0, 0, side, side]), (len(objects.boxes), 1))
+    return fill(objects.outlines, windows, side)[:, :height, :width].astype(bool)
+
+
 def as_json(report: Report) -> dict[str, Any]:
-    return {"findings": [asdict(finding) for finding in report.findings], "statistics": report.statistics}
+    about = {"looked_at": report.looked_at, "command": report.command}
+    about |= {"suggestions": report.suggestions, "advice": report.advice}
+    return {"findings": [asdict(finding) for finding in report.findings], "statistics": report.statistics, **about}
 
 
 def as_text(report: Report) -> str:
@@ -350,10 +464,25 @@ def as_text(report: Report) -> str:
     for split, numbers in report.statistics.items():
         plain = ", ".join(f"{value} {name}" for name, value in numbers.items() if not isinstance(value, dict))
         lines.append(f"{split}: {plain}")
+    per_category = {name: own["per category"] for name, own in report.statistics.items() if "per category" in own}
+    if per_category:
+        names = list(dict.fromkeys(name for own in per_category.values() for name in own))
+        rows = [
+            [one_line(name), *(str(own.get(name, {}).get(key, 0)) for own in per_category.values() for key in COUNTED)]
+            for name in names[:SHOWN_CATEGORIES]
+        ]
+        lines.append(table(["category", *(f"{split} {key}" for split in per_category for key in COUNTED)], rows))
+        if len(names) > SHOWN_CATEGORIES:
+            lines.append(f"... and {len(names) - SHOWN_CATEGORIES} more, in the report")
     for finding in report.findings:
         lines.append(one_line(f"{finding.severity.upper()} {finding.split}: {finding.count} x {finding.what}"))
         lines += [f"    {one_line(example)}" for example in finding.examples[:3]]
+    lines += [f"- {one_line(text)}" for text in report.advice]
     totals = Counter(finding.severity for finding in report.findings)
+    if report.looked_at:
+        lines.append(f"looked at for {report.looked_at}")
+    if report.command and not totals["error"]:
+        lines.append(f"train with all suggestions:\n    {report.command}")
     lines.append(f"{totals['error']} kinds of errors, {totals['warning']} of warnings")
     return "\n".join(lines)
 
@@ -376,6 +505,10 @@ def as_html(report: Report) -> str:
         items = "".join(f"<li>{html.escape(example)}</li>" for example in finding.examples)
         title = f"{finding.severity}, {finding.split}: {finding.count} × {html.escape(finding.what)}"
         body += f"<details class={finding.severity}><summary>{title}</summary><ul>{items}</ul></details>"
+    if report.advice:
+        body += "<h2>What suits the data</h2>" + "".join(f"<p>{html.escape(text)}</p>" for text in report.advice)
+    if report.command and not report.has_errors():
+        body += f"<p>For {html.escape(report.looked_at)}:<pre>{html.escape(report.command)}</pre>"
     for split, numbers in report.statistics.items():
         body += f"<h2>{split}</h2><p>"
         body += ", ".join(f"{value} {name}" for name, value in numbers.items() if not isinstance(value, dict)) + "</p>"
@@ -390,7 +523,7 @@ def as_html(report: Report) -> str:
     style = (
         "body{font:15px sans-serif;max-width:1100px;margin:2em auto}.bar{background:#0072b2;height:1em}"
         ".error summary{color:#b00}summary{cursor:pointer;margin:.4em 0}"
-        "figure{display:inline-block;margin:.5em;width:30%}img{width:100%}td{padding:0 .6em}"
+        "pre{white-space:pre-wrap}figure{display:inline-block;margin:.5em;width:30%}img{width:100%}td{padding:0 .6em}"
     )
     return f"<!doctype html><meta charset=utf-8><title>Data set</title><style>{style}</style><h1>Data set</h1>{body}\n"
 
@@ -400,10 +533,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="as for `detector train`: data=..., data.root=..., experiment=...")
     parser.add_argument("--config-dir", type=Path, help="a folder with config options of your own")
     parser.add_argument("--output", type=Path, default=Path("runs/validation"), help="folder of the report")
+    parser.add_argument("--no-step", action="store_true", help="do not train a step to measure memory and time")
     parser.add_argument("--no-images", action="store_true", help="do not read the image files")
     options = parser.parse_intermixed_args()  # options may stand between overrides
     readable_streams()
-    overrides = as_typed(options.overrides)
+    given = list(options.overrides)
+    chosen = [text.partition("=")[0] for text in given]
+    if "data" in chosen and "experiment" not in chosen:  # the recipe for data of one's own
+        given.insert(0, "experiment=finetune")
+    overrides = as_typed(given)
     arguments = overrides + (["--config-dir", str(options.config_dir)] if options.config_dir else [])
     try:
         cfg = compose("train", overrides, hydra_options(arguments)[1])
@@ -414,7 +552,13 @@ def main() -> None:
         hydras, cfg = cfg.hydra, OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
         prepare(cfg, hydras, train)
         make_folder(options.output, "--output")
-        report = validate(cfg, images=not options.no_images)
+        report = validate(cfg, images=not options.no_images, step=not (options.no_step or options.no_images))
+        choices = hydras.runtime.choices
+        report.looked_at = f"experiment={choices.experiment} model={choices.model} data={choices.data}"
+        config_dir = ["--config-dir", str(options.config_dir)] if options.config_dir else []
+        kept = [text for text in given if text.partition("=")[0] not in report.suggestions]
+        proposed = [f"{key}={value}" for key, value in report.suggestions.items()]
+        report.command = shlex.join(["detector", "train", *config_dir, *kept, *proposed])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from detector.data.annotations import Objects
 from detector.data.copy_paste import paste
-from detector.data.file_names import find_in_folders, leads_out
+from detector.data.file_names import find_in_folders, leads_out, nearby
 from detector.data.outlines import fill, mask_windows
 from detector.data.read_coco import Problems
 from detector.data.several import Paths, as_paths, shown
@@ -190,14 +190,23 @@ class CocoDataset(Dataset):
 
     def _find_files(self, problems: Problems | None) -> tuple[np.ndarray, dict[int, str]]:
         """Which images are there, [I] bool, and the paths of those whose names are written in another way."""
-        if gone := next((folder for folder in self.folders if not folder.is_dir()), None):
-            raise FileNotFoundError(f"image folder {gone} does not exist: check data.root and the image options")
-        collected, problems = problems, problems or Problems(self.origin, self.on_error)
         names, sources = self.annotations.all_file_names(), self.annotations.sources
+        of_source = [[names[i] for i in np.flatnonzero(sources == s)] for s in range(len(self.folders))]
+        for folder, own in zip(self.folders, of_source):
+            if not folder.is_dir():
+                hint = where_else(folder, own) or "check data.root and the image options"
+                raise FileNotFoundError(f"image folder {folder} does not exist: {hint}")
+        collected, problems = problems, problems or Problems(self.origin, self.on_error)
         paths, variants, missing = find_in_folders(self.folders, sources, names)
         for row, text in variants.items():
             where = f"{self.name_of(row)} file_name={text}"
             problems.notice("file_name that is written in another way than the file's, which is taken", where)
+        for source, (folder, own) in enumerate(zip(self.folders, of_source)):
+            lacking = [row for row in missing if sources[row] == source]
+            if len(own) > 1 and len(lacking) == len(own):  # one mistake, not as many as there are files
+                hint = where_else(folder, own) or f"{own[0]!r} is the first"
+                problems.error("image folder without any of the files", f"{folder}: none of {len(own)}; {hint}")
+                missing = {row: text for row, text in missing.items() if sources[row] != source}
         for row, text in missing.items():
             path, kind = self.folders[sources[row]] / names[row], "missing image file"
             if not leads_out(names[row]) and (path.is_dir() or path.is_symlink()):
@@ -311,6 +320,12 @@ class CocoDataset(Dataset):
         centres = windows[:, :2, None] + (windows[:, 2:] - windows[:, :2])[:, :, None] * cells  # [G, 2, S]
         inside = (centres >= out.boxes[:, :2, None]) & (centres <= out.boxes[:, 2:, None])
         return masks & inside[:, 1, :, None] & inside[:, 0, None, :]
+
+
+def where_else(folder: Path, names: Sequence[str]) -> str:
+    """Folders nearby that have files of these names, in words; "" where there are none."""
+    found = nearby(folder, names)[:3] if folder.parent.is_dir() else []
+    return f"they are in {' or '.join(map(str, found))}: set data.train.images, data.val.images" if found else ""
 
 
 def mirrored_keypoints(names: Sequence[str]) -> list[int]:

@@ -20,6 +20,7 @@ from urllib.parse import unquote
 import numpy as np
 
 UPLOAD = re.compile(r"[0-9a-f]{8}-(?=.)")  # 1a2b3c4d-photo.jpg
+TRIED, DEEP, MANY = 20, 3, 1000  # files that are looked for, levels below, folders at most
 SERVED = re.compile(r"^(?:file:/*|.*[?&]d=)")  # file:///home/me/photo.jpg, /data/local-files/?d=photos/photo.jpg
 
 
@@ -75,6 +76,21 @@ def find_in_folders(
         variants |= {own[k]: text for k, text in other.items()}
         problems |= {own[k]: text for k, text in missing.items()}
     return paths, variants, problems
+
+
+def nearby(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Folders beside `folder`, or below what holds it, that have the first of these files, those with most first."""
+    some = [name.replace("\\", "/") for name in names[:TRIED]]
+    counts: dict[Path, int] = {}
+    for number, (place, below, _) in enumerate(os.walk(folder.parent)):
+        depth = len(Path(place).relative_to(folder.parent).parts)
+        below[:] = sorted(name for name in below if not name.startswith("."))[:MANY] if depth < DEEP else []
+        count = max(sum((Path(place) / own(name)).is_file() for name in some) for own in (str, os.path.basename))
+        if count and Path(place) != folder:
+            counts[Path(place)] = count
+        if number > MANY:
+            break
+    return sorted(counts, key=lambda place: (-counts[place], place))
 
 
 def _listed(folder: Path, names: Sequence[str]) -> set[str]:
