@@ -43,7 +43,7 @@ from detector.config import ConfigError, as_typed, build, compose, config_errors
 from detector.config.program import prepare
 from detector.config.suggest import hydra_options
 from detector.data import Annotations, CocoDataset, Pipeline, build_dataset
-from detector.data.annotations import Objects, Truth
+from detector.data.annotations import Images, Objects, Truth
 from detector.data.loader import build_transforms, split_files
 from detector.data.outlines import fill
 from detector.data.read_coco import Problems
@@ -180,7 +180,7 @@ def look_at_objects(report: Report, split: str, found: Annotations) -> None:
             split,
             "bbox and segmentation disagree by more than 2 px and a twentieth of the object",
             (
-                f"annotation {found.object_ids[i]} (image {found.image_ids[images_of[i]]}): "
+                f"annotation {found.object_ids[i]} ({named(found, images_of[i])}): "
                 f"bbox {boxes[k].round(1).tolist()}, around the segmentation {bounds[k].round(1).tolist()}"
                 for k, i in enumerate(outlined)
                 if wrong[k]
@@ -194,8 +194,13 @@ def look_at_objects(report: Report, split: str, found: Annotations) -> None:
         "warning",
         split,
         "the same box and category again in an image",
-        (f"annotation {found.object_ids[i]} (image {found.image_ids[images_of[i]]})" for i in again),
+        (f"annotation {found.object_ids[i]} ({named(found, images_of[i])})" for i in again),
     )
+
+
+def named(found: Images, row: int) -> str:
+    """What a finding calls an image."""
+    return f"image {found.image_ids[row]}, {found.file_name(row)}"
 
 
 def look_at_crowds(report: Report, cfg: DictConfig, sets: Mapping[str, Annotations]) -> None:
@@ -207,7 +212,7 @@ def look_at_crowds(report: Report, cfg: DictConfig, sets: Mapping[str, Annotatio
         objects = np.bincount(images_of, minlength=len(found))
         _, of_classes = np.unique(np.stack([images_of, found.labels[~found.crowd]]), axis=1, return_counts=True)
         most, of_class = max(most, objects.max()), max(of_class, of_classes.max(initial=0))
-        crowded[split] = [(found.image_ids[i], objects[i]) for i in np.argsort(-objects, kind="stable")]
+        crowded[split] = [(named(found, i), objects[i]) for i in np.argsort(-objects, kind="stable")]
     limit = counted if kept is None else min(kept, counted)
     enough = 100 * math.ceil(1.5 * most / 100)  # what is found twice or wrongly takes places, too
     if kept is not None and most > kept:
@@ -216,9 +221,9 @@ def look_at_crowds(report: Report, cfg: DictConfig, sets: Mapping[str, Annotatio
         report.suggestions["evaluation.max_detections"] = f"[1,10,{enough}]"
     advice = " ".join(f"{key}={value}" for key, value in report.suggestions.items())
     for split, images in crowded.items() if advice else ():
-        named = (f"image {image_id}: {count}" for image_id, count in images if count > limit)
+        where = (f"{image}: {count}" for image, count in images if count > limit)
         what = f"image with more than {limit} objects, the most that are kept or counted; images hold up to {most}"
-        report.add("warning", split, f"{what}: {advice}", named)
+        report.add("warning", split, f"{what}: {advice}", where)
 
 
 def look_with_hotcoco(report: Report, split: str, truth: Truth) -> None:
@@ -226,16 +231,16 @@ def look_with_hotcoco(report: Report, split: str, truth: Truth) -> None:
     content, _ = for_backend(truth, [])
     with contextlib.redirect_stdout(io.StringIO()):
         checked = hotcoco.COCO(content).healthcheck()
-    images, objects = np.sort(truth.image_ids), truth.object_ids
+    images, images_of = np.argsort(truth.image_ids), truth.images_of()
     for item in [*checked["errors"], *checked["warnings"]]:
         code, ids = item["code"], np.array(item["affected_ids"], int) - 1
         if "category" in code:
-            named = (f"category {truth.categories[i]!r}" for i in ids)
+            where = (f"category {truth.categories[i]!r}" for i in ids)
         elif "image" in code or "dimensions" in code:
-            named = (f"image {images[i]}" for i in ids)
+            where = (named(truth, images[i]) for i in ids)
         else:
-            named = (f"annotation {objects[i]}" for i in ids)
-        report.add("warning", split, f"{code.replace('_', ' ')} (hotcoco: {item['message']})", named)
+            where = (f"annotation {truth.object_ids[i]} ({named(truth, images_of[i])})" for i in ids)
+        report.add("warning", split, f"{code.replace('_', ' ')} (hotcoco: {item['message']})", where)
 
 
 def look_at_sizes(report: Report, cfg: DictConfig, sets: Mapping[str, Annotations]) -> None:
@@ -359,8 +364,8 @@ def network_boxes(found: Annotations, transforms: Pipeline) -> tuple[Tensor, Ten
     return torch.from_numpy(boxes).float(), torch.from_numpy(after[images_of])
 
 
-def look_at_images(report: Report, split: str, dataset: CocoDataset, wrong: str) -> tuple[dict[str, list[int]], Looks]:
-    """Decode every image; returns the image ids by content, and how the images look. wrong: severity of an image that
+def look_at_images(report: Report, split: str, dataset: CocoDataset, wrong: str) -> tuple[dict[str, list[str]], Looks]:
+    """Decode every image; returns their names by content, and how they look. wrong: severity of an image that
     cannot be read."""
 
     def look(index: int) -> tuple[str | None, str | None, tuple[int, int] | None]:
@@ -378,10 +383,12 @@ def look_at_images(report: Report, split: str, dataset: CocoDataset, wrong: str)
         results = list(tqdm(looked, total=len(dataset), desc=f"read {split}", disable=None))
     report.add(wrong, split, "image that cannot be read, or is of another size", (e for _, e, _ in results if e))
     by_content = defaultdict(list)
-    for image_id, (digest, *_) in zip(dataset.image_ids.tolist(), results):
+    for row, (digest, *_) in zip(dataset.rows, results):
         if digest:
-            by_content[digest].append(image_id)
-    report.add("warning", split, "the same image again", (f"images {ids}" for ids in by_content.values() if ids[1:]))
+            by_content[digest].append(named(dataset.annotations, row))
+    report.add(
+        "warning", split, "the same image again", ("; ".join(names) for names in by_content.values() if names[1:])
+    )
     seen = [(index, look) for index, (_, _, look) in enumerate(results) if look is not None]
     hashes = np.array([look for _, look in seen], np.uint64).reshape(-1, 2)
     return by_content, Looks(np.array([index for index, _ in seen], int), hashes)
@@ -422,7 +429,7 @@ def compare_splits(report: Report, digests: Mapping[str, Mapping]) -> None:
             "warning",
             "both",
             "image of val that is in train too: the evaluation is too good",
-            (f"train {digests['train'][key]}, val {digests['val'][key]}" for key in both),
+            ("; ".join(f"{s}: {', '.join(digests[s][key])}" for s in ("train", "val")) for key in both),
         )
 
 

@@ -77,7 +77,12 @@ FAULTS = {
     "unknown category": ("train", set_first(category_id=77), 1, "category_id=77"),
     "zero box": ("val", set_first(bbox=[1, 1, 0, 5]), 0, "bbox of no size"),
     "outside": ("val", set_first(bbox=[100, 1, 5, 5]), 0, "outside the image"),
-    "mask beside box": ("train", set_first(bbox=[30, 6, 20, 10]), 0, "annotation 1 (image 7): bbox [30.0, 6.0, 50.0"),
+    "mask beside box": (
+        "train",
+        set_first(bbox=[30, 6, 20, 10]),
+        0,
+        "annotation 1 (image 7, a.png): bbox [30.0, 6.0, 50.0",
+    ),
     "duplicate id": ("train", set_first(id=2), 0, "annotation id that occurs twice"),
     "twice": ("train", lambda c: c["annotations"].append(dict(c["annotations"][0], id=9)), 0, "same box and category"),
     "other category": ("val", lambda c: c["categories"].append({"id": 9, "name": "bird"}), 1, "bird"),
@@ -113,7 +118,7 @@ def test_what_a_crowded_set_needs(monkeypatch, capsys, folder):
     _, report, printed = run(monkeypatch, capsys, folder)
     advice = "model.box_head.detections_per_image=200 evaluation.max_detections=[1,10,200]"
     assert f"more than 100 objects, the most that are kept or counted; images hold up to 122: {advice}" in printed
-    assert next(f for f in report["findings"] if "100 objects" in f["what"])["examples"] == ["image 7: 122"]
+    assert next(f for f in report["findings"] if "100 objects" in f["what"])["examples"] == ["image 7, a.png: 122"]
     _, report, _ = run(monkeypatch, capsys, folder, *advice.split())
     assert not [f for f in report["findings"] if "objects, the most" in f["what"]]
 
@@ -204,7 +209,7 @@ def test_leaks_and_unreadable_images(monkeypatch, capsys, folder):
     code, report, printed = run(monkeypatch, capsys, folder)
     assert code == 1 and "b.png cannot be read" in printed
     leak = next(f for f in report["findings"] if "is in train too" in f["what"])
-    assert leak["examples"] == ["train [7], val [107]"]
+    assert leak["examples"] == ["train: image 7, a.png; val: image 107, a.png"]
     code, report, _ = run(monkeypatch, capsys, folder, "--no-images")
     assert code == 0 and not any("is in train too" in f["what"] for f in report["findings"])
 
