@@ -219,7 +219,7 @@ def span(seconds: float) -> str:
 # ------------------------------------------------------------------------------------------------------- validation set
 
 
-def noise(truth: Truth, count: int = 300, seed: int = 0) -> tuple[float, float, float] | None:
+def noise(truth: Truth, count: int = 200, seed: int = 0) -> tuple[float, float, float] | None:
     """AP of a detector of middling quality on this validation set, and the 95 % interval that the choice of its images
     leaves, from `count` bootstrap draws; None without objects.
 
@@ -246,7 +246,7 @@ def noise(truth: Truth, count: int = 300, seed: int = 0) -> tuple[float, float, 
         for image, id_, box, score in rows
     ]
     matches = match(truth, results)
-    value = metrics(resample(matches))["AP"][0]
+    value = metrics(resample(matches, areas=(0,)))["AP"][0]
     drawn = metrics(resample(matches, draws(len(truth), count, seed), areas=(0,)))["AP"]
     low, high = np.nanquantile(drawn, [0.025, 0.975])
     return float(value), float(low), float(high)

@@ -93,9 +93,11 @@ class Report:
         return any(finding.severity == "error" for finding in self.findings)
 
 
-def validate(cfg: DictConfig, images: bool = True, pictures: int = 6, step: bool = False) -> Report:
+def validate(
+    cfg: DictConfig, images: bool = True, pictures: int = 6, step: bool = False, suggest: bool = True
+) -> Report:
     """The report on the data set of a training configuration. `images=False` leaves the image files unread; `step`
-    trains one step, where nothing is wrong, to measure memory and time.
+    trains one step, where nothing is wrong, to measure memory and time. `suggest=False` proposes no sizes.
 
     The data are opened as the training opens them, with the same settings; what is wrong is an error where it would
     stop the training, and a warning where data.on_error=skip leaves it out.
@@ -126,7 +128,7 @@ def validate(cfg: DictConfig, images: bool = True, pictures: int = 6, step: bool
         look_with_hotcoco(report, split, dataset.annotations.truth)
     look_at_crowds(report, cfg, {split: dataset.annotations for split, dataset in sets.items()})
     if sets:
-        look_at_sizes(report, cfg, {split: dataset.annotations for split, dataset in sets.items()})
+        look_at_sizes(report, cfg, {split: dataset.annotations for split, dataset in sets.items()}, suggest)
     digests, looks = {}, {}
     for split, dataset in sets.items():
         if images:
@@ -136,7 +138,7 @@ def validate(cfg: DictConfig, images: bool = True, pictures: int = 6, step: bool
         compare_splits(report, digests)
         if looks:
             look_for_copies(report, sets, looks)
-    if "val" in sets:
+    if "val" in sets and suggest:
         look_at_noise(report, ground_truth(sets["val"]))
     if step and "train" in sets and not report.has_errors():
         look_at_a_step(report, cfg, sets["train"])
@@ -243,7 +245,7 @@ def look_with_hotcoco(report: Report, split: str, truth: Truth) -> None:
         report.add("warning", split, f"{code.replace('_', ' ')} (hotcoco: {item['message']})", where)
 
 
-def look_at_sizes(report: Report, cfg: DictConfig, sets: Mapping[str, Annotations]) -> None:
+def look_at_sizes(report: Report, cfg: DictConfig, sets: Mapping[str, Annotations], suggest: bool) -> None:
     """Objects against anchors and pyramid levels, at the size at which the network sees them; the training set's give
     the settings that are proposed."""
     model = setup.skeleton(cfg)
@@ -262,7 +264,7 @@ def look_at_sizes(report: Report, cfg: DictConfig, sets: Mapping[str, Annotation
             f"IoU below {rpn.positive_iou}": int((best < rpn.positive_iou).sum()),
             "of objects": len(best),
         }
-        if split == "train" and len(boxes):
+        if split == "train" and len(boxes) and suggest:
             propose_sizes(report, cfg, found, boxes, sizes, side.numpy())
         if len(best) and (unmatched := float((best < rpn.negative_iou).float().mean())) > 0.01:
             keys = (key for key in report.suggestions if key.startswith(("model.rpn.", "augment.")))

@@ -226,8 +226,9 @@ def _read_categories(name: str, content: Mapping, problems: Problems) -> _Classe
         found[id_] = title, frequency if isinstance(frequency, str) and frequency in ("r", "c", "f") else None
     if not found:
         raise ValueError(f"{name}: categories: there must be some, and names must each occur once; there are none")
-    groups = {record.get("supercategory") for record in content["categories"] if whole(record.get("id")) != 0}
-    if 0 in found and groups == {found[0][0]} and not _uses(content, 0):  # Roboflow's
+    others = [record for record in content["categories"] if whole(record["id"]) != 0]
+    is_group = 0 in found and others and all(record.get("supercategory") == found[0][0] for record in others)
+    if is_group and not _uses(content, 0):  # Roboflow's
         kind = "category 0 is the group of the others and no object uses it, left out"
         problems.notice(kind, f"category 0 name={found.pop(0)[0]!r}")
     by_name = defaultdict(list)

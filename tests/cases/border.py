@@ -173,7 +173,7 @@ class Border:
             except (ConfigError, ValueError) as found:  # as setup.datasets turns it into words
                 error = str(found)
         with listening():
-            report = validate(cfg, images=False, pictures=0)
+            report = validate(cfg, images=False, pictures=0, suggest=False)
         assert report.has_errors() == (error is not None), (error, report.findings)
         outcome = Outcome(error, report, list(said))
         if error is None:

@@ -189,8 +189,8 @@ def test_detections_that_training_left_are_those_of_the_last_checkpoint(make_run
     (folder / "eval_last" / "predictions.json").rename(folder / "predictions.json")
     (folder / "eval_last" / "about.json").unlink()
     run = read_run(folder, "last")
-    assert len(run.predictions) and run.truth == shapes_tiny / "annotations" / "instances_val.json"
-    assert run.images == shapes_tiny / "val"
+    assert len(run.predictions) and run.truth == (shapes_tiny / "annotations" / "instances_val.json",)
+    assert run.images == (shapes_tiny / "val",)
     with pytest.raises(Unusable, match="neither eval_best"):
         read_run(folder, "best")
 
