@@ -202,7 +202,7 @@ class CocoDataset(Dataset):
             where = f"{self.name_of(row)} file_name={text}"
             problems.notice("file_name that is written in another way than the file's, which is taken", where)
         for source, (folder, own) in enumerate(zip(self.folders, of_source)):
-            lacking = [row for row in missing if sources[row] == source]
+            lacking = [row for row, text in missing.items() if sources[row] == source and text == repr(names[row])]
             if len(own) > 1 and len(lacking) == len(own):  # one mistake, not as many as there are files
                 hint = where_else(folder, own) or f"{own[0]!r} is the first"
                 problems.error("image folder without any of the files", f"{folder}: none of {len(own)}; {hint}")

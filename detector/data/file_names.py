@@ -80,7 +80,7 @@ def find_in_folders(
 
 def nearby(folder: Path, names: Sequence[str]) -> list[Path]:
     """Folders beside `folder`, or below what holds it, that have the first of these files, those with most first."""
-    some = [name.replace("\\", "/") for name in names[:TRIED]]
+    some = [os.path.basename(name) if leads_out(name) else name for name in names[:TRIED]]
     counts: dict[Path, int] = {}
     for number, (place, below, _) in enumerate(os.walk(folder.parent)):
         depth = len(Path(place).relative_to(folder.parent).parts)
