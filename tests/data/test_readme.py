@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from PIL import Image
 
 from detector import checkpoint as checkpoints
@@ -104,14 +105,15 @@ def test_as_typed(line, tmp_path, monkeypatch, capsys, state):
     for word in words:
         if word.startswith("checkpoint="):
             Path(word.partition("=")[2]).parent.mkdir(parents=True)
-            checkpoints.save(state, word.partition("=")[2])
+            checkpoints.save(state, Path(word.partition("=")[2]))
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     monkeypatch.setattr(loop, "train", only_prepared)
     monkeypatch.setattr("detector.commands.train.run_training", only_prepared)
     step = advice.Step("cpu", 2, 1.0, 0.1, 500, 900, 8000)  # of a ResNet-50: some seconds
     monkeypatch.setattr(advice, "measure_step", lambda *_: step)
     if words[1] in ("eval", "predict"):
-        words += ["device=cpu"]
+        words += ["device=cpu"] + ["workers=0"] * (words[1] == "eval")
     monkeypatch.setattr(sys, "argv", words)
     try:
         code = program.main()
