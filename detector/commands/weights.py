@@ -1,6 +1,6 @@
 """Weights in and out.
 
-detector weights convert SOURCE OUT      a foreign detector's weights as a checkpoint of ours
+detector weights convert SOURCE OUT      a foreign detector's weights, or our .safetensors, as a checkpoint of ours
 detector weights export CHECKPOINT OUT   a checkpoint of ours as .safetensors, .pt2 (torch.export) or .onnx; also
 detector export CHECKPOINT OUT
 """
@@ -52,12 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         names = args.categories.read_text(encoding="utf-8").split("\n") if args.categories else None
         names = names and [name.strip() for name in names if name.strip()]
-        config = convert(args.source, args.out, args.framework, args.style, names)
+        written = convert(args.source, args.out, args.framework, args.style, names)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    backbone = config["model"]["backbone"]
-    print(f"{args.out}: ResNet-{backbone['depth']}, {config['model']['num_classes']} classes")
+    backbone = written["config"]["model"]["backbone"]
+    body = f"ResNet-{backbone['depth']}" if "depth" in backbone else backbone.get("name", backbone["_target_"])
+    print(f"{args.out}: {body}, {len(written['categories'])} classes")
     return 0
 
 

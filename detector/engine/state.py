@@ -88,13 +88,13 @@ class State:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @classmethod
-    def create(cls, run: Run, start: Callable[[nn.Module], None] | None = None) -> State:
-        """Build what the config describes, on the device; `start` may fill the new model with weights."""
+    def create(cls, run: Run, start: Callable[..., None] | None = None) -> State:
+        """Build what the config describes, on the device; `start(model, categories=)` may fill it with weights."""
         cfg, training, device = run.cfg, run.training, run.world.device
-        classes = len(run.train_set.categories)
-        model = build(cfg.model, "model", num_classes=classes, pad_multiple=cfg.data.pad_multiple)
+        categories = run.train_set.categories
+        model = build(cfg.model, "model", num_classes=len(categories), pad_multiple=cfg.data.pad_multiple)
         if start is not None:
-            start(model)
+            start(model, categories=categories)
         model = to_preferred_layout(model.to(device), device)
         scaler = torch.amp.GradScaler(device.type, enabled=run.runtime.precision == "fp16")
         factory = build(cfg.optimizer, "optimizer")

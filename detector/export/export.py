@@ -28,11 +28,10 @@ from torch.export import Dim
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import nms
 
-from detector import checkpoint as checkpoints
 from detector.checkpoint import save_safetensors
 from detector.heads import BoxHead
 from detector.heads.keypoint import from_heatmaps
-from detector.inference.load import load
+from detector.inference.load import load, read
 from detector.model import TwoStageDetector
 from detector.ops.boxes import Survivors
 from detector.roi import RoIExtractor
@@ -222,7 +221,7 @@ def export(
     if suffix not in (".safetensors", ".pt2", ".onnx"):
         raise ValueError(f"{out}: the name must end in .safetensors, .pt2 or .onnx")
     if suffix == ".safetensors":
-        return save_safetensors(checkpoints.load(checkpoint), out)
+        return save_safetensors(read(checkpoint), out)
     model = load(checkpoint, trust=trust).model
     program = export_program(model, size, precision)
     return torch.export.save(program, out) if suffix == ".pt2" else save_onnx(program, output_names(model), out)

@@ -6,6 +6,7 @@ import codecs
 import io
 import sys
 import unicodedata
+from collections.abc import Sequence
 
 PLAIN = {"−": "-", "–": "-", "─": "-", "·": "-", "×": "x", "±": "+-", "≥": ">=", "≤": "<=", "→": "->", "…": "..."}
 JOINERS = "\u200c\u200d"  # invisible parts of words and of emoji
@@ -33,6 +34,12 @@ def one_line(text: str) -> str:
     blanks alone gets quotes around it."""
     shown = "".join(letter if _is_shown(letter) else escaped(letter) for letter in text)
     return shown if shown.strip() else repr(text)
+
+
+def few(names: Sequence[str], most: int) -> str:
+    """The first of them on one line, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(one_line(name) for name in names[:most]) + more
 
 
 def escaped(text: str) -> str:

@@ -9,8 +9,9 @@ import hydra
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from detector.weights.loading import ForeignWeights, load_into
+from detector.weights.loading import ForeignWeights
 from detector.weights.presets import groups, has
+from detector.weights.transfer import load_into
 
 DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 PYRAMID_SIZES, SINGLE_SIZES = [[32], [64], [128], [256], [512]], [[32, 64, 128, 256, 512]]

@@ -1,4 +1,4 @@
-"""From somebody's checkpoint to a model of ours: translate, check, load."""
+"""From somebody's checkpoint to a state dict under our names, with what it says of its settings and classes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models import get_weight
 
+from detector.weights.categories import categories_of
 from detector.weights.keymaps import (
     CAFFE2_TO_DETECTRON2,
     DETECTRON2,
@@ -23,7 +24,7 @@ from detector.weights.keymaps import (
     rename,
     resnet,
 )
-from detector.weights.presets import RGB, has, presets_of
+from detector.weights.presets import RGB, presets_of
 from detector.weights.reading import read_file, state_dict_of
 
 log = logging.getLogger(__name__)
@@ -35,11 +36,7 @@ TABLES = {
 }
 CAFFE2 = compile_table(CAFFE2_TO_DETECTRON2)
 RATIOS = 3  # of the anchors; all published models have 0.5, 1 and 2
-COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none and nothing depends on it
 WITHOUT_EPS = r"_fpn_coco-[0-9a-f]{8}|RCNN_ResNet50_FPN_Weights\.COCO"  # torchvision's first published detectors
-BODY = ("backbone.", "box_head.trunk.layer4.")  # what a classifier's weights fill: the latter in C4 models
-OFFSETS = ".conv2.offset."  # of deformable convolutions: no classifier has them
-HEADS = r"(box|mask|keypoint)_head\.(stages\.\d+\.)?predictor\."  # what depends on the number of classes
 
 
 class ForeignWeights(NamedTuple):
@@ -47,32 +44,6 @@ class ForeignWeights(NamedTuple):
 
     state_dict: dict[str, Tensor]  # under our names, in our order of classes and anchors
     presets: dict[str, Any]  # {key of the model config: value} that the weights were trained with
-
-
-class WrongShape(NamedTuple):
-    key: str
-    given: tuple[int, ...]
-    expected: tuple[int, ...]  # the model's
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.given}, expected {self.expected}"
-
-
-class Misfit(NamedTuple):
-    """How a state dict differs from a model's."""
-
-    missing: list[str]
-    extra: list[str]
-    shapes: list[WrongShape]
-
-    def __bool__(self) -> bool:
-        return any(self)
-
-    def __str__(self) -> str:
-        return "; ".join(f"{len(keys)} {kind}: {', '.join(map(str, keys))}" for kind, keys in zip(KINDS, self) if keys)
-
-
-KINDS = ("missing", "not of this model", "of another shape")
 
 
 def load_foreign(
@@ -93,13 +64,25 @@ def load_foreign(
 
     Raises FileNotFoundError, and ValueError for an unknown source or for keys that no rule knows, all of them listed.
     """
-    return read_foreign(path_or_state_dict, source, style)[0]
+    return read_foreign(path_or_state_dict, source, style).weights
+
+
+class Foreign(NamedTuple):
+    """What `read_foreign` returns."""
+
+    weights: ForeignWeights
+    source: str  # whose they are: one of SOURCES
+    categories: list[str] | None  # of the predictors' rows, see `categories_of`
+    contents: Mapping[str, Any]  # of the file
 
 
 def read_foreign(
-    path_or_state_dict: str | Path | Mapping[str, Any], source: str | None = None, style: str | None = None
-) -> tuple[ForeignWeights, str]:
-    """What `load_foreign` returns, and whose weights they are: one of SOURCES."""
+    path_or_state_dict: str | Path | Mapping[str, Any],
+    source: str | None = None,
+    style: str | None = None,
+    categories: list[str] | None = None,
+) -> Foreign:
+    """What `load_foreign` returns, and what else the file tells. categories: names of its classes, whatever it says."""
     if source not in (None, *SOURCES):
         raise ValueError(f"source={source!r}: expected one of {', '.join(SOURCES)}, or None to recognise it")
     if style not in (None, "caffe", "pytorch"):
@@ -113,14 +96,14 @@ def read_foreign(
     source = source or recognise(theirs)
     style = style or style_in(contents, Path(path_or_state_dict).name if is_path else "")
     if source == "detector":
-        return ForeignWeights(theirs, {}), source
+        return Foreign(ForeignWeights(theirs, {}), source, categories_of(contents, theirs, categories), contents)
     state, unused = translate(theirs, source)
     if unused:
         log.info("not used by the model: %s", ", ".join(unused))
     if is_path and source == "torchvision" and re.search(WITHOUT_EPS, str(path_or_state_dict)):
         without_eps(state)
-    presets = presets_of(source, state, style)
-    return ForeignWeights(state, presets | pixels_in(contents, theirs)), source
+    presets = presets_of(source, state, style) | pixels_in(contents, theirs)
+    return Foreign(ForeignWeights(state, presets), source, categories_of(contents, state, categories), contents)
 
 
 def recognise(state: Mapping[str, Tensor]) -> str:
@@ -233,78 +216,3 @@ def without_eps(state: dict[str, Tensor]) -> None:
     for key in state:
         if key.endswith("running_var"):
             state[key] = state[key] - 1e-5
-
-
-def misfit(model: nn.Module, state: Mapping[str, Tensor], parts: tuple[str, ...] = ("",)) -> Misfit:
-    """Compare names and shapes with the model's `parts` (prefixes); batch norm's counters count for nothing."""
-    wanted = {key: value for key, value in model.state_dict().items() if key.startswith(parts)}
-    missing = [key for key in wanted if key not in state and not key.endswith(COUNTER)]
-    extra = [key for key in state if key not in wanted and not key.endswith(COUNTER)]
-    shapes = [
-        WrongShape(key, tuple(state[key].shape), tuple(wanted[key].shape))
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape and not is_flat(state[key], wanted[key])
-    ]
-    return Misfit(missing, extra, shapes)
-
-
-def is_flat(value: Tensor, wanted: Tensor) -> bool:
-    """Whether `value` [out, C h w] is the weight of a fully connected layer on RoIs, wanted as [out, C, h, w]."""
-    return value.dim() == 2 and wanted.dim() == 4 and value.shape == wanted.flatten(1).shape
-
-
-def load_into(
-    model: nn.Module, state: Mapping[str, Tensor], strict: bool = True, reset_heads: bool = False
-) -> list[str]:
-    """Load weights under our names into a model.
-
-    Args:
-        strict: every key of the model must be there with its shape, and no other; False loads what fits and warns.
-        reset_heads: predictors whose number of classes differs keep their fresh initialisation, and this is logged.
-
-    A state dict of `backbone.` keys alone fills the backbone and leaves the rest as it is.
-    Returns the keys that were loaded. Raises ValueError listing the keys that do not fit.
-    """
-    state = dict(state)
-    if reset_heads:
-        wanted = model.state_dict()
-        reset = [k for k in wanted if re.match(HEADS, k) and k in state and state[k].shape != wanted[k].shape]
-        state |= {key: wanted[key] for key in reset}
-        if reset:
-            log.warning("initialised anew, as asked, for another number of classes: %s", ", ".join(reset))
-    state, found = fit(model, state)
-    if found:
-        if strict:
-            raise ValueError(
-                "weights do not fit the model: is it the one that they are of? weights.strict=false loads what fits, "
-                f"weights.reset_heads=true initialises heads for another number of classes anew. {found}"
-            )
-        log.warning("loading what fits of the weights; %s", found)
-    unfit = {*found.extra, *(wrong.key for wrong in found.shapes)}
-    fitting = {key: value for key, value in state.items() if key not in unfit}
-    model.load_state_dict(fitting, strict=False)
-    return list(fitting)
-
-
-def fit(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Misfit]:
-    """The weights as this model has them, and how they differ from it.
-
-    A classifier's, `backbone.` keys alone, are compared with the model's body. In a C4 model stage 5 is in the box
-    head's trunk, a stage that the model lacks is left out, and offsets of deformable convolutions start by themselves.
-    """
-    if not all(key.startswith("backbone.") for key in state):
-        return state, misfit(model, state)
-    wanted = model.state_dict()
-    if has(wanted, BODY[1]) and not has(wanted, "backbone.layer4."):
-        state = {re.sub(r"^backbone\.layer4\.", BODY[1], key): value for key, value in state.items()}
-    layers = {key.split(".")[1] for key in wanted if key.startswith("backbone.layer")}
-    state = {k: v for k, v in state.items() if not k.startswith("backbone.layer") or k.split(".")[1] in layers}
-    found = misfit(model, state, BODY)
-    return state, found._replace(missing=[key for key in found.missing if OFFSETS not in key])
-
-
-def fills_body(model: nn.Module, state: dict[str, Tensor]) -> bool:
-    """Whether these weights have all that a classifier's would fill."""
-    missing, _, shapes = fit(model, state)[1]
-    lacking = [*missing, *(wrong.key for wrong in shapes)]
-    return not any(key.startswith(BODY) and OFFSETS not in key for key in lacking)

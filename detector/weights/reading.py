@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from detector.checkpoint import SAFETENSORS, load_safetensors
 
 ARRAYS = {  # what numpy's pickles are made of; its core package moved in numpy 2
     **{
@@ -68,7 +71,9 @@ def read_file(path: str | Path) -> dict:
         raise FileNotFoundError(f"weights file {path} does not exist")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            with safetensors.safe_open(path, framework="pt") as file:
+                ours = (file.metadata() or {}).get("format") == SAFETENSORS
+            return load_safetensors(path) if ours else safetensors.torch.load_file(path)
         if path.suffix == ".pkl" and not zipfile.is_zipfile(path):
             with open(path, "rb") as file:
                 return ArrayUnpickler(file, encoding="latin1").load()

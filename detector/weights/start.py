@@ -7,7 +7,7 @@ model.backbone.weights   the tensors of a body alone
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from detector.config import config_errors, literal
 from detector.protocols import Published
 from detector.weights.architecture import apply_presets
-from detector.weights.loading import ForeignWeights, fills_body, load_foreign, load_into
+from detector.weights.loading import ForeignWeights, load_foreign, read_foreign
+from detector.weights.transfer import Kept, fills_body, load_into
 
 log = logging.getLogger(__name__)
 
@@ -28,20 +29,21 @@ class Weights(NamedTuple):
 
     model: ForeignWeights | None  # of the file that `model.weights` names
     backbone: str | None  # `model.backbone.weights`: a file, or a name that the backbone's library knows
+    categories: list[str] | None = None  # of the classes of the former, where something tells them
 
 
 @dataclass
 class Start:
     """How the file that `model.weights` names is loaded: the top-level key `weights`.
 
-    strict: every key must fit; false loads what fits. reset_heads: predictors for another number of classes start anew.
-    source, style: see `load_foreign`.
+    strict, reset_heads: see `load_into`. source, style: see `load_foreign`. categories: see `categories_of`.
     """
 
     strict: bool = True
     reset_heads: bool = False
     source: str | None = None
     style: str | None = None
+    categories: list[str] | None = None
 
     def read(self, cfg: DictConfig, chosen: Collection[str] = ()) -> Weights:
         """The weights that `cfg.model` starts from, the presets of `model.weights` put into it.
@@ -53,31 +55,34 @@ class Start:
         if path is None:
             return Weights(None, backbone)
         with config_errors("model.weights"):
-            weights = load_foreign(path, self.source, self.style)
+            weights, _, categories, _ = read_foreign(path, self.source, self.style, self.categories)
         presets = {key: value for key, value in weights.presets.items() if f"model.{key}" not in chosen}
         model = OmegaConf.to_container(cfg.model, resolve=True)
         apply_presets(model, presets)
         cfg.model = OmegaConf.create(literal(model | {"weights": None}))
         log.info("starting from %s with %s", path, ", ".join(f"{k}={v}" for k, v in presets.items()) or "its tensors")
-        return Weights(weights, backbone)
+        return Weights(weights, backbone, categories)
 
-    def load(self, model: nn.Module, weights: Weights) -> None:
-        """Put what `read` returned into a new model. The backbone's own weights are not even read where those of the
-        model fill all of it.
+    def load(self, model: nn.Module, weights: Weights, categories: Sequence[str] | None = None) -> None:
+        """Put what `read` returned into a new model, and say what was kept. The backbone's own weights are not even
+        read where those of the model fill all of it. categories: names of the model's classes 1..K.
 
         Raises ConfigError, with the key, where a file is missing or does not fit, see `load_into`.
         """
-        whole, backbone = weights
+        whole, backbone, theirs = weights
+        kept = Kept()
         if backbone is not None:
             if whole is None or not fills_body(model, whole.state_dict):
                 with config_errors(f"model.backbone.weights = {backbone}"):
-                    load_into(model, read_backbone(model.backbone, backbone), self.strict)
+                    kept = load_into(model, read_backbone(model.backbone, backbone), self.strict)
             else:
                 log.info("model.backbone.weights=%s is not read: model.weights has the backbone", backbone)
         if whole is not None:
             with config_errors("model.weights"):
-                loaded = load_into(model, whole.state_dict, self.strict, self.reset_heads)
-            log.info("loaded %d tensors", len(loaded))
+                found = load_into(model, whole.state_dict, self.strict, self.reset_heads, theirs, categories)
+            kept = found.after(kept)
+        if not all(part is None for part in (whole, backbone)):
+            log.info("what the model keeps of the weights\n%s", kept)
 
 
 def read_backbone(backbone: nn.Module, weights: str) -> dict[str, Tensor]:

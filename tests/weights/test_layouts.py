@@ -54,7 +54,7 @@ def test_every_key_is_used_once_and_fits(shared, name):
     shapes = layout["state_dict"]
     with torch.device("meta"):
         theirs = {key: torch.empty(shape) for key, shape in shapes.items()}
-        (state, presets), source = read_foreign(theirs)
+        (state, presets), source, *_ = read_foreign(theirs)
         config = model_config(state, presets)
         model = hydra.utils.instantiate(config, _convert_="all")
     assert len(state) == len(theirs)
