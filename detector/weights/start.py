@@ -10,7 +10,7 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from detector.weights.loading import ForeignWeights, load_foreign, read_foreign
 from detector.weights.transfer import Kept, fills_body, load_into
 
 log = logging.getLogger(__name__)
+# what a backbone's weights expect, and where a config that does not say it stands
+PIXELS = {"channel_order": None, "pixel_mean": None, "pixel_std": None, "backbone.stride_in_1x1": False}
 
 
 class Weights(NamedTuple):
@@ -55,7 +57,9 @@ class Start:
         if path is None:
             return Weights(None, backbone)
         with config_errors("model.weights"):
-            weights, _, categories, _ = read_foreign(path, self.source, self.style, self.categories)
+            weights, source, categories, contents = read_foreign(path, self.source, self.style, self.categories)
+        if source == "detector":
+            warn_of_other_pixels(cfg.model, contents.get("config"))
         presets = {key: value for key, value in weights.presets.items() if f"model.{key}" not in chosen}
         model = OmegaConf.to_container(cfg.model, resolve=True)
         apply_presets(model, presets)
@@ -83,6 +87,20 @@ class Start:
             kept = found.after(kept)
         if not all(part is None for part in (whole, backbone)):
             log.info("what the model keeps of the weights\n%s", kept)
+
+
+def warn_of_other_pixels(model: DictConfig, config: Any) -> None:
+    """Say so if the model is not given the images that a checkpoint of ours, with this config, was trained on."""
+    before = OmegaConf.create((config or {}).get("model") or {})
+    differing = {}
+    for key, default in PIXELS.items():
+        value, now = (OmegaConf.select(node, key, default=default) for node in (before, model))
+        if value is not None and value != now:
+            differing[key] = value
+    if differing:
+        added = {key: "+" * (OmegaConf.select(model, key) is None) for key in differing}  # Hydra's word for new keys
+        settings = " ".join(f"'{added[key]}model.{key}={value}'" for key, value in differing.items())
+        log.warning("model.weights were trained with other settings of the images than this run has: add %s", settings)
 
 
 def read_backbone(backbone: nn.Module, weights: str) -> dict[str, Tensor]:

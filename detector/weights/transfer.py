@@ -128,8 +128,8 @@ class Kept:
             counts = "".join(f"{len(keys) or '-':>10}" for keys in here.values())
             lines.append(f"{part:14}{counts}   {'; '.join(remarks(here))}".rstrip())
         if self.classes is not None:
-            groups = {"kept": self.classes.kept, "new": self.classes.new, "left": self.classes.left}
-            told = "; ".join(f"{len(names)} {what}: {few(names, 10)}" for what, names in groups.items() if names)
+            groups = (self.classes.kept, "kept", 20), (self.classes.new, "new", 20), (self.classes.left, "left", 3)
+            told = "; ".join(f"{len(names)} {what}: {few(names, most)}" for names, what, most in groups if names)
             lines.append(f"{'classes':14}{told}")
         return "\n".join(lines)
 

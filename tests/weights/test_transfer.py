@@ -230,6 +230,23 @@ def test_a_run_starts_from_a_checkpoint_of_ours_by_its_categories(tmp_path, capl
         build(cfg.weights, "weights").read(cfg)
 
 
+def test_a_checkpoint_trained_on_other_pixels_is_told_apart(tmp_path, caplog):
+    cfg = composed(*TINY)
+    model = {"channel_order": "bgr", "pixel_mean": [1.0, 2.0, 3.0], "backbone": {"stride_in_1x1": True}}
+    state = {"rpn.head.deltas.bias": torch.zeros(12)}
+    saved = {"model": state, "ema": None, "config": {"model": model}, "categories": THREE, "category_ids": [1, 2, 3]}
+    checkpoints.save(saved, tmp_path / "ours.pt")
+    file = f"model.weights={tmp_path / 'ours.pt'}"
+    cfg = composed(*TINY, file)
+    build(cfg.weights, "weights").read(cfg)
+    said = caplog.records[-1].getMessage().partition(": add ")[2]
+    assert said == "'model.channel_order=bgr' 'model.pixel_mean=[1.0, 2.0, 3.0]' '+model.backbone.stride_in_1x1=True'"
+    caplog.clear()
+    cfg = composed(*TINY, file, *said.strip("'").split("' '"))
+    build(cfg.weights, "weights").read(cfg)
+    assert not caplog.records
+
+
 def test_mmdetection_tells_its_classes():
     theirs, _ = FRAMEWORKS["mmdet"]()
     names = tuple(f"class {i}" for i in range(80))
