@@ -61,6 +61,7 @@ NO_PATHS = {  # settings that are texts, or may be, and no paths: a new one stan
         "sigmas",
         "threads",
         "trust",
+        "weights.categories",
         "weights.source",
     ),
     *("weights.style",),
