@@ -13,11 +13,14 @@ FILES = sorted(
 )
 
 
+NAMED = ("encoding", "force_zip64")  # the latter is of archives, whose files are bytes
+
+
 def without_encoding(code: str) -> list[int]:
     """Lines that open, read or write a text file in the locale's encoding."""
     found = []
     for node in ast.walk(ast.parse(code)):
-        if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+        if not isinstance(node, ast.Call) or any(word.arg in NAMED for word in node.keywords):
             continue
         places = node.args + [word.value for word in node.keywords if word.arg == "mode"]
         constants = [part for place in places for part in ast.walk(place) if isinstance(part, ast.Constant)]

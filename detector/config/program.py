@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from detector.checkpoint import new_name
 from detector.config.multirun import watcher
 from detector.config.schema import check
-from detector.config.suggest import CONFIGS, explain, leaves, list_options
+from detector.config.suggest import CONFIGS, explain, hydra_options, leaves, list_options
 from detector.config.typed import as_typed
 from detector.ops.checks import ConfigError, RunError
 from detector.ops.text import readable_streams
@@ -71,6 +71,7 @@ def as_program(config_name: str, command: Callable[..., Any], description: str) 
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out as they are: Hydra's own report exits with 1
         sys.argv[1:] = as_typed(sys.argv[1:])
         try:
+            hydra_options(sys.argv[1:])  # refuses what Hydra would pass over
             app()
         except Exception as error:
             if not (started or multirun.jobs):  # the jobs of a cluster start elsewhere

@@ -185,24 +185,24 @@ def test_what_cannot_be_measured_is_refused_before_the_work(
         for entry in truth["annotations"]:
             del entry["segmentation"]
         (root / "annotations" / "instances_val.json").write_text(json.dumps(truth))
-    arguments = options(checkpoint, **{"data.root": root})
+    common = options(checkpoint, **{"data.root": root})
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match=f"iou_types = .*{message}") as found:
         patch.setattr("detector.commands.evaluate.evaluate", lambda *_, **__: pytest.fail("inference began"))
-        evaluate_checkpoint(**arguments("eval", [*arguments, f"iou_types={given}"]))
+        evaluate_checkpoint(**arguments("eval", [*common, f"iou_types={given}"]))
     choices = re.search(r"choose among (.*), each once; null", str(found.value))[1].split(", ")
-    metrics = evaluate_checkpoint(**arguments("eval", [*arguments, f"iou_types=[{','.join(choices)}]"]))
+    metrics = evaluate_checkpoint(**arguments("eval", [*common, f"iou_types=[{','.join(choices)}]"]))
     assert [kind for kind in metrics if kind != "per_class"] == choices
-    assert evaluate_checkpoint(**arguments("eval", [*arguments, "iou_types=null"])).keys() <= {*choices, "per_class"}
+    assert evaluate_checkpoint(**arguments("eval", [*common, "iou_types=null"])).keys() <= {*choices, "per_class"}
 
 
 def test_proposals_are_measured_by_boxes_alone(shapes_tiny, tmp_path):
     save(untrained(configured("model=rpn", f"data.root={shapes_tiny}")), tmp_path / "rpn.pt")
-    arguments = options(tmp_path / "rpn.pt", output=tmp_path)
+    common = options(tmp_path / "rpn.pt", output=tmp_path)
     with pytest.raises(
         ConfigError, match=r"'segm' needs masks, which the model does not predict; choose among bbox, voc"
     ):
-        evaluate_checkpoint(**arguments("eval", [*arguments, "iou_types=[segm]"]))
-    assert evaluate_checkpoint(**arguments("eval", [*arguments, "iou_types=[voc]"])).keys() == {"voc", "per_class"}
+        evaluate_checkpoint(**arguments("eval", [*common, "iou_types=[segm]"]))
+    assert evaluate_checkpoint(**arguments("eval", [*common, "iou_types=[voc]"])).keys() == {"voc", "per_class"}
 
 
 def test_more_detections_than_coco_counts(checkpoint, tmp_path, capsys, caplog):

@@ -53,7 +53,7 @@ OPTIONS = [
     f"{group}={path.stem}"
     for group in ("optimizer", "schedule", "runtime", "augment", "roi", "model", "data")
     for path in sorted((CONFIGS / group).glob("*.yaml"))
-    if path.stem not in ("base", "custom", "yolo")
+    if path.stem not in ("base", "custom", "roboflow", "yolo")
 ]
 
 

@@ -18,11 +18,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from tensorboard.compat.tensorflow_stub.io import gfile
 
 from detector import checkpoint
 from detector.config import RunError
 from detector.engine import evaluation, faults, journal, run_folder, train
+from detector.runtime import World
+from detector.settings import Training
 from tests.engine.test_resume import FULL, assert_same_run
 from tests.runs import curve
 
@@ -261,8 +264,8 @@ def record_lines(folder: Path) -> list[dict]:
 
 def test_other_errors_keep_their_tracebacks(tmp_path):
     """Only what the user can act on is put in plain words."""
-    world = train.World(0, 1, None)
+    world, training = World(0, 1, torch.device("cpu")), Training()
     for error in (FileNotFoundError(errno.ENOENT, "x"), RuntimeError("shape mismatch"), RunError("words")):
-        with pytest.raises(type(error)) as caught, faults.explain_errors(tmp_path, world):
+        with pytest.raises(type(error)) as caught, faults.explain_errors(tmp_path, world, training):
             raise error
         assert caught.value is error

@@ -48,6 +48,9 @@ class Dataset:
         self.image_ids = [image["id"] for image in truth["images"]]
         self.category_ids = [c["id"] for c in truth["categories"]]
 
+    def __len__(self):
+        return len(self.image_ids)
+
     @property
     def rows(self):
         return np.flatnonzero(np.isin(self.annotations.image_ids, self.image_ids))
