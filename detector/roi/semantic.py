@@ -5,8 +5,8 @@
 The points p are a grid over the RoI with as many rows to columns as the RoI is high to wide (the dynamic feature
 sampler); f_p is the map there, g the mean of all f_p, area_p the four sides of p's cell of the grid, as parts of the
 RoI (the area embedding's input). Every output k is an area that attention finds by what is there: it follows an object
-that turns or bends, and has no place of its own, so it suits box heads and not those that predict maps. The structure is
-the paper's; the width of the attention and the form of the embedding are chosen here.
+that turns or bends, and has no place of its own, so it suits box heads and not those that predict maps. The structure
+is the paper's; the width of the attention and the form of the embedding are chosen here.
 Dimensions: R RoIs, C channels, P points, h x w outputs.
 """
 
