@@ -299,7 +299,7 @@ def test_nothing_is_written_before_all_is_read(tmp_path, capsys):
 def test_what_was_read_in_another_way_is_told(tmp_path, capsys):
     yolo(tmp_path, ABOUT, f"{LINE} 0.9\n{LINE} 0.8\n")
     assert main(["yolo", str(tmp_path)]) == 0
-    assert "train: 2 x confidence behind a box, left away" in capsys.readouterr().err
+    assert "2 x train: confidence behind a box, left away" in capsys.readouterr().err
     opened = read_coco(tmp_path / "annotations" / "yolo_train.json")
     np.testing.assert_allclose(opened.boxes, [[24, 12, 36, 28]] * 2)
 
