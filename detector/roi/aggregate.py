@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from detector.ops.checks import check_choice
 from detector.ops.layers import init_zero
-from detector.roi.align import RoIAlign
-from detector.roi.base import RoIOp, check_inputs, make_op
+from detector.roi.base import RoIOp, check_inputs
+from detector.roi.wrapped import WrappedRoIOp
 from detector.structures import RoIFeatures
 
 
-class SumLevels(RoIOp):
+class SumLevels(WrappedRoIOp):
     """The sum over all levels of what a RoI method makes of each.
 
     Args:
@@ -29,11 +29,7 @@ class SumLevels(RoIOp):
     """
 
     def __init__(self, output_size: int | Sequence[int], channels: int, op: Callable[..., RoIOp] | None = None):
-        super().__init__(output_size)
-        self.op = make_op(op or RoIAlign, output_size, channels, levels=1)
-
-    def output_channels(self, channels: int) -> int:
-        return self.op.output_channels(channels)
+        super().__init__(output_size, channels, op)
 
     def forward(
         self, features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from detector.ops.checks import check_counts, require
 from detector.ops.layers import init_zero
 from detector.roi.adaptive_pooling import check_levels
-from detector.roi.align import RoIAlign
-from detector.roi.base import RoIOp, check_inputs, make_op
+from detector.roi.base import RoIOp, check_inputs
 from detector.roi.geometry import Regions, at_points, locate
 from detector.roi.position_sensitive import pool_groups
+from detector.roi.wrapped import WrappedRoIOp
 from detector.structures import RoIFeatures
 
 
-class DeformableAttentionPool(RoIOp):
+class DeformableAttentionPool(WrappedRoIOp):
     """A pooled RoI whose bins look at all levels, at points that they choose.
 
     Args:
@@ -47,10 +47,9 @@ class DeformableAttentionPool(RoIOp):
         points: int = 4,
         op: Callable[..., RoIOp] | None = None,
     ):
-        super().__init__(output_size)
+        super().__init__(output_size, channels, op, levels)
         check_counts(heads=heads, points=points)
         require(channels % heads == 0, "channels", channels, f"a multiple of heads = {heads}")
-        self.op = make_op(op or RoIAlign, output_size, channels, levels)
         self.shape = heads, levels, points
         self.value = nn.Conv2d(channels, channels, 1)
         self.offsets = nn.Linear(channels, 2 * heads * levels * points)

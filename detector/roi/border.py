@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from detector.ops.checks import check_counts
 from detector.ops.layers import init_zero
-from detector.roi.align import RoIAlign
-from detector.roi.base import RoIOp, check_inputs, make_op
+from detector.roi.base import RoIOp, check_inputs
 from detector.roi.geometry import Regions, at_points, locate
 from detector.roi.position_sensitive import pool_groups
+from detector.roi.wrapped import WrappedRoIOp
 from detector.structures import RoIFeatures
 
 
-class BorderAlign(RoIOp):
+class BorderAlign(WrappedRoIOp):
     """A pooled RoI and the maxima along its sides.
 
     Args:
@@ -48,15 +48,12 @@ class BorderAlign(RoIOp):
         border_channels: int = 128,
         op: Callable[..., RoIOp] | None = None,
     ):
-        super().__init__(output_size)
+        super().__init__(output_size, channels, op)
         check_counts(points=points, border_channels=border_channels)
-        self.op, self.points = make_op(op or RoIAlign, output_size, channels, levels=1), points
+        self.points = points
         self.maps = nn.Conv2d(channels, 4 * border_channels, 1)
         self.mix = nn.Linear(4 * border_channels, self.output_channels(channels), bias=False)
         init_zero(self.mix)
-
-    def output_channels(self, channels: int) -> int:
-        return self.op.output_channels(channels)
 
     def forward(
         self, features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]

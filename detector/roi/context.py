@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from detector.ops.checks import require
 from detector.ops.layers import init_zero
-from detector.roi.align import RoIAlign
-from detector.roi.base import RoIOp, check_inputs, make_op
+from detector.roi.base import RoIOp, check_inputs
+from detector.roi.wrapped import WrappedRoIOp
 from detector.structures import RoIFeatures
 
 
-class ContextRoIPool(RoIOp):
+class ContextRoIPool(WrappedRoIOp):
     """The RoI, the enlarged RoI, and the image's mean.
 
     Args:
@@ -41,17 +41,14 @@ class ContextRoIPool(RoIOp):
         scale: float = 2.0,
         op: Callable[..., RoIOp] | None = None,
     ):
-        super().__init__(output_size)
+        super().__init__(output_size, channels, op)
         require(scale > 1, "scale", scale, "above 1")
-        self.op, self.scale = make_op(op or RoIAlign, output_size, channels, levels=1), scale
+        self.scale = scale
         pooled = self.output_channels(channels)
         self.around = nn.Conv2d(pooled, pooled, 1, bias=False)
         self.image = nn.Linear(channels, pooled, bias=False)
         init_zero(self.around)
         init_zero(self.image)
-
-    def output_channels(self, channels: int) -> int:
-        return self.op.output_channels(channels)
 
     def forward(
         self, features: Sequence[Tensor], rois: Tensor, levels: Tensor, strides: Sequence[float]
