@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -115,6 +116,16 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         for parameter, value in ((-3, 1 << 26), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
             libc.mallopt(parameter, value)
+
+
+def free_memory(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes of a GPU's memory, what torch keeps there counted as free, or of the machine's."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + kept, total
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
 
 
 def return_freed_memory() -> None:

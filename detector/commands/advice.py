@@ -7,10 +7,8 @@ Dimensions: M objects, L levels, S shapes of anchors at a place.
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +23,7 @@ from detector.data.annotations import Truth
 from detector.engine.journal import forget_peak, memory_mb
 from detector.ops.layers import to_preferred_layout
 from detector.rpn import AnchorGenerator
-from detector.runtime import autocast, start_ranks
+from detector.runtime import autocast, free_memory, start_ranks
 from detector.structures import to_device
 
 REACHED = 0.5  # IoU from which an anchor is a good start for an object
@@ -154,12 +152,10 @@ class Step(NamedTuple):
     loading: float  # seconds to load an image, in one process
     fixed: float  # MB for weights, gradients and the optimiser
     per_image: float  # MB
-    free: float | None  # MB; None where the system does not tell
+    free: float  # MB
 
-    def batch(self) -> int | None:
+    def batch(self) -> int:
         """How many images fit into four fifths of the memory: a power of two, or 1."""
-        if self.free is None:
-            return None
         fit = (0.8 * self.free - self.fixed) / max(self.per_image, 1)
         return 2 ** int(math.log2(fit)) if fit >= 2 else 1
 
@@ -172,6 +168,7 @@ def measure_step(cfg: DictConfig, dataset: CocoDataset, images: int = 2) -> Step
     """Train one step on the device of the run; on a GPU a second one, as the first one waits for its kernels."""
     runtime = build(cfg.runtime, "runtime")
     device = start_ranks(runtime).device
+    free = free_memory(device)[0] / 2**20  # before the model takes its part, which is counted as `fixed`
     began = time.perf_counter()
     samples = [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, images)]
     loading = (time.perf_counter() - began) / images
@@ -194,18 +191,7 @@ def measure_step(cfg: DictConfig, dataset: CocoDataset, images: int = 2) -> Step
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
     per_image = max(0.0, memory_mb(device) - before - trained * (device.type != "cuda")) / images
-    return Step(str(device), images, seconds, loading, fixed, per_image, free_memory(device))
-
-
-def free_memory(device: torch.device) -> float | None:
-    """MB that a run may have."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2**20 + torch.cuda.memory_reserved(device) / 2**20
-    try:
-        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    return int(found[1]) / 1024 if found else None
+    return Step(str(device), images, seconds, loading, fixed, per_image, free)
 
 
 def span(seconds: float) -> str:

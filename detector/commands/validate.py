@@ -342,8 +342,6 @@ def look_at_a_step(report: Report, cfg: DictConfig, dataset: CocoDataset) -> Non
     }
     report.advice.append(f"an epoch of {len(dataset)} images takes about {epoch} on {step.device}")
     fits = step.batch()
-    if fits is None:
-        return
     memory = f"{step.per_image:.0f} MB for an image and {step.fixed:.0f} MB for the model, {step.free:.0f} MB are free"
     usual = cfg.training.reference_batch or cfg.training.batch_size
     if fits < batch:

@@ -110,13 +110,8 @@ def rle_counts(counts: str | bytes | list[int], height: int, width: int) -> np.n
     return runs.astype(np.int64)
 
 
-def rle_rings(counts: str | bytes | list[int], height: int, width: int) -> list[np.ndarray]:
-    """The rings (even-odd) around the foreground of a run-length mask; none where it is empty. Errors: `rle_counts`."""
-    return run_rings(rle_counts(counts, height, width), height)
-
-
 def run_rings(runs: np.ndarray, height: int) -> list[np.ndarray]:
-    """The same from checked run lengths [runs]."""
+    """The rings [P, 2] (even-odd) around the foreground of checked run lengths [runs]; none where it is empty."""
     edges = runs.cumsum()[: len(runs) // 2 * 2]
     filled = runs[1::2] > 0
     starts, ends = edges[0::2][filled], edges[1::2][filled]

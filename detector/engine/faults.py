@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from detector.checkpoint import atomically
 from detector.config import RunError
 from detector.engine.state import Run, State
-from detector.runtime import World
+from detector.runtime import World, free_memory
 from detector.settings import Training
 from detector.structures import Batch, Targets
 
@@ -61,11 +60,10 @@ def explain_errors(folder: Path, world: World, training: Training) -> Iterator[N
 def out_of_memory(reason: str, world: World, training: Training) -> str:
     """How much memory there is, and what to lower, the cheapest first."""
     if world.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(world.device)
         where = f"the memory of {torch.cuda.get_device_name(world.device)}"
     else:
-        memory = psutil.virtual_memory()
-        free, total, where = memory.available, memory.total, "this machine's memory"
+        where = "this machine's memory"
+    free, total = free_memory(world.device)
     each = training.batch_size // training.accumulate // world.size
     share = training.batch_size // world.size
     parts = next(

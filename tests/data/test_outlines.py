@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco_mask
 
-from detector.data.outlines import fill, mask_windows, ring_area, rle_counts, rle_rings, trace_rings, visible_bounds
+from detector.data.outlines import fill, mask_windows, ring_area, rle_counts, run_rings, trace_rings, visible_bounds
 from tests.data.coco_files import outlines_of
 
 MASKS = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=24), elements=st.integers(0, 1))
@@ -28,7 +28,7 @@ def test_run_lengths_to_rings_to_pixels_is_exact(mask):
     runs = rle_counts(rle["counts"], height, width)
     np.testing.assert_array_equal(np.repeat(np.arange(len(runs)) % 2, runs).reshape(width, height).T, mask)
     for counts in (rle["counts"], rle["counts"].decode(), runs.tolist()):
-        outlines = outlines_of([rle_rings(counts, height, width)], even_odd=True)
+        outlines = outlines_of([run_rings(rle_counts(counts, height, width), height)], even_odd=True)
         np.testing.assert_array_equal(draw(outlines, height, width)[0], mask)
 
 
