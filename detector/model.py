@@ -58,8 +58,9 @@ class TwoStageDetector(nn.Module):
         mask_head: factory like box_head's, or None.
         keypoint_head: factory like box_head's, or None.
         offset_loss_weight: factor of the L2 loss on learned offsets ("lambda").
-        pixel_mean, pixel_std: of the three channels, in 0..255, in the order of `channel_order`.
-        channel_order: 'rgb' or 'bgr', what the backbone's weights expect. Images always come in as RGB.
+        pixel_mean, pixel_std: of each channel, in 0..255, in the order of `channel_order`.
+        channel_order: 'rgb' or 'bgr', what the backbone's weights expect. Images of three channels always come in as
+            RGB, others as 'rgb' leaves them.
         share_trunk: the mask head works on what the box head's ResNetTrunk gives before its mean (C4).
         channels_last: give the images to the backbone in this layout, in which most layers are fastest.
         size_divisibility: padding beyond the next multiple of it is cut off again before the backbone; None keeps all
@@ -93,14 +94,25 @@ class TwoStageDetector(nn.Module):
             raise ValueError(f"num_classes={num_classes}: a detector needs at least one foreground class")
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order={channel_order!r}: expected 'rgb' or 'bgr'")
+        channels = getattr(backbone, "in_channels", 3)
+        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            if len(values) != channels:
+                raise ValueError(
+                    f"{name}={list(values)}: expected a number for each of the {channels} channels that the backbone "
+                    "takes; `detector validate` measures them and prints the settings to give"
+                )
+        if min(pixel_std) <= 0:
+            raise ValueError(f"pixel_std={list(pixel_std)}: expected positive numbers")
+        if channel_order == "bgr" and channels != 3:
+            raise ValueError(f"channel_order='bgr': {channels} channels have no such order; expected 'rgb'")
         if box_head is None and (mask_head is not None or keypoint_head is not None):
             raise ValueError("mask_head or keypoint_head without box_head: they work on the box head's detections")
         self.num_classes, self.channel_order = num_classes, channel_order
         self.offset_loss_weight = offset_loss_weight
         self.size_divisibility, self.pad_multiple = size_divisibility, pad_multiple
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(channels, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(channels, 1, 1), persistent=False)
 
         self.backbone = backbone
         self.neck = neck(backbone.out_channels, backbone.strides)
@@ -115,7 +127,7 @@ class TwoStageDetector(nn.Module):
         """Losses in training, detections in inference.
 
         Args:
-            batch: images uint8 [N, 3, H, W], H and W multiples of the coarsest stride.
+            batch: images uint8 [N, C, H, W], H and W multiples of the coarsest stride.
             targets: needed in training.
             stats: return (losses, dict of tensors worth a look) instead of losses.
 
@@ -163,7 +175,7 @@ class TwoStageDetector(nn.Module):
         return (image_sizes + self.divisor - 1) // self.divisor * self.divisor
 
     def normalise(self, batch: Batch) -> Tensor:
-        """uint8 images [N, 3, H, W] as the network's float input, zero outside each image's content.
+        """uint8 images [N, C, H, W] as the network's float input, zero outside each image's content.
 
         In inference what lies beyond the canvas of the largest image is cut off. Zeros there would not be nothing:
         norms and biases fill them, and convolutions take that back into the content.

@@ -18,9 +18,10 @@ class Backbone(Protocol):
 
     out_channels: Sequence[int]  # C of each map
     strides: Sequence[int]  # of each map, in image pixels
+    # one that takes images of other than three channels says so as `in_channels`
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """Maps [N, C, H / stride, W / stride] of normalised images [N, 3, H, W]."""
+        """Maps [N, C, H / stride, W / stride] of normalised images [N, in_channels, H, W]."""
 
 
 @runtime_checkable

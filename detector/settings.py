@@ -6,9 +6,9 @@ A length of training is written as an int (iterations), a string "3 epochs", or 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from detector.ops.checks import require
 
@@ -71,6 +71,10 @@ class Data:
     keep_empty: bool
     on_error: Literal["raise", "skip"]
     max_pixels: int
+    channels: int
+    intensity: Any
+    page: int | None
+    shown: list[int] | None
     cache: str | None
     sampling: Literal["uniform", "repeat_factor", "class_balanced"]
     repeat_threshold: float
@@ -140,6 +144,20 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """How large pictures are looked at: see inference/tiles.py."""
+
+    size: int | None = None  # pixels of the picture, as they are in its file; null or 0: pictures are seen whole
+    overlap: float = 0.2  # share of a tile's side that neighbours have in common, at least
+    whole: bool = True  # and once more as a whole, made as small as a tile
+
+    def __post_init__(self):
+        wanted = "at least 32, or null: no tiles"
+        require(not self.size or self.size >= 32, "tiles.size", self.size, wanted)
+        require(0 <= self.overlap <= 0.9, "tiles.overlap", self.overlap, "a share from 0 to 0.9")
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """When the model is evaluated during training, and what the best checkpoint is best at."""
 
@@ -151,8 +169,11 @@ class Evaluation:
     # of a class in an image: AP takes the last, and the box head keeps as many; keypoints have COCO's 20 with COCO's
     # list
     max_detections: list[int] = field(default_factory=lambda: list(COCO_LIMITS))
+    tiles: Tiles = field(default_factory=Tiles)
 
     def __post_init__(self):
+        if isinstance(self.tiles, Mapping):
+            object.__setattr__(self, "tiles", Tiles(**self.tiles))
         if self.every is not None:
             to_iterations(self.every, 1, 1, "every")
         known = re.fullmatch(r"auto|(bbox|segm|keypoints)\.A[PR]\w*", self.metric)

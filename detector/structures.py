@@ -21,7 +21,7 @@ Fields = TypeVar("Fields", bound=tuple[Tensor | None, ...])
 class Batch(NamedTuple):
     """What the network sees."""
 
-    images: Tensor  # [N, 3, H, W] uint8 RGB, content at the top left, zeros right and below
+    images: Tensor  # [N, C, H, W] uint8, C = 3: RGB; content at the top left, zeros right and below
     image_sizes: Tensor  # [N, 2] int64 (height, width) of the content
     original_sizes: Tensor  # [N, 2] int64 (height, width) of the image file, EXIF orientation applied
     image_ids: Tensor  # [N] int64, the data set's image ids

@@ -121,6 +121,7 @@ class ResNet(nn.Module):
         deform_modulated: and modulated ("v2"). deform_groups: groups of channels with offsets of their own.
         stages: the stages whose maps are returned, for instance [2, 3, 4, 5] for FPN or [4] for C4.
         frozen_stages: the stem (1) and the stages up to this one are not trained; 0 trains everything.
+        in_channels: of the images.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class ResNet(nn.Module):
         deform_groups: int = 1,
         stages: Sequence[int] = (2, 3, 4, 5),
         frozen_stages: int = 2,
+        in_channels: int = 3,
     ):
         super().__init__()
         if depth not in BLOCKS:
@@ -158,7 +160,8 @@ class ResNet(nn.Module):
                 "(depth 50 or more)"
             )
         settings: dict[str, Any] = {"groups": groups, "base_width": width_per_group, "norm_layer": norm_layer(norm)}
-        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.in_channels = in_channels
+        self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm_layer(norm)(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -202,7 +205,7 @@ class ResNet(nn.Module):
         return {key: value for key, value in has[name].get_state_dict().items() if not key.startswith("fc.")}
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Maps [N, C, H / stride, W / stride] of the chosen stages, of images [N, 3, H, W]."""
+        """Maps [N, C, H / stride, W / stride] of the chosen stages, of images [N, C, H, W]."""
         x = self.maxpool(self.relu(conv_norm(images, self.conv1, self.bn1)))
         maps = []
         for stage in range(2, self.stages[-1] + 1):

@@ -22,8 +22,9 @@ class TimmBackbone(nn.Module):
         image_size: what models with a fixed input size (Swin) are built for; they take other sizes too.
         frozen: train none of its parameters.
         drop_path_rate: stochastic depth.
+        in_channels: of the images.
 
-    Attributes: out_channels, strides.
+    Attributes: in_channels, out_channels, strides.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class TimmBackbone(nn.Module):
         image_size: int | None = None,
         frozen: bool = False,
         drop_path_rate: float = 0.0,
+        in_channels: int = 3,
     ):
         super().__init__()
         try:
@@ -43,6 +45,8 @@ class TimmBackbone(nn.Module):
             close = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5])
             raise ValueError(f"timm has no model {name!r}" + (f"; it has {close}" if close else ""))
         settings: dict[str, Any] = {"features_only": True}
+        if in_channels != 3:
+            settings["in_chans"] = in_channels
         if drop_path_rate:
             settings["drop_path_rate"] = drop_path_rate
         if "swin" in name:
@@ -51,7 +55,7 @@ class TimmBackbone(nn.Module):
         if missing := [stride for stride in strides if stride not in reductions]:
             raise ValueError(f"strides={list(strides)}: {name} has maps at strides {reductions}, not {missing}")
         settings["out_indices"] = [reductions.index(s) for s in strides]
-        self.create = partial(timm.create_model, name, **settings)
+        self.in_channels, self.create = in_channels, partial(timm.create_model, name, **settings)
         self.model = self.create()
         self.out_channels, self.strides = self.model.feature_info.channels(), list(strides)
         self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
@@ -64,10 +68,10 @@ class TimmBackbone(nn.Module):
         if name != "pretrained":
             raise ValueError(f"{name!r}: expected 'pretrained', which takes timm's, or the path of a file")
         with torch.random.fork_rng(devices=[]):
-            model = self.create(pretrained=True)
+            model = self.create(pretrained=True, in_chans=3)
         return {f"model.{key}": value for key, value in model.state_dict().items()}
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Maps [N, C, H / stride, W / stride] of images [N, 3, H, W]."""
+        """Maps [N, C, H / stride, W / stride] of images [N, C, H, W]."""
         maps = self.model(images)
         return [m if m.shape[1] == c else m.permute(0, 3, 1, 2) for m, c in zip(maps, self.out_channels)]

@@ -38,13 +38,12 @@ from detector.comparison.runs import (
 from detector.comparison.statistics import match
 from detector.comparison.summary import compare, without_nan
 from detector.config import ConfigError, as_program, config_errors, make_folder
-from detector.data import build_dataset, collate_images, read_image
+from detector.data import Pictures, build_dataset, collate_images, split_page
 from detector.data.annotations import Truth
 from detector.data.file_names import find_files
 from detector.evaluation.coco import check_annotations, check_predictions
 from detector.inference.draw import draw, panel
 from detector.inference.load import load
-from detector.inference.predict import max_pixels
 from detector.ops.text import one_line
 from detector.runtime import start_ranks
 from detector.settings import COCO_LIMITS, Runtime, check_limits
@@ -165,10 +164,12 @@ def disagreements(methods: Sequence[Method], truth: Truth, report: Mapping, coun
         image_id, name = int(own.image_ids[0]), own.file_name(0)
         try:
             folder = runs[0].images[own.sources[0]]
-            (path,), _, problems = find_files(folder, [name])
+            file, page = split_page(name)
+            (path,), _, problems = find_files(folder, [file])
             if path is None:
                 raise ValueError(f"image {image_id}: {problems[0]} is not in {folder}")
-            image = read_image(folder / path, max_pixels(runs[0].config))
+            pictures = Pictures.of(runs[0].config["data"])
+            image = pictures.rgb(pictures.read(folder / path, page))
         except (ValueError, OSError) as error:
             log.warning("no picture: %s", error)
             continue

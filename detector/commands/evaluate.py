@@ -18,6 +18,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from detector.evaluation.proposals import without_classes
 from detector.evaluation.tables import class_table, summary_table
 from detector.inference.load import load, merge
 from detector.inference.predict import Detector
+from detector.inference.tiles import results_by_image, tiles_of
 from detector.inference.tta import Augmented
 from detector.runtime import start_ranks
 from detector.settings import COCO_LIMITS, Runtime, check_limits
@@ -56,6 +58,7 @@ def evaluate_checkpoint(
     threads: int | None = None,
     flip: bool = False,
     scales: Sequence[float] = (1.0,),
+    tiles: dict[str, Any] | None = None,
     paste: Literal["aligned", "torchvision"] = "aligned",
     trust: str | list[str] | None = None,
     data: dict[str, Any] | None = None,
@@ -89,6 +92,14 @@ def evaluate_checkpoint(
         padding = {key: data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
         ranks = {"rank": world.rank, "world": world.size}
         loader = build_loader(dataset, batch_size, workers, training=False, **ranks, **padding)
+    with config_errors("tiles"):
+        wanted = tiles_of(detector.config, tiles or {})
+    detect = None
+    if wanted.size:
+        if flip or list(scales) != [1.0]:
+            raise ConfigError("tiles.size: tiles are seen once each; flip=false scales=[1.0] goes with them")
+        options = {"paste": paste, "precision": precision, "batch_size": batch_size, **ranks}
+        detect = partial(results_by_image, dataset=dataset, tiles=wanted, **options)
     usual = usual_folder(checkpoint, settings["data"] or {}, detector, dataset)
     folder, key = make_folder(output or usual, "output"), short_key(contents(dataset))
     if output:
@@ -109,6 +120,7 @@ def evaluate_checkpoint(
             max_detections=limits,
             paste=paste,
             folder=folder,
+            detect=detect,
         )
     if world.main:
         about = {"checkpoint": str(checkpoint), "settings": settings}

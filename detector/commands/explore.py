@@ -12,7 +12,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from detector.config import as_program, config_errors
-from detector.data import read_image
 from detector.explorer import write_page
 from detector.inference.load import load
 from detector.runtime import start_ranks
@@ -34,7 +33,7 @@ def explore(
         world = start_ranks(Runtime(device=device))
     detector = load(checkpoint, world.device, trust=trust)
     with config_errors("image"):
-        pixels = read_image(image, detector.max_pixels)
+        pixels = detector.pictures.read(image)
     page = write_page(detector, pixels, output, image, str(checkpoint), head, max_mb)
     print(f"{page}: {page.stat().st_size / 1e6:.1f} MB, opens in any browser")
     return page

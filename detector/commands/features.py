@@ -62,7 +62,7 @@ def write_features(
             truth=False,
             keep_empty=False,
             on_error=on_error,
-            max_pixels=detector.max_pixels,
+            pictures=detector.pictures,
         )
     ids = np.array([-1 if number is None else number for number in data.category_ids], np.int64)
     counts = np.diff(data.annotations.object_starts)[data.rows]

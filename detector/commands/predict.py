@@ -27,28 +27,31 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
 from detector.checkpoint import write_json
 from detector.config import ConfigError, RunError, as_program, config_errors, make_folder
-from detector.data import image_suffixes, read_image
+from detector.data import ARRAYS, Pictures, image_suffixes
 from detector.evaluation.results import coco_keypoints
 from detector.inference.draw import draw as draw_objects
-from detector.inference.load import load
+from detector.inference.load import load, merge
+from detector.inference.tiles import Masks, find, tiles_of
 from detector.ops.paste import encode_window
 from detector.runtime import start_ranks
 from detector.settings import Runtime
 from detector.structures import Detections
 
 log = logging.getLogger(__name__)
+DRAWN_SIDE = 2000  # px: large pictures that are seen tile by tile are drawn no larger
 DRAWN = ("Software", "two-stage-detector: predict")  # stands in every picture that is drawn here
 
 
 def find_images(sources: str | Sequence[str]) -> list[Path]:
     """The image files that files, folders (with what is below them) and patterns name, each once, in order.
 
-    What a folder or a pattern has beside them is left out, with a warning that counts it: files of other kinds, and
-    pictures that predict.py has drawn itself.
+    What a folder or a pattern has beside them is left out, with a warning that counts it: files of other kinds, arrays
+    beside a picture of the same name, and pictures that predict.py has drawn itself.
 
     Raises ConfigError for a source that names nothing.
     """
@@ -56,9 +59,12 @@ def find_images(sources: str | Sequence[str]) -> list[Path]:
     for source in [sources] if isinstance(sources, str) else sources:
         path, others = Path(source), []
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file())
-            others = [p for p in files if p.suffix.lower() not in image_suffixes()]
-            files = [p for p in files if p.suffix.lower() in image_suffixes()]
+            every = sorted(p for p in path.rglob("*") if p.is_file())
+            pictures = {p.with_suffix("") for p in every if p.suffix.lower() in image_suffixes()}
+            files = [
+                p for p in every if is_picture(p) and (p.suffix not in ARRAYS or p.with_suffix("") not in pictures)
+            ]
+            others = sorted({*every} - {*files})
         else:
             files = (
                 [path] if path.is_file() else sorted(p for p in map(Path, glob(source, recursive=True)) if p.is_file())
@@ -76,9 +82,13 @@ def find_images(sources: str | Sequence[str]) -> list[Path]:
     return list(found)
 
 
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in image_suffixes() or path.suffix.lower() in ARRAYS
+
+
 def is_drawing(path: Path) -> bool:
     """Whether `predict_files` has made this picture, whose name is then that of an image and .png."""
-    if path.suffix != ".png" or Path(path.stem).suffix.lower() not in image_suffixes():
+    if path.suffix != ".png" or not is_picture(Path(path.stem)):
         return False
     try:
         with Image.open(path) as picture:
@@ -94,11 +104,13 @@ def predict_files(
     output: str = "predictions",
     threshold: float = 0.5,
     draw: bool = True,
+    tiles: dict[str, Any] | None = None,
     batch_size: int = 1,
     max_pixels: int | None = None,
     device: str = "auto",
     paste: Literal["aligned", "torchvision"] = "aligned",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    data: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
     trust: str | list[str] | None = None,
 ) -> int:
@@ -107,7 +119,8 @@ def predict_files(
     Writes into `output` one picture for each image, under the image's own path below the folder that all share, and
     predictions.json in COCO's format: categories, images (file_name, height, width) and annotations with a score. An
     unreadable file is named and left out; what is done before an interruption is kept. `output` may lie among the
-    images: pictures drawn before are left out.
+    images: pictures drawn before are left out. With `tiles` pictures are seen, and read where their format allows,
+    tile by tile.
     """
     if not 0 <= threshold <= 1:
         percents = f"; {threshold:g} % is threshold={threshold / 100:g}" if 1 < threshold <= 100 else ""
@@ -123,15 +136,21 @@ def predict_files(
             "threshold = %g: the model gives no scores below %g; model.box_head.score_threshold=%g makes it",
             *(threshold, head.score_threshold, threshold),
         )
-    limit = detector.max_pixels if max_pixels is None else max_pixels
+    settings = {"max_pixels": max_pixels, **(data or {})}
+    if each := settings.get("page") == "each":
+        settings["page"] = None
+    with config_errors("data"):
+        pictures = Pictures.of(merge(detector.config.get("data") or {}, settings))
+    with config_errors("tiles"):
+        wanted = tiles_of(detector.config, tiles or {})
     shared = Path(os.path.commonpath([p.absolute().parent for p in paths]))
-    folder, read, annotations, failed, full = make_folder(output, "output"), [], [], [], 0
+    folder, read, annotations, failed, full, several = make_folder(output, "output"), [], [], [], 0, 0
     about = PngInfo()
     about.add_text(*DRAWN)
 
-    def picture_of(path: Path) -> Path:
+    def picture_of(path: Path, page: int | None = None) -> Path:
         target = folder / path.absolute().relative_to(shared)
-        return target.with_name(f"{target.name}.png")
+        return target.with_name(f"{target.stem}{f'_page{page}' if page else ''}{target.suffix}.png")
 
     if draw:  # and older versions' drawings carry no sign
         drawn = {picture_of(path).absolute() for path in paths}
@@ -139,34 +158,75 @@ def predict_files(
             log.warning("left out are %d pictures that are drawn anew, such as %s", len(old), old[0])
             paths = [path for path in paths if path.absolute() not in drawn]
 
-    def finish(path: Path, image: np.ndarray, found: Detections) -> None:
-        height, width = image.shape[:2]
-        read.append({"id": len(read) + 1, "file_name": str(path), "height": height, "width": width})
-        for entry in to_annotations(found, len(read), detector.category_ids):
-            annotations.append({"id": len(annotations) + 1, **entry})
+    def pages_of(path: Path) -> list[int | None]:
+        """The pages of a file that are images; None is the one that it is read for."""
+        nonlocal several
+        try:
+            count = pictures.check(path).pages
+        except (ValueError, OSError):
+            return [None]  # what is wrong with it will be said
+        several += count > 1 and not each and pictures.page is None
+        return list(range(1, count + 1)) if each and count > 1 else [None]
+
+    def record(path: Path, page: int | None, height: int, width: int, entries: Sequence[dict]) -> None:
+        name = f"{path}#page={page}" if page else str(path)
+        read.append({"id": len(read) + 1, "file_name": name, "height": height, "width": width})
+        for entry in entries:
+            annotations.append({"id": len(annotations) + 1, **entry, "image_id": len(read)})
+
+    def finish(path: Path, page: int | None, image: np.ndarray, found: Detections) -> None:
+        record(path, page, *image.shape[:2], to_annotations(found, 0, detector.category_ids))
+        masks = None if found.masks is None else found.masks.numpy()
+        keypoints = None if found.keypoints is None else found.keypoints.numpy()
+        numbers = found.boxes.numpy(), found.labels.numpy(), found.scores.numpy()
+        save_picture(picture_of(path, page), image, *numbers, masks, keypoints)
+
+    def look_by_tiles(path: Path, page: int | None) -> bool:
+        """Record what is found in a picture; whether there may be more."""
+        options = {"paste": paste, "precision": precision, "batch_size": batch_size}
+        with pictures.parts(path, page) as picture:
+            found = find(detector.model, picture, wanted, detector.preprocess, threshold=threshold, **options)
+            small = picture.reduced(DRAWN_SIDE) if draw else None
+        record(path, page, found.height, found.width, [with_area(e) for e in found.results(0, detector.category_ids)])
+        if small is not None:
+            seen = found.shrunk(*small.shape[:2])
+            masks = None if seen.windows is None else Masks(seen)
+            save_picture(picture_of(path, page), small, seen.boxes, seen.labels, seen.scores, masks, seen.keypoints)
+        return found.full
+
+    def save_picture(target: Path, image, boxes, labels, scores, masks, keypoints) -> None:
         if draw:
-            masks = None if found.masks is None else found.masks.numpy()
-            numbers = found.boxes.numpy(), found.labels.numpy()
-            keypoints = None if found.keypoints is None else found.keypoints.numpy()
-            picture = draw_objects(image, *numbers, detector.categories, found.scores.numpy(), masks, keypoints)
-            target = picture_of(path)
+            picture = draw_objects(pictures.rgb(image), boxes, labels, detector.categories, scores, masks, keypoints)
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(target, pnginfo=about)
 
     try:
-        for start in tqdm(range(0, len(paths), batch_size), unit="batch", leave=False, disable=None):
+        todo = [(path, page) for path in paths for page in pages_of(path)]
+        if several:
+            log.warning(
+                "%d files have several pages, of which the first is taken; data.page=each takes all, data.page=2 that",
+                several,
+            )
+        for path, page in tqdm(todo if wanted.size else [], unit="image", leave=False, disable=None):
+            try:
+                full += look_by_tiles(path, page)
+            except (ValueError, OSError) as error:
+                failed.append(path)
+                tqdm.write(f"left out: {error}", file=sys.stderr)
+        steps = range(0, 0 if wanted.size else len(todo), batch_size)
+        for start in tqdm(steps, unit="batch", leave=False, disable=None):
             readable = []
-            for path in paths[start : start + batch_size]:
+            for path, page in todo[start : start + batch_size]:
                 try:
-                    readable.append((path, read_image(path, limit)))
+                    readable.append((path, page, pictures.read(path, page)))
                 except (ValueError, OSError) as error:
                     failed.append(path)
                     tqdm.write(f"left out: {error}", file=sys.stderr)
-            arrays = [image for _, image in readable]
+            arrays = [image for *_, image in readable]
             found = detector.predict_batch(arrays, threshold, paste, precision) if readable else []
-            for (path, image), detections in zip(readable, found):
+            for (path, page, image), detections in zip(readable, found):
                 full += head is not None and len(detections.boxes) >= head.detections_per_image
-                finish(path, image, detections)
+                finish(path, page, image, detections)
     finally:
         categories = [{"id": i, "name": name} for i, name in zip(detector.category_ids, detector.categories)]
         content = {"images": read, "categories": categories, "annotations": annotations}
@@ -180,6 +240,12 @@ def predict_files(
     if not read:
         raise RunError(f"none of the {len(failed)} files could be read")
     return len(failed)
+
+
+def with_area(entry: dict) -> dict:
+    """A COCO result as an annotation: with the area of its mask, or else of its box."""
+    area = rle_tools.area(entry["segmentation"]) if "segmentation" in entry else entry["bbox"][2] * entry["bbox"][3]
+    return {**entry, "area": int(area) if "segmentation" in entry else area, "iscrowd": 0}
 
 
 def to_annotations(found: Detections, image_id: int, category_ids: Sequence[int]) -> list[dict]:

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import cv2
@@ -105,8 +106,9 @@ def validate(
     Raises ConfigError as the training does before it opens the data.
     """
     training, evaluation = build(cfg.training, "training"), build(cfg.evaluation, "evaluation")
-    setup.preflight(cfg, training)
     report, sets = Report(), {}
+    check_statistics(report, cfg)
+    setup.preflight(cfg, training)
     wrong = "error" if cfg.data.on_error == "raise" else "warning"
     for split in ("train", "val"):
         problems = Problems(shown(split_files(cfg.data, split)[1]))
@@ -132,7 +134,9 @@ def validate(
     digests, looks = {}, {}
     for split, dataset in sets.items():
         if images:
-            digests[split], looks[split] = look_at_images(report, split, dataset, wrong)
+            digests[split], looks[split], histograms = look_at_images(report, split, dataset, wrong)
+            if split == "train" and histograms.any():
+                add_statistics(report, cfg, histograms)
         report.pictures += examples(split, dataset, pictures)
     if len(sets) == 2:
         compare_splits(report, digests)
@@ -144,6 +148,30 @@ def validate(
         look_at_a_step(report, cfg, sets["train"])
     report.findings.sort(key=lambda finding: finding.severity)
     return report
+
+
+def check_statistics(report: Report, cfg: DictConfig) -> None:
+    """Where the model lacks the pixel statistics of its channels, which this command measures, say so and put some in
+    their place."""
+    for key, usual in (("pixel_mean", 127.5), ("pixel_std", 64.0)):
+        given = cfg.model.get(key)
+        if given is not None and len(given) == 3 != cfg.data.channels:
+            what = f"model.{key} has 3 numbers, data.channels={cfg.data.channels}: give those that are measured below"
+            report.add("error", "train", what, [f"model.{key}={list(given)}"])
+            cfg.model[key] = [usual] * cfg.data.channels
+
+
+def add_statistics(report: Report, cfg: DictConfig, histograms: np.ndarray) -> None:
+    """Mean and standard deviation of each channel, from the counts [C, 256] of its numbers in the training images."""
+    share = histograms / histograms.sum(axis=1, keepdims=True)
+    mean = share @ np.arange(256)
+    std = np.sqrt((share * (np.arange(256) - mean[:, None]) ** 2).sum(axis=1)).clip(min=1)  # a channel may be empty
+    values = {"pixel_mean": mean.round(3).tolist(), "pixel_std": std.round(3).tolist()}
+    report.statistics["train"] |= {"pixel mean": values["pixel_mean"], "pixel standard deviation": values["pixel_std"]}
+    if cfg.data.channels != 3 or cfg.data.intensity is not None:
+        report.suggestions |= {
+            f"model.{key}": f"[{','.join(f'{v:g}' for v in numbers)}]" for key, numbers in values.items()
+        }
 
 
 def look_at_objects(report: Report, split: str, found: Annotations) -> None:
@@ -364,19 +392,32 @@ def network_boxes(found: Annotations, transforms: Pipeline) -> tuple[Tensor, Ten
     return torch.from_numpy(boxes).float(), torch.from_numpy(after[images_of])
 
 
-def look_at_images(report: Report, split: str, dataset: CocoDataset, wrong: str) -> tuple[dict[str, list[str]], Looks]:
+def look_at_images(
+    report: Report, split: str, dataset: CocoDataset, wrong: str
+) -> tuple[dict[str, list[str]], Looks, np.ndarray]:
     """Decode every image; returns their names by content, and how they look. wrong: severity of an image that
     cannot be read."""
 
+    histograms = np.zeros((dataset.pictures.channels, 256), np.int64)
+    several, lock = [], Lock()
+
     def look(index: int) -> tuple[str | None, str | None, tuple[int, int] | None]:
+        path, page = dataset.image_path(index), dataset.page(index)
         try:
-            digest = hashlib.blake2b(dataset.image_path(index).read_bytes(), digest_size=16).hexdigest()
+            digest = hashlib.blake2b(path.read_bytes() + repr(page).encode(), digest_size=16).hexdigest()
         except OSError as error:
             return None, str(error), None
         try:
-            return digest, None, look_of(dataset.read(index))
+            image = dataset.read(index)
+            pages = dataset.pictures.check(path).pages if page is None and dataset.pictures.page is None else 1
         except (OSError, ValueError) as error:
             return digest, str(error), None
+        counts = [np.bincount(image[..., channel].ravel(), minlength=256) for channel in range(image.shape[2])]
+        with lock:
+            np.add(histograms, counts, out=histograms)
+            if pages > 1:
+                several.append(f"{dataset.name_of(dataset.rows[index])}: {path} has {pages}")
+        return digest, None, look_of(dataset.pictures.rgb(image))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         looked = pool.map(look, range(len(dataset)))
@@ -391,7 +432,8 @@ def look_at_images(report: Report, split: str, dataset: CocoDataset, wrong: str)
     )
     seen = [(index, look) for index, (_, _, look) in enumerate(results) if look is not None]
     hashes = np.array([look for _, look in seen], np.uint64).reshape(-1, 2)
-    return by_content, Looks(np.array([index for index, _ in seen], int), hashes)
+    report.add("warning", split, "file of several pages, of which the first is taken: data.page chooses", several)
+    return by_content, Looks(np.array([index for index, _ in seen], int), hashes), histograms
 
 
 def look_for_copies(report: Report, sets: Mapping[str, CocoDataset], looks: Mapping[str, Looks]) -> None:
@@ -407,7 +449,7 @@ def look_for_copies(report: Report, sets: Mapping[str, CocoDataset], looks: Mapp
         pair, mirrored = {"val": indices[0], "train": indices[1]}, indices[2]
         if len({sets[split].image_path(index).read_bytes() for split, index in pair.items()}) == 1:
             continue  # the same file: told already
-        images = [sets[split].read(index) for split, index in pair.items()]
+        images = [sets[split].pictures.rgb(sets[split].read(index)) for split, index in pair.items()]
         if agreement(images[0], images[1][:, ::-1] if mirrored else images[1]) < SAME_PICTURE:
             continue
         names = {split: sets[split].file_names()[sets[split].rows[index]] for split, index in pair.items()}
@@ -439,7 +481,7 @@ def examples(split: str, dataset: CocoDataset, count: int) -> list[tuple[str, np
     for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int):
         with contextlib.suppress(OSError, ValueError):
             objects = dataset.annotations.objects(dataset.rows[index])
-            image = dataset.read(index)
+            image = dataset.pictures.rgb(dataset.read(index))
             masks = object_masks(objects, *image.shape[:2])
             options = {"masks": masks, "keypoints": objects.keypoints}
             picture = draw(image, objects.boxes, objects.labels, dataset.categories, **options)
@@ -485,6 +527,8 @@ def as_text(report: Report) -> str:
         lines.append(one_line(f"{finding.severity.upper()} {finding.split}: {finding.count} x {finding.what}"))
         lines += [f"    {one_line(example)}" for example in finding.examples[:3]]
     lines += [f"- {one_line(text)}" for text in report.advice]
+    if measured := [f"{k}={v}" for k, v in report.suggestions.items() if k.startswith("model.pixel_")]:
+        lines.append(f"to train with: {shlex.join(measured)}")
     totals = Counter(finding.severity for finding in report.findings)
     if report.looked_at:
         lines.append(f"looked at for {report.looked_at}")

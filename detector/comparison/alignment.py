@@ -69,7 +69,7 @@ def box_shift(model: nn.Module, image: np.ndarray, boxes: Tensor, labels: Tensor
     """Mean distance in pixels [len(pixels)] between the boxes that the box head predicts for RoIs of an image and those
     that it predicts when image and RoIs move by whole pixels and the result is moved back.
 
-    image: [H, W, 3] uint8 as the network sees it; boxes [R, 4] RoIs in it, labels [R] the class whose box is decoded.
+    image: [H, W, C] uint8 as the network sees it; boxes [R, 4] RoIs in it, labels [R] the class whose box is decoded.
     The backbone's own dependence on the position is part of the number, the same for all methods.
     """
     device = next(model.parameters()).device
@@ -77,7 +77,7 @@ def box_shift(model: nn.Module, image: np.ndarray, boxes: Tensor, labels: Tensor
     height, width = (-(-(side + 2 * margin + most) // 64) * 64 for side in image.shape[:2])
     first, distances = None, []
     for shift in pixels:
-        canvas = torch.zeros(1, 3, height, width, dtype=torch.uint8)
+        canvas = torch.zeros(1, image.shape[2], height, width, dtype=torch.uint8)
         top = margin + shift
         canvas[0, :, top : top + image.shape[0], top : top + image.shape[1]] = torch.from_numpy(image).permute(2, 0, 1)
         size, zero = torch.tensor([[height, width]]), torch.zeros(1, dtype=torch.int64)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from detector.data.dataset import CocoDataset, read_image
+from detector.data.dataset import CocoDataset
 from detector.data.file_names import leads_out
 from detector.data.several import shown
 from detector.data.store import SMALL, contents_key
@@ -87,7 +87,7 @@ def _difference(dataset: CocoDataset, folder: Path, name: str, old: int, new: in
     """Whether the file is damaged, or its sizes then and now."""
     if new != GONE:
         try:
-            read_image(folder / name, dataset.max_pixels)
+            dataset.pictures.read(folder / name)
         except (OSError, ValueError) as error:
             return one_line(str(error))
     if old == new:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import logging
 import os
 import re
-from collections.abc import Sequence
-from functools import cache
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from detector.data.annotations import Objects
 from detector.data.copy_paste import paste
 from detector.data.file_names import find_in_folders, leads_out, nearby
 from detector.data.outlines import fill, mask_windows
+from detector.data.pictures import Parts, PictureError, Pictures, split_page
 from detector.data.read_coco import Problems
 from detector.data.several import Paths, as_paths, shown
 from detector.data.store import open_coco
@@ -29,15 +29,14 @@ from detector.structures import Batch, Targets
 
 logger = logging.getLogger(__name__)
 
-# How the files end that OpenCV decodes without a word when their end is missing.
-_FILE_ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")  # JPEG, PNG
-MAX_PIXELS = 100_000_000  # of an image, unless data.max_pixels says otherwise
+LOOKED_AT = 200  # files of each kind whose headers are read when a data set is opened
+UNIFORM = (".jpg", ".jpeg")  # files whose headers tell nothing: 8 bits, in colours or grey
 
 
 class Sample(NamedTuple):
     """One image after augmentation and its G objects. Shapes and units are those of `Batch` and `Targets`."""
 
-    image: np.ndarray  # [H, W, 3] uint8 RGB
+    image: np.ndarray  # [H, W, C] uint8; C = 3: RGB
     original_size: tuple[int, int]  # (height, width) of the file
     image_id: int
     key: int
@@ -48,52 +47,6 @@ class Sample(NamedTuple):
     mask_windows: np.ndarray | None  # [G, 4] float32
     has_mask: np.ndarray | None  # [G] bool
     keypoints: np.ndarray | None = None  # [G, N, 3] float32
-
-
-def read_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """An image file as [H, W, 3] uint8 RGB, turned upright as its EXIF orientation says.
-
-    Greyscale, palette, CMYK and 16-bit images are converted, transparency is ignored. `max_pixels` is the one limit:
-    Pillow's own, of the whole process, is raised where it is lower, and Pillow reads what is beyond OpenCV's.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an image, cut short, or of more than `max_pixels` pixels.
-    """
-    data = Path(path).read_bytes()
-    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels
-    try:
-        with Image.open(io.BytesIO(data)) as picture:  # reads the header only
-            if picture.width * picture.height > max_pixels:
-                raise ValueError(f"{picture.width} x {picture.height} pixels are more than max_pixels={max_pixels}")
-            whole = data.rstrip(b"\0").endswith(_FILE_ENDS)
-            if whole and picture.mode != "CMYK" and (pixels := _decode(data)) is not None:
-                return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except UnidentifiedImageError:
-        raise ValueError(f"image {path} cannot be read: it is in no format of a picture") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"image {path} cannot be read: more pixels than max_pixels={max_pixels} ({error})") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from error
-
-
-def _decode(data: bytes) -> np.ndarray | None:
-    """OpenCV's picture [H, W, 3] BGR; None where it cannot read it, or will not: more than 2^20 pixels a side."""
-    try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:
-        return None
-
-
-@cache
-def image_suffixes() -> frozenset[str]:
-    """Of the files that `read_image` reads, as '.jpg', in lower case: what Pillow here can open and decode itself."""
-    suffixes = Image.registered_extensions()  # makes it look for its formats
-    stubs = {k for k, (opener, _) in Image.OPEN.items() if ImageFile.StubImageFile in getattr(opener, "__mro__", ())}
-    others = {kind for kind, what in Image.MIME.items() if not what.startswith("image/")}  # films, PostScript
-    return frozenset(suffix for suffix, kind in suffixes.items() if kind in Image.OPEN.keys() - stubs - others)
 
 
 class CocoDataset(Dataset):
@@ -114,7 +67,7 @@ class CocoDataset(Dataset):
         on_error: "raise" stops at a wrong record or unreadable image; "skip" leaves it out with a warning. An image
             that turns out unreadable later is replaced by the next one in training, by a black one in evaluation.
         training: what replaces an unreadable image.
-        max_pixels: larger images are refused.
+        pictures: how the files are read, and the most pixels that they may have.
         keypoints: give keypoints. Names that differ in "left" and "right" change places when a picture is mirrored.
         cache: folder that keeps parsed annotations for the next start; see `open_coco`.
         copy_paste: share of the images that get some objects of another, drawn by chance (see copy_paste.py).
@@ -141,7 +94,7 @@ class CocoDataset(Dataset):
         seed: int = 0,
         on_error: str = "raise",
         training: bool = False,
-        max_pixels: int = MAX_PIXELS,
+        pictures: Pictures = Pictures(),  # noqa: B008  it is frozen
         keypoints: bool = False,
         cache: str | os.PathLike | None = None,
         copy_paste: float = 0.0,
@@ -167,11 +120,14 @@ class CocoDataset(Dataset):
                 "each file, or one for all"
             )
         self.origin = shown(self.annotation_files)
-        self.pipeline = transforms if isinstance(transforms, Pipeline) else Pipeline(transforms)
+        self.pipeline = (
+            transforms if isinstance(transforms, Pipeline) else Pipeline(transforms, channels=pictures.channels)
+        )
         self.masks, self.mask_size, self.seed = masks, mask_size, seed
-        self.on_error, self.training, self.max_pixels, self.cache = on_error, training, max_pixels, cache
+        self.on_error, self.training, self.pictures, self.cache = on_error, training, pictures, cache
         options = {"keypoints": keypoints, "cache": cache, "truth": truth, "problems": problems}
-        self.annotations = open_coco(self.annotation_files, categories, masks, on_error, max_pixels, **options)
+        limit = pictures.max_pixels
+        self.annotations = open_coco(self.annotation_files, categories, masks, on_error, limit, **options)
         if masks and not len(self.annotations.points):
             logger.warning("%s: masks are wanted, but no object has a segmentation", self.origin)
         usable, self.variants = self._find_files(problems)
@@ -190,7 +146,8 @@ class CocoDataset(Dataset):
 
     def _find_files(self, problems: Problems | None) -> tuple[np.ndarray, dict[int, str]]:
         """Which images are there, [I] bool, and the paths of those whose names are written in another way."""
-        names, sources = self.annotations.all_file_names(), self.annotations.sources
+        names = [split_page(name)[0] for name in self.annotations.all_file_names()]
+        sources = self.annotations.sources
         of_source = [[names[i] for i in np.flatnonzero(sources == s)] for s in range(len(self.folders))]
         for folder, own in zip(self.folders, of_source):
             if not folder.is_dir():
@@ -219,6 +176,8 @@ class CocoDataset(Dataset):
             if sources[seen.setdefault(file, row)] != sources[row]:
                 kind = "picture that two annotation files have: what one of them marks is background in the other"
                 problems.notice(kind, str(file))
+        for row in self._unfit(paths, problems):
+            paths[row] = None
         if collected is None:
             problems.report()
         return np.array([path is not None for path in paths], bool), {row: paths[row] for row in variants}
@@ -229,28 +188,74 @@ class CocoDataset(Dataset):
             return f"image {self.annotations.image_ids[row]}"
         return f"{self.annotation_files[self.annotations.sources[row]]}: image {self.annotations.file_name(row)!r}"
 
+    def _unfit(self, paths: Sequence[str | None], problems: Problems) -> list[int]:
+        """Those of the images, looked at by their headers, that `pictures` does not say how to read."""
+        kinds, unfit = defaultdict(list), []
+        for row, path in enumerate(paths):
+            if path is not None:
+                kinds[os.path.splitext(path)[1].lower()].append(row)
+        for suffix, rows in kinds.items():
+            count = 1 if suffix in UNIFORM else min(LOOKED_AT, len(rows))
+            for row in (rows[i] for i in np.linspace(0, len(rows) - 1, count).astype(int)):
+                try:
+                    self.pictures.check(
+                        self.folders[self.annotations.sources[row]] / paths[row],
+                        split_page(self.annotations.file_name(row))[1],
+                    )
+                except PictureError as error:
+                    problems.error(error.kind, f"{self.name_of(row)}: {error}")
+                    unfit.append(row)
+                except (ValueError, OSError):
+                    continue  # what is damaged is said where it is read
+        return unfit
+
     def file_names(self) -> list[str]:
         """The file of every image of the annotations, below its folder; of those that are missing, as written."""
-        names = self.annotations.all_file_names()
+        names = [split_page(name)[0] for name in self.annotations.all_file_names()]
         for row, path in self.variants.items():
             names[row] = path
         return names
 
     def image_path(self, index: int) -> Path:
         row = int(self.rows[index])
-        return self.folders[self.annotations.sources[row]] / (self.variants.get(row) or self.annotations.file_name(row))
+        name = self.variants.get(row) or split_page(self.annotations.file_name(row))[0]
+        return self.folders[self.annotations.sources[row]] / name
+
+    def page(self, index: int) -> int | None:
+        """Which page of its file an image is, where its file name says so."""
+        return split_page(self.annotations.file_name(int(self.rows[index])))[1]
 
     def read(self, index: int) -> np.ndarray:
-        """The image [H, W, 3] uint8 RGB as it is on disk. Raises ValueError where it is not of the declared size."""
-        image = read_image(self.image_path(index), self.max_pixels)
-        height, width = self.image_sizes[index]
-        if image.shape[:2] != (height, width):
-            raise ValueError(
-                f"image {self.image_path(index)} is {image.shape[1]} x {image.shape[0]} (as its EXIF data turn it), "
-                f"but {self.annotation_files[self.annotations.sources[self.rows[index]]]} says width={width} "
-                f"height={height} for image id {self.image_ids[index]}"
-            )
+        """The image [H, W, C] uint8 as `pictures` reads it. Raises ValueError where it is not of the declared size."""
+        image = self.pictures.read(self.image_path(index), self.page(index))
+        self._check_size(index, *image.shape[:2])
         return image
+
+    def _check_size(self, index: int, height: int, width: int) -> None:
+        declared = self.image_sizes[index].tolist()
+        if [height, width] != declared:
+            raise ValueError(
+                f"image {self.image_path(index)} is {width} x {height} (as its EXIF data turn it), but "
+                f"{self.annotation_files[self.annotations.sources[self.rows[index]]]} says width={declared[1]} "
+                f"height={declared[0]} for image id {self.image_ids[index]}"
+            )
+
+    @contextlib.contextmanager
+    def parts(self, index: int) -> Iterator[Parts]:
+        """An image as `read` gives it, part by part; black where it cannot be read and on_error is "skip"."""
+        height, width = self.image_sizes[index].tolist()
+        with contextlib.ExitStack() as stack:
+            try:
+                found = stack.enter_context(self.pictures.parts(self.image_path(index), self.page(index)))
+                self._check_size(index, found.height, found.width)
+            except (ValueError, OSError) as error:
+                if self.on_error == "raise":
+                    raise
+                logger.warning("%s; taken as black", error)
+                black = np.zeros((1, 1, self.pictures.channels), np.uint8)
+                found = Parts(height, width, lambda rows, columns: np.broadcast_to(
+                    black, (rows.stop - rows.start, columns.stop - columns.start, black.shape[2])).copy())  # fmt: skip
+            yield found
 
     def __getitem__(self, position: int | tuple[int, int]) -> Sample:
         epoch, index = position if isinstance(position, tuple) else (0, position)
@@ -304,7 +309,7 @@ class CocoDataset(Dataset):
 
     def _replacement(self, index: int) -> tuple[np.ndarray, int]:
         if not self.training:
-            return np.zeros((*self.image_sizes[index], 3), np.uint8), index
+            return np.zeros((*self.image_sizes[index], self.pictures.channels), np.uint8), index
         for step in range(1, len(self)):
             other = (index + step) % len(self)
             try:
@@ -369,7 +374,7 @@ def collate_images(
         raise ValueError(f"an image of {width} x {height} does not fit data.pad_to={list(size)} (height, width)")
     else:
         height, width = size
-    canvases = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    canvases = torch.zeros(len(images), images[0].shape[2], height, width, dtype=torch.uint8)
     for canvas, image in zip(canvases.numpy(), images):
         for plane, channel in zip(canvas, cv2.split(image)):
             plane[: channel.shape[0], : channel.shape[1]] = channel

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from detector.config import RunError
 from detector.data.dataset import CocoDataset, collate
+from detector.data.pictures import Pictures
 from detector.data.read_coco import Problems
 from detector.data.sampling import draw_epoch, image_weights
 from detector.structures import Batch, Targets
@@ -57,7 +58,7 @@ def build_dataset(
         seed=seed,
         on_error=data["on_error"],
         training=split == "train",
-        max_pixels=data["max_pixels"],
+        pictures=Pictures.of(data),
         keypoints=data.get("keypoints", False),
         cache=data.get("cache"),
         copy_paste=augment.get("copy_paste", 0.0) if augment and split == "train" else 0.0,

@@ -6,8 +6,10 @@ outline gets the box around what is left of it, other boxes are taken as albumen
 
 from __future__ import annotations
 
+import copy
 import os
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -20,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from detector.data.outlines import Outlines, visible_bounds
+from detector.data.pictures import resized
 
 # albumentations moves keypoints as pixel centres (a flip is x -> width - 1 - x), but these transforms scale them as if
 # the centre of pixel 0 were its corner: half a pixel off at factor 2, more at larger factors.
@@ -40,7 +43,7 @@ _UNFAITHFUL = (A.ThinPlateSpline, A.RandomGridShuffle, A.Mosaic)
 class Transformed(NamedTuple):
     """What comes out of a `Pipeline`."""
 
-    image: np.ndarray  # [H, W, 3] uint8
+    image: np.ndarray  # [H, W, C] uint8
     boxes: np.ndarray  # [G, 4] float32, inside the image
     outlines: Outlines
     kept: np.ndarray  # [G] index of each remaining object among those that went in, ascending
@@ -51,11 +54,17 @@ class Pipeline:
     """A list of albumentations transforms as one function of image, objects and seed.
 
     Args:
-        transforms: applied in turn; they must leave a uint8 RGB image (the model normalises).
+        transforms: applied in turn; they must leave a uint8 image of as many channels (the model normalises).
         min_size: objects narrower or lower than this many pixels after the transforms are dropped.
+        channels: C of the images.
+
+    Raises ValueError, naming the transform, for one that cannot be used: whose keypoints do not follow its pixels, or
+    that takes three channels alone where C is another number.
     """
 
-    def __init__(self, transforms: Sequence[A.BasicTransform | A.BaseCompose] = (), min_size: float = 1.0):
+    def __init__(
+        self, transforms: Sequence[A.BasicTransform | A.BaseCompose] = (), min_size: float = 1.0, channels: int = 3
+    ):
         if min_size <= 0:
             raise ValueError(f"min_size={min_size}: must be positive")
         self.min_size = min_size
@@ -74,6 +83,11 @@ class Pipeline:
                 move = type(transform).apply_to_keypoints
                 transform.apply_to_keypoints = partial(_scaled_as_centres, partial(move, transform))
                 transform.add_targets({"keypoints": "keypoints"})  # it looks the function up anew
+            if channels != 3 and (reason := _refusal(transform, channels)):
+                raise ValueError(
+                    f"augmentation {type(transform).__name__} cannot take pictures of {channels} channels ({reason}): "
+                    "leave it out, or give it values for as many"
+                )
 
     def __call__(
         self,
@@ -84,7 +98,7 @@ class Pipeline:
         keypoints: np.ndarray | None = None,
         mirrored: Sequence[int] | None = None,
     ) -> Transformed:
-        """Transform an image [H, W, 3] uint8 with its objects; a function of its arguments alone.
+        """Transform an image [H, W, C] uint8 with its objects; a function of its arguments alone.
 
         boxes: [G, 4]. keypoints: [G, P, 3] (x, y, visibility); `mirrored`: [P] which keypoint each one becomes when the
         picture is mirrored (left and right hands change places).
@@ -102,14 +116,16 @@ class Pipeline:
             data["bboxes"] = np.column_stack([boxes, np.arange(len(boxes))]).astype(np.float32)
         if len(points):
             data["keypoints"] = np.asarray(points, np.float32) - np.float32(0.5)
+        channels = image.shape[2]
         self.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
         data = self.compose(**data)
 
         image = data["image"]
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels:
             raise ValueError(
-                f"the augmentation turned the image into {image.dtype} {list(image.shape)}, not uint8 [H, W, 3]: "
-                "leave out Normalize, ToFloat, ToGray with one channel and ToTensorV2 (the model normalises)"
+                f"the augmentation turned the image into {image.dtype} {list(image.shape)}, not uint8 "
+                f"[H, W, {channels}]: leave out Normalize, ToFloat, ToGray with one channel and ToTensorV2 (the model "
+                "normalises)"
             )
         height, width = image.shape[:2]
         result = np.full((len(boxes), 4), -1.0)
@@ -144,6 +160,26 @@ def _leaves(transform) -> Iterator[A.BasicTransform]:
         yield transform
 
 
+def _refusal(transform: A.BasicTransform, channels: int) -> str:
+    """Why a transform cannot be applied to images of C channels, though to those of three; "" if it can."""
+    fill = getattr(transform, "fill", 0)
+    if np.size(fill) not in (1, channels):
+        return f"fill has {np.size(fill)} values"
+    reasons = []
+    for count in (3, channels):
+        tried = copy.copy(transform)
+        tried.p = 1.0
+        image = np.random.default_rng(0).integers(0, 256, (64, 96, count), np.uint8)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                same = A.Compose([tried], seed=0)(image=image)["image"].shape[2:] == (count,)
+            reasons.append("" if same else "it changes their number")
+        except Exception as error:  # of whatever kind
+            reasons.append(" ".join(str(error).split())[:160] or type(error).__name__)
+    return "" if reasons[0] else reasons[1]
+
+
 def _scaled_as_centres(apply_to_keypoints, keypoints: np.ndarray, **params) -> np.ndarray:
     shift = np.zeros(keypoints.shape[1], np.float32)
     shift[:2] = 0.5
@@ -170,9 +206,12 @@ class Resize(A.DualTransform):
     def apply(self, img, new, interpolation, **params):
         if img.shape[:2] == new:
             return img
-        if interpolation == "pillow":
+        if interpolation != "pillow":
+            return resized(img, *new, interpolation)
+        if img.shape[2] == 3:
             return np.array(Image.fromarray(img).resize(new[::-1], Image.Resampling.BILINEAR))
-        return cv2.resize(img, new[::-1], interpolation=interpolation)
+        planes = [Image.fromarray(plane).resize(new[::-1], Image.Resampling.BILINEAR) for plane in cv2.split(img)]
+        return np.stack(planes, axis=2)
 
     def apply_to_bboxes(self, bboxes, **params):
         return bboxes  # relative to the image's sides

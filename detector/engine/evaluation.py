@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 
@@ -14,6 +15,7 @@ from detector.engine.state import Run, State
 from detector.evaluation.evaluator import evaluate
 from detector.evaluation.tables import summary_table
 from detector.inference.draw import beside_truth
+from detector.inference.tiles import results_by_image
 from detector.runtime import StopRequest, eval_mode, return_freed_memory
 from detector.structures import Batch, Targets, to_device
 
@@ -28,6 +30,11 @@ def measure(run: Run, state: State, batches: Iterable, journal: Journal, stop: S
     checkpoint before it is kept, and a resumed run evaluates again.
     """
     run.world.share_buffers(state.trained)
+    detect, tiles = None, run.evaluation.tiles
+    if tiles.size:
+        share = {"rank": run.world.rank, "world": run.world.size}
+        options = {"precision": run.runtime.precision, "stop": stop, "batch_size": run.evaluation.batch_size}
+        detect = partial(results_by_image, dataset=run.val_set, tiles=tiles, **options, **share)
     metrics, results = evaluate(
         state.trained,
         stop.watch(batches),
@@ -40,6 +47,7 @@ def measure(run: Run, state: State, batches: Iterable, journal: Journal, stop: S
         per_class=False,
         folder=run.folder if state.iteration == run.total else None,
         progress=run.runtime.verbosity != "quiet",
+        detect=detect,
     )
     return_freed_memory()
     state.metrics, state.evaluated = metrics, state.iteration
@@ -74,5 +82,7 @@ def show(run: Run, state: State, examples: tuple[Batch, Targets], journal: Journ
         detections = state.trained(to_device(batch, run.world.device))
     detections = to_device(detections, "cpu")
     for index in range(len(batch.images)):
-        picture = beside_truth(batch, targets, detections, run.train_set.categories, index)
+        picture = beside_truth(
+            batch, targets, detections, run.train_set.categories, index, pictures=run.train_set.pictures
+        )
         journal.board.add_image(f"predictions/{index}", picture, state.iteration, dataformats="HWC")

@@ -13,7 +13,7 @@ from torch import nn
 
 from detector.config import ConfigError, build, config_errors, overridden
 from detector.config.schema import FILES, needed_trust
-from detector.data import Loader, build_dataset, build_loader, collate
+from detector.data import Loader, Pictures, build_dataset, build_loader, collate
 from detector.data.contents import changes, contents
 from detector.data.loader import split_files
 from detector.engine import run_folder
@@ -42,6 +42,8 @@ def preflight(cfg: DictConfig, training: Training) -> None:
             files = sorted(file.relative_to(root) for depth in ("*", "*/*") for file in root.glob(f"{depth}.json"))
             beside = f", or data.{split}.annotations to one of {', '.join(map(str, files[:5]))}" if files else ""
             raise ConfigError(f"data.{split}.annotations: {gone} does not exist; {hint}{beside}")
+    with config_errors("data"):
+        Pictures.of(cfg.data)
     if cfg.seed < 0:
         raise ConfigError(f"seed = {cfg.seed}: must be at least 0")
     build_optimizer(build(cfg.optimizer, "optimizer"), skeleton(cfg), training)
@@ -220,7 +222,8 @@ def loaders(run: Run, iteration: int) -> tuple[Loader, Loader, tuple[Batch, Targ
     with config_errors("training"):
         train_loader = build_loader(run.train_set, training.batch_size // training.accumulate, **own, **shared)
     val_loader = build_loader(val_set, run.evaluation.batch_size, training=False, **shared)
-    examples = collate([val_set[0], val_set[len(val_set) // 2]], data.pad_multiple)
+    shown = run.train_set if run.evaluation.tiles.size else val_set  # large pictures are seen in parts alone
+    examples = collate([shown[0], shown[len(shown) // 2]], data.pad_multiple)
     return train_loader, val_loader, examples
 
 

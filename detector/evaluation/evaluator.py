@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ def evaluate(
     progress: bool = True,
     sigmas: Sequence[float] | None = None,
     max_detections: Sequence[int] = COCO_LIMITS,
+    detect: Callable[[nn.Module, Sequence[int | None]], tuple[dict[int, list[dict]], set[str]]] | None = None,
 ) -> tuple[dict, list[dict]]:
     """COCO metrics of `model` on `dataset`, and its results.
 
@@ -50,8 +51,9 @@ def evaluate(
     and data set have them. Besides those of coco_metrics there is "voc": VOC's AP of boxes. Boxes and masks of a data
     set with LVIS's lists of checked categories are measured by LVIS's federated AP.
     folder: predictions.json and metrics.json are written there, the former before anything is measured. sigmas: of
-    keypoints, and max_detections: see coco_metrics; LVIS's AP always takes 300. `fit.rehearse` tells beforehand whether
-    all this can be measured.
+    keypoints, and max_detections: see coco_metrics; LVIS's AP always takes 300. detect(model, category_ids): gives what
+    `predict` gives, in its place; `loader` is not used then. `fit.rehearse` tells beforehand whether all this can be
+    measured.
 
     A model without a box head is measured by its proposals, whatever their class, with "AR300" and "AR1000" beside the
     usual numbers.
@@ -62,9 +64,12 @@ def evaluate(
     device = torch.device(device)
     proposals_only = getattr(model, "box_head", model) is None
     category_ids = [OBJECT] if proposals_only else dataset.category_ids
-    found, kinds = predict(
-        model, loader, category_ids, device, precision, paste, progress, -(-len(dataset) // _world())
-    )
+    if detect is None:
+        share = -(-len(dataset) // _world())
+        found, kinds = predict(model, loader, category_ids, device, precision, paste, progress, share)
+    else:
+        with eval_mode(model):
+            found, kinds = detect(model, category_ids)
     shards = _gather((found, kinds))
     outcome: list = [None]
     results: list[dict] = []

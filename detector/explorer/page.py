@@ -61,7 +61,7 @@ def write_page(
     head: str = "box_head",
     max_mb: float = 8,
 ) -> Path:
-    """Write the page for what `detector.load` returns and an image [H, W, 3] uint8 RGB.
+    """Write the page for what `detector.load` returns and an image [H, W, C] uint8.
 
     Args:
         image_name, checkpoint: what the page calls them.
@@ -125,7 +125,7 @@ def collect(detector: Detector, image: np.ndarray, head: str, max_mb: float) -> 
     if wanted:
         seen = f"{width} x {height} instead of {whole[1]} x {whole[0]} pixels"
         log.warning("the network sees the image at %s; max_mb=%d would keep its size", seen, ceil(wanted / 1e6))
-    picture = batch.images[0, :, :height, :width].permute(1, 2, 0).cpu().numpy()
+    picture = detector.pictures.rgb(batch.images[0, :, :height, :width].permute(1, 2, 0).cpu().numpy())
     own = describe(extractor.op)
     if learned is not None and learned["kind"] == "deformable":
         learned["error_px"] = offset_error(extractor, learned, features, maps, probe_rois(found.boxes, height, width))

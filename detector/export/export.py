@@ -2,7 +2,7 @@
 
 The exported network is the inference path for one image:
 
-    images uint8 [1, 3, H, W] RGB, content at the top left; image_size int64 [2] = (height, width) of the content,
+    images uint8 [1, C, H, W], 3: RGB, content at the top left; image_size int64 [2] = (height, width) of the content,
         and what lies beyond its next multiple of the model's divisor is cut off, as in the model's own path
     -> boxes [D, 4] in pixels of the canvas, scores [D], labels [D] (0 in rows that only pad)
     -> masks [D, M, M] of a model with a mask head: probabilities in the box's frame, for evaluation.masks.paste_masks
@@ -193,7 +193,7 @@ def export_program(
     rows, columns = (Dim(name, min=ceil(32 / step)) for name in ("rows", "columns"))
     sides = {2: step * rows, 3: step * columns} if step > 1 else {2: rows, 3: columns}
     device = next(model.parameters()).device
-    images = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, device=device)
+    images = torch.randint(0, 256, (1, len(model.pixel_mean), height, width), dtype=torch.uint8, device=device)
     arguments = images, torch.tensor([height, width], device=device)
     try:
         with torch.no_grad():

@@ -22,6 +22,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from detector.data import Pictures
 from detector.ops.paste import paste_masks
 from detector.ops.text import JOINERS, escaped, one_line
 from detector.structures import Batch, Detections, Targets
@@ -220,10 +221,14 @@ def beside_truth(
     categories: Sequence[str],
     index: int = 0,
     threshold: float = 0.5,
+    pictures: Pictures = Pictures(),  # noqa: B008  it is frozen
 ) -> np.ndarray:
-    """Image `index` of a batch as the network saw it: detections of at least `threshold` beside the ground truth."""
+    """Image `index` of a batch as the network saw it: detections of at least `threshold` beside the ground truth.
+
+    pictures: says which channels are shown.
+    """
     height, width = batch.image_sizes[index].tolist()
-    image = batch.images[index, :, :height, :width].permute(1, 2, 0).contiguous().cpu().numpy()
+    image = pictures.rgb(batch.images[index, :, :height, :width].permute(1, 2, 0).contiguous().cpu().numpy())
     keep = detections.valid[index] & (detections.scores[index] >= threshold)
     boxes, scores, labels = (_array(t[index][keep]) for t in (detections.boxes, detections.scores, detections.labels))
     masks = None

@@ -13,7 +13,7 @@ from detector.checkpoint import load as load_checkpoint
 from detector.checkpoint import load_safetensors
 from detector.config import ConfigError, build, config_errors
 from detector.config.schema import check_model_config, check_transforms_config
-from detector.data import Pipeline
+from detector.data import Pictures, Pipeline
 from detector.evaluation.proposals import OBJECT
 from detector.inference.predict import Detector
 
@@ -65,9 +65,10 @@ def validation_transforms(config: Mapping, trust: str | Sequence[str] | None = (
     steps = (config.get("augment") or {}).get("val") or []
     check_transforms_config(steps, trust=trust)
     with config_errors("augment.val"):
-        pipeline = Pipeline([instantiate(step, _convert_="all") for step in steps])
+        channels = Pictures.of(config.get("data")).channels
+        pipeline = Pipeline([instantiate(step, _convert_="all") for step in steps], channels=channels)
     probe = np.array([[0, 0, 96, 64], [12, 8, 72, 40]], np.float32)
-    result = pipeline(np.zeros((64, 96, 3), np.uint8), probe)
+    result = pipeline(np.zeros((64, 96, channels), np.uint8), probe)
     height, width = result.image.shape[:2]
     expected = probe * np.tile(np.array([width / 96, height / 64], np.float32), 2)
     if result.boxes.shape != probe.shape or np.abs(result.boxes - expected).max() > 1e-2 * max(height, width) / 64:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detector.data import Pipeline, collate_images, read_image
-from detector.data.dataset import MAX_PIXELS
+from detector.data import Pictures, Pipeline, collate_images
+from detector.data.pictures import resized
 from detector.evaluation.results import to_original
 from detector.model import TwoStageDetector
 from detector.ops.checks import ConfigError
@@ -46,9 +46,14 @@ class Detector:
         return self.model.pixel_mean.device
 
     @property
+    def pictures(self) -> Pictures:
+        """How files were read in the run."""
+        return Pictures.of(self.config.get("data"))
+
+    @property
     def max_pixels(self) -> int:
         """How many pixels an image could have in the run."""
-        return max_pixels(self.config)
+        return self.pictures.max_pixels
 
     def to(self, device: str | torch.device) -> Detector:
         """Move the model; returns the detector itself."""
@@ -62,13 +67,26 @@ class Detector:
         paste: str = "aligned",
         precision: str = "fp32",
         max_pixels: int | None = None,
+        tiles: Mapping[str, Any] | None = None,
     ) -> Detections:
-        """Detections of at least `threshold` in one image: a file, or an array [H, W, 3] uint8 RGB.
+        """Detections of at least `threshold` in one image: a file, or an array [H, W, C] uint8, of three channels RGB.
+
+        Files, and arrays of other numbers, are read as `data.intensity` of the run says; uint8 arrays are as they are.
 
         Returns boxes [D, 4] in pixels of the image, scores [D], labels [D] (1..K), valid [D] (all True) and, of a model
         with a mask head, masks [D, H, W] bool; best first, on the CPU. precision: fp32, or bf16, fp16: autocast of the
         network's layers. max_pixels: files of more pixels are refused; None: as in training.
+        tiles: {"size": 1024, "overlap": 0.2, "whole": True} looks at a large picture tile by tile. Masks are whole all
+        the same, and may fill the memory: `inference.tiles.find` gives windows instead. None: as in training.
         """
+        from detector.inference import tiles as by_tiles  # which stands on this module
+
+        wanted = by_tiles.tiles_of(self.config, tiles or {})
+        if wanted.size:
+            pictures = self.pictures if max_pixels is None else replace(self.pictures, max_pixels=max_pixels)
+            options: dict[str, Any] = {"threshold": threshold, "paste": paste, "precision": precision}
+            with pictures.parts(image) if isinstance(image, (str, Path)) else pictures.parts_of(image) as picture:
+                return by_tiles.find(self.model, picture, wanted, self.preprocess, **options).detections()
         return self.predict_batch([image], threshold, paste, precision, max_pixels)[0]
 
     @torch.inference_mode()
@@ -81,16 +99,11 @@ class Detector:
         max_pixels: int | None = None,
     ) -> list[Detections]:
         """`predict` for several images in one pass of the network."""
-        limit = self.max_pixels if max_pixels is None else max_pixels
-        arrays = [read_image(image, limit) if isinstance(image, (str, Path)) else _check(image) for image in images]
-        batch = self.as_batch(arrays)
-        with autocast(self.device, precision):
-            found = self.model(batch)
-        found = to_original(found, batch)
+        arrays = [self._array(image, max_pixels) for image in images]
         results = []
-        for n, array in enumerate(arrays):
-            keep = found.valid[n] & (found.scores[n] >= threshold)
-            one = Detections(*(None if t is None else t[n][keep].cpu() for t in found))
+        for array, found in zip(arrays, detect(self.model, arrays, self.preprocess, precision)):
+            keep = found.scores >= threshold
+            one = Detections(*(None if t is None else t[keep] for t in found))
             if one.masks is not None:
                 masks = paste_masks(one.masks.float().numpy(), one.boxes.numpy(), *array.shape[:2], paste=paste)
                 one = one._replace(masks=torch.from_numpy(masks))
@@ -118,8 +131,7 @@ class Detector:
         wanted = torch.as_tensor(boxes, dtype=torch.float32) if len(boxes) else torch.zeros(0, 4)
         if wanted.ndim != 2 or wanted.shape[1] != 4 or not wanted.isfinite().all():
             raise ValueError(f"boxes must be finite numbers [R, 4] = (x1, y1, x2, y2), got {list(wanted.shape)}")
-        limit = self.max_pixels if max_pixels is None else max_pixels
-        array = read_image(image, limit) if isinstance(image, (str, Path)) else _check(image)
+        array = self._array(image, max_pixels)
         batch, head = self.as_batch([array]), stages[stage]
         with autocast(self.device, precision):
             features = self.model.features(batch)[: self.model.neck.roi_levels]
@@ -128,26 +140,36 @@ class Detector:
             vectors = head.trunk(pooled)
         return RegionFeatures(pooled.float().cpu(), vectors.float().cpu())
 
+    def _array(self, image: str | Path | np.ndarray, max_pixels: int | None) -> np.ndarray:
+        pictures = self.pictures if max_pixels is None else replace(self.pictures, max_pixels=max_pixels)
+        return pictures.read(image) if isinstance(image, (str, Path)) else pictures.of_array(image)
+
     def as_batch(self, arrays: Sequence[np.ndarray], scale: float = 1.0) -> Batch:
-        """Images [H, W, 3] uint8 as the model wants them, on its device; `scale` makes them smaller than usual."""
-        images = [self.preprocess(array).image for array in arrays]
-        if scale != 1:
-            images = [cv2.resize(i, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for i in images]
-        numbers = range(len(arrays))
-        sizes = [array.shape[:2] for array in arrays]
-        batch = collate_images(images, sizes, numbers, [0 for _ in numbers], self.model.pad_multiple)
-        return to_device(batch, self.device)
+        """Images [H, W, C] uint8 as the model wants them, on its device; `scale` makes them smaller than usual."""
+        return as_batch(self.model, arrays, self.preprocess, scale)
 
 
-def max_pixels(config: Mapping[str, Any]) -> int:
-    """How many pixels an image could have in a run of this config: data.max_pixels."""
-    return (config.get("data") or {}).get("max_pixels", MAX_PIXELS)
+def detect(
+    model: TwoStageDetector, arrays: Sequence[np.ndarray], preprocess: Pipeline, precision: str = "fp32"
+) -> list[Detections]:
+    """Valid detections in images [H, W, C] uint8, in their pixels, on the CPU; masks are probabilities in their boxes.
+
+    model: any in evaluation mode. preprocess: the validation transforms.
+    """
+    batch = as_batch(model, arrays, preprocess)
+    with autocast(batch.images.device, precision):
+        found = model(batch)
+    found = to_original(found, batch)
+    return [Detections(*(None if t is None else t[n][found.valid[n]].cpu() for t in found)) for n in range(len(arrays))]
 
 
-def _check(image: np.ndarray) -> np.ndarray:
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise TypeError(f"image must be a path or a uint8 array [H, W, 3] in RGB order, got {kind}")
-    if 0 in image.shape:
-        raise ValueError(f"image is empty: {list(image.shape)}")
-    return image
+def as_batch(model: TwoStageDetector, arrays: Sequence[np.ndarray], preprocess: Pipeline, scale: float = 1.0) -> Batch:
+    """Images [H, W, C] uint8 after `preprocess`, resized by `scale` then, as a batch on the model's device."""
+    images = [preprocess(array).image for array in arrays]
+    if scale != 1:
+        sizes = [[max(1, round(side * scale)) for side in image.shape[:2]] for image in images]
+        images = [resized(image, *size, cv2.INTER_AREA) for image, size in zip(images, sizes)]
+    numbers = range(len(arrays))
+    sizes = [array.shape[:2] for array in arrays]
+    batch = collate_images(images, sizes, numbers, [0 for _ in numbers], model.pad_multiple)
+    return to_device(batch, next(model.parameters()).device)

@@ -114,7 +114,7 @@ def view_of(batch: Batch, view: View, multiple: int = 32) -> Batch:
     if view == View(1.0, False):
         return batch
     height, width = (-(-int(side) // multiple) * multiple for side in sizes.amax(0))
-    canvas = images.new_zeros(len(images), 3, height, width)
+    canvas = images.new_zeros(*images.shape[:2], height, width)
     for image, out, (h, w), (new_h, new_w) in zip(images, canvas, batch.image_sizes.tolist(), sizes.tolist()):
         content = image[None, :, :h, :w].float()
         if (new_h, new_w) != (h, w):

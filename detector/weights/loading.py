@@ -216,3 +216,35 @@ def without_eps(state: dict[str, Tensor]) -> None:
     for key in state:
         if key.endswith("running_var"):
             state[key] = state[key] - 1e-5
+
+
+def widen(model: nn.Module, state: dict[str, Tensor], presets: Mapping[str, Any], how: str) -> dict[str, Tensor]:
+    """The weights with a first convolution for as many channels as the backbone takes, where theirs takes three.
+
+    how: "mean": every channel gets the mean of the three; "repeat": theirs one after the other, over and over; both are
+    scaled by 3 / C, so that what comes out keeps its size. "new": it starts as the model was drawn. presets: the order
+    and the scale that theirs was trained with; the model's own images have a standard deviation of about 1.
+
+    Raises ValueError for a new convolution that is not trained.
+    """
+    found = [(n, m) for n, m in model.backbone.named_modules() if isinstance(m, nn.Conv2d)][:1]
+    channels = getattr(model.backbone, "in_channels", 3)
+    key = f"backbone.{found[0][0]}.weight" if found else ""
+    if channels == 3 or key not in state or state[key].shape[1] != 3:
+        return state
+    weight, frozen = found[0][1].weight, not found[0][1].weight.requires_grad
+    mend = "model.backbone.frozen_stages=0 trains it"
+    if frozen and how == "new":
+        raise ValueError(f"the first convolution would stay as it was drawn, for it is not trained: {mend}")
+    if frozen:
+        log.warning("the first convolution is widened to %d channels, but not trained: %s", channels, mend)
+    log.info("the first convolution has %d channels instead of 3: weights.first_conv=%s", channels, how)
+    if how == "new":
+        return state | {key: weight.detach().clone()}
+    theirs, std = state[key], torch.tensor(presets.get("pixel_std", RGB["pixel_std"]))
+    if presets.get("channel_order") == "bgr":
+        theirs, std = theirs.flip(1), std.flip(0)
+    theirs = theirs * (torch.tensor(RGB["pixel_std"]) / std).to(theirs)[:, None, None]
+    mean = theirs.mean(dim=1, keepdim=True).expand(-1, channels, -1, -1)
+    wide = mean if how == "mean" else theirs[:, torch.arange(channels) % 3]
+    return state | {key: wide * (3 / channels)}

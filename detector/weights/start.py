@@ -10,15 +10,16 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from detector.config import config_errors, literal
 from detector.protocols import Published
 from detector.weights.architecture import apply_presets
-from detector.weights.loading import ForeignWeights, load_foreign, read_foreign
+from detector.weights.loading import ForeignWeights, load_foreign, read_foreign, widen
+from detector.weights.presets import RGB
 from detector.weights.transfer import Kept, fills_body, load_into
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ class Weights(NamedTuple):
 class Start:
     """How the file that `model.weights` names is loaded: the top-level key `weights`.
 
-    strict, reset_heads: see `load_into`. source, style: see `load_foreign`. categories: see `categories_of`.
+    strict, reset_heads: see `load_into`. source, style: see `load_foreign`. categories: see `categories_of`. first_conv:
+    how the first convolution of weights for three channels is widened to other images, see `widen`.
     """
 
     strict: bool = True
@@ -46,6 +48,7 @@ class Start:
     source: str | None = None
     style: str | None = None
     categories: list[str] | None = None
+    first_conv: Literal["mean", "repeat", "new"] = "mean"
 
     def read(self, cfg: DictConfig, chosen: Collection[str] = ()) -> Weights:
         """The weights that `cfg.model` starts from, the presets of `model.weights` put into it.
@@ -62,6 +65,8 @@ class Start:
             warn_of_other_pixels(cfg.model, contents.get("config"))
         presets = {key: value for key, value in weights.presets.items() if f"model.{key}" not in chosen}
         model = OmegaConf.to_container(cfg.model, resolve=True)
+        if model["backbone"].get("in_channels", 3) != 3:  # what is known of red, green and blue says nothing of these
+            presets = {key: value for key, value in presets.items() if key not in RGB}
         apply_presets(model, presets)
         cfg.model = OmegaConf.create(literal(model | {"weights": None}))
         log.info("starting from %s with %s", path, ", ".join(f"{k}={v}" for k, v in presets.items()) or "its tensors")
@@ -75,10 +80,14 @@ class Start:
         """
         whole, backbone, theirs = weights
         kept = Kept()
+        if whole is not None:
+            with config_errors("weights.first_conv"):
+                whole = ForeignWeights(widen(model, *whole, self.first_conv), whole.presets)
         if backbone is not None:
             if whole is None or not fills_body(model, whole.state_dict):
                 with config_errors(f"model.backbone.weights = {backbone}"):
-                    kept = load_into(model, read_backbone(model.backbone, backbone), self.strict)
+                    body = read_backbone(model.backbone, backbone)
+                    kept = load_into(model, widen(model, *body, self.first_conv), self.strict)
             else:
                 log.info("model.backbone.weights=%s is not read: model.weights has the backbone", backbone)
         if whole is not None:
@@ -103,14 +112,14 @@ def warn_of_other_pixels(model: DictConfig, config: Any) -> None:
         log.warning("model.weights were trained with other settings of the images than this run has: add %s", settings)
 
 
-def read_backbone(backbone: nn.Module, weights: str) -> dict[str, Tensor]:
+def read_backbone(backbone: nn.Module, weights: str) -> ForeignWeights:
     """The `backbone.` keys of a file that `load_foreign` reads, or the weights that the backbone's library publishes.
 
     Raises FileNotFoundError, and ValueError where the backbone knows no weights of that name.
     """
     if Path(weights).suffix or Path(weights).is_file():
-        state = load_foreign(weights).state_dict
-        return {key: value for key, value in state.items() if key.startswith("backbone.")}
+        state, presets = load_foreign(weights)
+        return ForeignWeights({key: value for key, value in state.items() if key.startswith("backbone.")}, presets)
     if not isinstance(backbone, Published):
         raise ValueError(f"{weights!r} is no file, and no library publishes weights of {type(backbone).__name__}")
-    return {f"backbone.{key}": value for key, value in backbone.published(weights).items()}
+    return ForeignWeights({f"backbone.{key}": value for key, value in backbone.published(weights).items()}, {})

@@ -11,8 +11,8 @@ from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 
-from detector.data.dataset import image_suffixes
 from detector.data.file_names import spelling_key
+from detector.data.picture_files import image_suffixes
 
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}

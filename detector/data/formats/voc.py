@@ -23,7 +23,6 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle_tools
 
-from detector.data.dataset import image_suffixes
 from detector.data.file_names import find_files
 from detector.data.formats.common import (
     Notes,
@@ -35,6 +34,7 @@ from detector.data.formats.common import (
     read_text,
     upright_size,
 )
+from detector.data.picture_files import image_suffixes
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 YES, NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
