@@ -14,7 +14,7 @@ install: $(READY)  ## virtual environment with the project and its tested versio
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,timm,export,cluster]' -c constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,timm,export,cluster,pictures]' -c constraints.txt
 	@touch $@
 
 demo: $(READY) data/shapes/annotations/instances_val.json  ## train, evaluate and draw on generated shapes
@@ -34,7 +34,7 @@ test-oldest: $(OLDEST)/.ready  ## the test suite on the oldest supported PyTorch
 $(OLDEST)/.ready: pyproject.toml constraints.txt constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	grep -vE '^(torch|torchvision)==' constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,timm,export,cluster]' \
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,timm,export,cluster,pictures]' \
 		-c $(OLDEST)/constraints.txt -c constraints-oldest.txt
 	@touch $@
 
