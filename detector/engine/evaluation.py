@@ -30,11 +30,18 @@ def measure(run: Run, state: State, batches: Iterable, journal: Journal, stop: S
     checkpoint before it is kept, and a resumed run evaluates again.
     """
     run.world.share_buffers(state.trained)
-    detect, tiles = None, run.evaluation.tiles
-    if tiles.size:
-        share = {"rank": run.world.rank, "world": run.world.size}
-        options = {"precision": run.runtime.precision, "stop": stop, "batch_size": run.evaluation.batch_size}
-        detect = partial(results_by_image, dataset=run.val_set, tiles=tiles, **options, **share)
+    detect = None
+    if run.evaluation.tiles.size:
+        detect = partial(
+            results_by_image,
+            dataset=run.val_set,
+            tiles=run.evaluation.tiles,
+            precision=run.runtime.precision,
+            batch_size=run.evaluation.batch_size,
+            rank=run.world.rank,
+            world=run.world.size,
+            stop=stop,
+        )
     metrics, results = evaluate(
         state.trained,
         stop.watch(batches),

@@ -39,8 +39,8 @@ class Weights(NamedTuple):
 class Start:
     """How the file that `model.weights` names is loaded: the top-level key `weights`.
 
-    strict, reset_heads: see `load_into`. source, style: see `load_foreign`. categories: see `categories_of`. first_conv:
-    how the first convolution of weights for three channels is widened to other images, see `widen`.
+    strict, reset_heads: see `load_into`. source, style: see `load_foreign`. categories: see `categories_of`.
+    first_conv: how the first convolution of weights for three channels is widened to other images, see `widen`.
     """
 
     strict: bool = True
