@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from detector.data.dataset import image_suffixes
 from detector.data.file_names import SERVED
 from detector.data.formats.common import Notes, only
 from detector.data.formats.shapes import Instances, numbers
+from detector.data.picture_files import image_suffixes
 from detector.data.read_coco import read_json, whole
 
 SIZE = ("original_width", "original_height")
