@@ -168,8 +168,8 @@ def disagreements(methods: Sequence[Method], truth: Truth, report: Mapping, coun
             (path,), _, problems = find_files(folder, [file])
             if path is None:
                 raise ValueError(f"image {image_id}: {problems[0]} is not in {folder}")
-            pictures = Pictures.of(runs[0].config["data"])
-            image = pictures.rgb(pictures.read(folder / path, page))
+            reader = Pictures.of(runs[0].config["data"])
+            image = reader.rgb(reader.read(folder / path, page))
         except (ValueError, OSError) as error:
             log.warning("no picture: %s", error)
             continue

@@ -252,7 +252,7 @@ def test_stored_config_builds_models_only(target):
 
 @pytest.mark.parametrize("roi", ["align", "deformable", "pool"])
 def test_stored_config_of_our_models_is_trusted(roi):
-    check_model_config(OmegaConf.to_container(compose(f"roi={roi}").model))
+    check_model_config(OmegaConf.to_container(compose(f"roi={roi}").model, resolve=True))
 
 
 def test_near():

@@ -40,7 +40,11 @@ CODE = ("augment.", "model.", "optimizer.", "roi.", "runtime.", "schedule.", "tr
 NO_PATHS = {  # settings that are texts, or may be, and no paths: a new one stands here or in PATHS
     *(
         "baseline",
+        "data.intensity",
+        "data.page",
         "data.sampling",
+        "data.shown",
+        "evaluation.tiles.size",
         "max_detections",
         "data.keypoints",
         "data.max_pixels",
@@ -64,7 +68,7 @@ NO_PATHS = {  # settings that are texts, or may be, and no paths: a new one stan
         "weights.categories",
         "weights.source",
     ),
-    *("weights.style",),
+    *("tiles.overlap", "tiles.size", "tiles.whole", "weights.first_conv", "weights.style"),
 }
 
 
