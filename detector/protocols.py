@@ -35,6 +35,14 @@ class Published(Protocol):
         """
 
 
+@runtime_checkable
+class Layered(Protocol):
+    """A backbone that tells its layers apart, for `training.layer_decay`."""
+
+    def layers(self) -> dict[str, int]:
+        """The layer of each parameter, by the backbone's own keys; those nearest to the images are 0."""
+
+
 class Neck(Protocol):
     """From the backbone's maps to the levels that RPN and heads read, finest first."""
 

@@ -127,6 +127,9 @@ class Training:
     decay_norms: bool = False  # weight decay on normalisation layers
     decay_biases: bool = False
     lr_multipliers: dict[str, float] = field(default_factory=dict)  # by part of a parameter's name: {backbone: 0.1}
+    layer_decay: float | None = None  # factor on the learning rate from each layer of the backbone to the one before it
+    freeze: list[str] = field(default_factory=list)  # parts of the model that do not learn: [backbone, rpn]
+    thaw_at: Length | None = None  # when they begin to; null: never
     patience: int | None = None  # evaluations in a row that may bring nothing better; then the run ends
 
     def __post_init__(self):
@@ -141,6 +144,10 @@ class Training:
         require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1), or null")
         for name, value in self.lr_multipliers.items():
             require(value >= 0, f"lr_multipliers.{name}", value, "at least 0")
+        require(self.layer_decay is None or 0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "in (0, 1]")
+        if self.thaw_at is not None:
+            to_iterations(self.thaw_at, 1, 1, "thaw_at")
+            require(len(self.freeze) > 0, "thaw_at", self.thaw_at, "null: freeze names nothing that could thaw")
 
 
 @dataclass(frozen=True)

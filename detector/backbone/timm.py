@@ -5,6 +5,7 @@ Dimensions: N images, C channels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -55,7 +56,7 @@ class TimmBackbone(nn.Module):
         if missing := [stride for stride in strides if stride not in reductions]:
             raise ValueError(f"strides={list(strides)}: {name} has maps at strides {reductions}, not {missing}")
         settings["out_indices"] = [reductions.index(s) for s in strides]
-        self.in_channels, self.create = in_channels, partial(timm.create_model, name, **settings)
+        self.name, self.in_channels, self.create = name, in_channels, partial(timm.create_model, name, **settings)
         self.model = self.create()
         self.out_channels, self.strides = self.model.feature_info.channels(), list(strides)
         self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
@@ -70,6 +71,17 @@ class TimmBackbone(nn.Module):
         with torch.random.fork_rng(devices=[]):
             model = self.create(pretrained=True, in_chans=3)
         return {f"model.{key}": value for key, value in model.state_dict().items()}
+
+    def layers(self) -> dict[str, int]:
+        """The layer of each parameter, as timm groups them: the stem 0, then block by block."""
+        from timm.models import create_model, group_parameters
+
+        with torch.device("meta"):  # the model whose maps these are: timm renames its parts, some of them
+            whole = create_model(self.name)
+        found = group_parameters(whole, whole.group_matcher(coarse=False), reverse=True)
+        known = {key.replace(".", "_"): layer for key, layer in found.items()}
+        keys = [key for key, _ in self.named_parameters()]
+        return {key: known[re.sub(r"^(model\.)+", "", key).replace(".", "_")] for key in keys}
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps [N, C, H / stride, W / stride] of images [N, C, H, W]."""

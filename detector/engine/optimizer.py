@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from detector.config import ConfigError
 from detector.ops.checks import require
+from detector.protocols import Layered
 from detector.settings import Length, Training, to_iterations
 
 NORMS = (
@@ -31,12 +32,14 @@ NORMS = (
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, training: Training) -> list[dict]:
-    """The trainable parameters, grouped by learning rate and weight decay.
+    """The trainable parameters, grouped by learning rate and weight decay, those of `training.freeze` apart: a fused
+    SGD wants momentum of all of a group or of none.
 
     A key of `training.lr_multipliers` applies to the parameters that have it as a part of their dotted name; several
-    multiply. Raises ConfigError for a key that no parameter has.
+    multiply, and so does `layer_factors`. Raises ConfigError for a key that no parameter has.
     """
-    groups: dict[tuple[float, float], dict] = {}
+    factors = layer_factors(model, training.layer_decay) if training.layer_decay else {}
+    groups: dict[tuple[float, float, bool], dict] = {}
     unused = set(training.lr_multipliers)
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -46,11 +49,13 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, training:
             if not parameter.requires_grad:
                 continue
             scale = functools.reduce(lambda x, key: x * training.lr_multipliers[key], matching, 1.0)
+            scale *= factors.get(".".join(parts), 1.0)
             is_norm = isinstance(module, NORMS)
             plain = (is_norm and not training.decay_norms) or (
                 name == "bias" and not is_norm and not training.decay_biases
             )
-            key = (lr * scale, 0.0 if plain else weight_decay)
+            frozen = any(".".join(parts).startswith(f"{part}.") for part in training.freeze)
+            key = (lr * scale, 0.0 if plain else weight_decay, frozen)
             group = groups.setdefault(key, {"params": [], "lr": key[0], "weight_decay": key[1]})
             if all(parameter is not other for other in group["params"]):
                 group["params"].append(parameter)
@@ -58,6 +63,21 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, training:
     for part in unused - {"offset_predictor"}:
         raise ConfigError(f"training.lr_multipliers.{part}: no parameter has {part!r} as a part of its name")
     return list(groups.values())
+
+
+def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
+    """decay ^ (L - l) for the parameters of layer l = 0 .. L - 1 of the backbone, by name (Clark et al. 2020, ELECTRA;
+    ViTDet): the last layer learns at `decay`, what stands behind the backbone at 1. Raises ConfigError for a backbone
+    that does not tell its layers."""
+    if not isinstance(model.backbone, Layered):
+        kind = type(model.backbone).__name__
+        raise ConfigError(
+            f"training.layer_decay = {decay}: {kind} does not tell its layers apart; null, or a backbone of timm, such "
+            "as backbone@model.backbone=swin_tiny"
+        )
+    layers = model.backbone.layers()
+    count = max(layers.values()) + 1
+    return {f"backbone.{name}": decay ** (count - layer) for name, layer in layers.items()}
 
 
 def build_optimizer(
@@ -81,6 +101,11 @@ def build_optimizer(
         return factory.func(groups, **settings)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"optimizer: {error}") from error
+
+
+def trained_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All parameters of its groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 class EMA:

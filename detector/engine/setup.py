@@ -18,7 +18,8 @@ from detector.data.contents import changes, contents
 from detector.data.loader import split_files
 from detector.engine import run_folder
 from detector.engine.evaluation import chosen
-from detector.engine.optimizer import build_optimizer
+from detector.engine.freezing import frozen_parts
+from detector.engine.optimizer import build_optimizer, trained_by
 from detector.engine.state import Run, State
 from detector.evaluation.fit import check_training, rehearse
 from detector.evaluation.tables import summary_table
@@ -46,7 +47,9 @@ def preflight(cfg: DictConfig, training: Training) -> None:
         Pictures.of(cfg.data)
     if cfg.seed < 0:
         raise ConfigError(f"seed = {cfg.seed}: must be at least 0")
-    build_optimizer(build(cfg.optimizer, "optimizer"), skeleton(cfg), training)
+    model = skeleton(cfg)
+    optimizer = build_optimizer(build(cfg.optimizer, "optimizer"), model, training)
+    frozen_parts(model, training.freeze, trained_by(optimizer))
 
 
 def skeleton(cfg: DictConfig) -> nn.Module:
@@ -55,10 +58,20 @@ def skeleton(cfg: DictConfig) -> nn.Module:
         return build(cfg.model, "model", num_classes=2)
 
 
-def warn_of_random_layers(model: nn.Module) -> None:
-    """Say so if a run without weights begins with layers that are never trained: nothing good can come of it."""
-    frozen = [name for name, p in model.get_submodule("backbone").named_parameters() if not p.requires_grad]
+def warn_of_random_layers(run: Run, state: State) -> None:
+    """Say so if a run begins with layers that no weights fill and that are not trained: nothing good can come of it."""
+    model, later = state.model, {id(p) for p in state.parameters}
+    still = {name: p for name, p in model.named_parameters() if not p.requires_grad and name not in state.filled}
+    frozen = [name for name, p in still.items() if id(p) in later]
     if frozen:
+        log.warning(
+            "training.freeze: %d tensors (%s, ...) have no weights from elsewhere: they stay random %s. Leave out "
+            "their part, or give model.weights=FILE",
+            *(len(frozen), frozen[0]),
+            "to the end" if run.training.thaw_at is None else f"until iteration {run.thaw_at}",
+        )
+    frozen = [name.removeprefix("backbone.") for name, p in still.items() if id(p) not in later]
+    if frozen and run.cfg.model.backbone.get("weights") is None:
         log.warning(
             "model.backbone.weights = null, but %d of its tensors are not trained (%s, ...): they stay random. Give "
             "model.backbone.weights=IMAGENET1K_V1 or model.weights=FILE, or train from scratch with "
@@ -129,7 +142,10 @@ def is_finished(run: Run, state: State) -> bool:
 def introduce(run: Run, state: State, checkpoint: Mapping[str, Any] | None) -> None:
     """What is going to be trained, on what and with what, before the first step."""
     model, world, cfg = state.model, run.world, run.cfg
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    training, frozen = run.training, state.frozen.parameters if state.frozen.held else []
+    all_of_it, trained, held = (
+        sum(p.numel() for p in ps) / 1e6 for ps in (model.parameters(), state.parameters, frozen)
+    )
     heads = {name: getattr(model, name) for name in ("box_head", "mask_head", "keypoint_head")}
     ops = {name: head.stages[0].extractor.op for name, head in heads.items() if head is not None}
     methods = [
@@ -146,18 +162,22 @@ def introduce(run: Run, state: State, checkpoint: Mapping[str, Any] | None) -> N
         "device": f"{world.device}, {run.runtime.precision}{threads}{ranks}",
         "model": ", ".join([*parts, *(type(getattr(model, name)).__name__ for name in ops)]),
         "RoI methods": "; ".join(methods) or "none",
-        "parameters": f"{sum(n for n, _ in sizes) / 1e6:.2f} M, trained {sum(n for n, on in sizes if on) / 1e6:.2f} M",
+        "parameters": f"{all_of_it:.2f} M, trained {trained - held:.2f} M",
         "classes": f"{len(run.train_set.categories)}: {', '.join(run.train_set.categories[:10])}"
         + (", ..." if len(run.train_set.categories) > 10 else ""),
         "training": f"{len(run.train_set)} images, {len(run.train_set.annotations.labels)} objects",
         "validation": f"{len(run.val_set)} images, {len(run.val_set.annotations.labels)} objects",
         "length": f"{run.total} iterations of {run.training.batch_size} images, {epochs:.1f} epochs; evaluated every "
         f"{run.evaluate_every}",
-        "learning rate": f"{' to '.join(f'{rate:.3g}' for rate in (rates[:1] + rates[1:][-1:]))}, after scaling",
+        "learning rate": f"{' to '.join(f'{rate:.3g}' for rate in (rates[:1] + rates[1:][-1:]))}, after scaling"
+        + (f", each layer of the backbone {training.layer_decay} of the next" if training.layer_decay else ""),
+        "frozen": ", ".join(state.frozen.names)
+        + (f": {held:.2f} M" if held else "")
+        + (f", until iteration {run.thaw_at}" if training.thaw_at is not None else ""),
         "starts from": ", ".join(origin) or "nothing: from scratch",
         "results": str(run.folder),
     }
-    log.info("%s", "\n".join(f"{name:14} {text}" for name, text in lines.items()))
+    log.info("%s", "\n".join(f"{name:14} {text}" for name, text in lines.items() if text))
     for group in state.optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
         log.debug("lr %.3g, weight decay %.3g: %d parameters", group["initial_lr"], group["weight_decay"], count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from detector.config import build, config_errors
+from detector.config import ConfigError, build, config_errors
 from detector.data import CocoDataset
-from detector.engine.optimizer import EMA, Schedule, build_optimizer
+from detector.engine.freezing import Frozen, frozen_parts
+from detector.engine.optimizer import EMA, Schedule, build_optimizer, trained_by
 from detector.ops.layers import to_preferred_layout
 from detector.runtime import World
 from detector.settings import Evaluation, Runtime, Training, to_iterations
+from detector.weights import Kept
 
 MODULES, PLAIN = (
     ("model", "optimizer", "scheduler", "scaler"),
@@ -57,6 +59,19 @@ class Run:
         return self.schedule.total(self.per_epoch)
 
     @cached_property
+    def thaw_at(self) -> int:
+        """The iterations that what is frozen waits; those of the whole run where it never thaws."""
+        if self.training.thaw_at is None:
+            return self.total
+        thaw = to_iterations(self.training.thaw_at, self.per_epoch, self.total, "training.thaw_at")
+        if not 0 < thaw < self.total:
+            raise ConfigError(
+                f"training.thaw_at = {self.training.thaw_at}: is iteration {thaw}, which is not inside the run of "
+                f"{self.total} iterations; null: freeze for all of it"
+            )
+        return thaw
+
+    @cached_property
     def save_every(self) -> int:
         """Iterations between numbered checkpoints."""
         return to_iterations(self.runtime.checkpoint_every, self.per_epoch, self.total)
@@ -77,24 +92,26 @@ class State:
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
     scaler: torch.amp.GradScaler
+    frozen: Frozen
+    filled: Collection[str]  # names of the tensors that weights gave
     iteration: int = 0  # optimiser steps done
     evaluated: int = 0  # iteration of the last evaluation
     nonfinite: int = 0  # steps skipped
     best: dict[str, Any] = field(default_factory=dict)  # metric, value, iteration
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # of the last evaluation
-    parameters: list[Tensor] = field(init=False)  # what the optimiser trains
+    parameters: list[Tensor] = field(init=False)  # what the optimiser trains, frozen or not
 
     def __post_init__(self) -> None:
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.parameters = trained_by(self.optimizer)
 
     @classmethod
-    def create(cls, run: Run, start: Callable[..., None] | None = None) -> State:
-        """Build what the config describes, on the device; `start(model, categories=)` may fill it with weights."""
+    def create(cls, run: Run, start: Callable[..., Kept] | None = None) -> State:
+        """Build what the config describes, on the device; `start(model, categories=)` may fill it with weights, and
+        says what it kept."""
         cfg, training, device = run.cfg, run.training, run.world.device
         categories = run.train_set.categories
         model = build(cfg.model, "model", num_classes=len(categories), pad_multiple=cfg.data.pad_multiple)
-        if start is not None:
-            start(model, categories=categories)
+        kept = start(model, categories=categories) if start is not None else Kept()
         model = to_preferred_layout(model.to(device), device)
         scaler = torch.amp.GradScaler(device.type, enabled=run.runtime.precision == "fp16")
         factory = build(cfg.optimizer, "optimizer")
@@ -103,7 +120,13 @@ class State:
             factor = run.schedule.factor(run.per_epoch)
         scheduler = LambdaLR(optimizer, factor)
         ema = EMA(model, training.ema_decay) if training.ema_decay else None
-        return cls(model, ema, optimizer, scheduler, scaler)
+        frozen = frozen_parts(model, training.freeze, trained_by(optimizer))
+        return cls(model, ema, optimizer, scheduler, scaler, frozen, {*kept.kept, *kept.rows})
+
+    def set_mode(self, run: Run) -> None:
+        """Training mode, as the iteration that comes next has it: with frozen parts before `training.thaw_at`."""
+        self.model.train()
+        self.frozen.set_mode(self.iteration < run.thaw_at)
 
     @property
     def trained(self) -> nn.Module:

@@ -65,8 +65,9 @@ def train(cfg: DictConfig) -> float | None:
         state = State.create(run, None if checkpoint else partial(start.load, weights=weights))
         if checkpoint:
             setup.resume(run, state, checkpoint)
-        elif not any(weights):
-            setup.warn_of_random_layers(state.model)
+        state.set_mode(run)
+        if not checkpoint:
+            setup.warn_of_random_layers(run, state)
         if setup.is_finished(run, state):
             return chosen(state.metrics, evaluation.metric)
         setup.introduce(run, state, checkpoint)
@@ -90,7 +91,7 @@ def repeat(run: Run, state: State, journal: Journal, contents: dict, stop: StopR
         for part in ("backbone", "neck", "rpn.head"):
             model.get_submodule(part).compile()
     if world.size > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model = distributed(model)
     train_loader, val_loader, examples = setup.loaders(run, state.iteration)
     with contextlib.closing(train_loader), contextlib.closing(val_loader):
 
@@ -103,7 +104,6 @@ def repeat(run: Run, state: State, journal: Journal, contents: dict, stop: StopR
 
         alone = world.size == 1  # else this rank would wait for others that wait for it
         batches = readable(train_loader, folder / "last.pt", save if alone else None)
-        state.model.train()
         while True:
             if state.evaluated < state.iteration and (
                 state.iteration == total or is_due(state.iteration, run.evaluate_every)
@@ -113,6 +113,11 @@ def repeat(run: Run, state: State, journal: Journal, contents: dict, stop: StopR
                 if state.iteration == total or state.is_exhausted(run):
                     break
 
+            if state.frozen.held and state.iteration >= run.thaw_at:
+                log.info("iteration %d: %s thaw", state.iteration, ", ".join(state.frozen.names))
+                state.set_mode(run)
+                if world.size > 1:
+                    model = distributed(state.model)
             waiting = time.perf_counter()
             micro_batches = [next(batches) for _ in range(training.accumulate)]
             waited = time.perf_counter() - waiting
@@ -130,7 +135,7 @@ def repeat(run: Run, state: State, journal: Journal, contents: dict, stop: StopR
                 journal.add(losses, norm, waited)
             state.scaler.update()
             state.optimizer.zero_grad()
-            lr = state.optimizer.param_groups[0]["lr"]
+            lr = max(group["lr"] for group in state.optimizer.param_groups)
             state.scheduler.step()
             state.iteration += 1
 
@@ -144,6 +149,11 @@ def repeat(run: Run, state: State, journal: Journal, contents: dict, stop: StopR
             if stopping:
                 log.warning("%s: saved after iteration %d; start again to go on", stop.name, state.iteration)
                 raise SystemExit(stop.exit_code)
+
+
+def distributed(model: nn.Module) -> DistributedDataParallel:
+    """The model, the ranks' gradients averaged: those of the parameters that want one now."""
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def forward_backward(

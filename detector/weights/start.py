@@ -72,11 +72,12 @@ class Start:
         log.info("starting from %s with %s", path, ", ".join(f"{k}={v}" for k, v in presets.items()) or "its tensors")
         return Weights(weights, backbone, categories)
 
-    def load(self, model: nn.Module, weights: Weights, categories: Sequence[str] | None = None) -> None:
+    def load(self, model: nn.Module, weights: Weights, categories: Sequence[str] | None = None) -> Kept:
         """Put what `read` returned into a new model, and say what was kept. The backbone's own weights are not even
         read where those of the model fill all of it. categories: names of the model's classes 1..K.
 
-        Raises ConfigError, with the key, where a file is missing or does not fit, see `load_into`.
+        Returns what was kept. Raises ConfigError, with the key, where a file is missing or does not fit, see
+        `load_into`.
         """
         whole, backbone, theirs = weights
         kept = Kept()
@@ -96,6 +97,7 @@ class Start:
             kept = found.after(kept)
         if not all(part is None for part in (whole, backbone)):
             log.info("what the model keeps of the weights\n%s", kept)
+        return kept
 
 
 def warn_of_other_pixels(model: DictConfig, config: Any) -> None:

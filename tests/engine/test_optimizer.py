@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+from detector.backbone import TimmBackbone
 from detector.config import ConfigError
 from detector.engine.optimizer import EMA, build_optimizer, parameter_groups
 from detector.roi import DeformableRoIPool
@@ -101,3 +103,33 @@ def test_ema_follows_its_formula():
         torch.testing.assert_close(value, expected[key])
     assert not ema.model.training
     assert not any(p.requires_grad for p in ema.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "strides"),
+    [("test_vit", [16]), ("swin_tiny_patch4_window7_224", [4, 8, 16, 32]), ("convnext_atto", [4, 8, 16, 32])],
+)
+def test_layer_decay_is_timms(name, strides):
+    """Each layer of the backbone learns at timm's own scale, whatever timm calls its parts in maps of features."""
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = nn.ModuleDict({"backbone": TimmBackbone(name, strides), "neck": nn.Linear(4, 4)})
+        whole = timm.create_model(name)
+    theirs = {}
+    for group in importlib.import_module("timm.optim").param_groups_layer_decay(whole, layer_decay=0.7):
+        theirs |= {id(p): group["lr_scale"] for p in group["params"]}
+    expected = {key.replace(".", "_"): theirs[id(p)] for key, p in whole.named_parameters()}
+    found = by_name(model, parameter_groups(model, 1.0, 0.05, Training(layer_decay=0.7)))
+    scales = {  # of timm's, as far as the backbone goes: the last layer that it has learns at 0.7
+        key: expected[key.removeprefix("backbone.model.").removeprefix("model.").replace(".", "_")]
+        for key in found
+        if key.startswith("backbone.")
+    }
+    last = max(scales.values())
+    for key, (lr, _) in found.items():
+        assert lr == pytest.approx(0.7 * scales[key] / last if key in scales else 1.0), key
+    assert len({round(lr, 6) for lr, _ in found.values()}) >= 3
+    slower = by_name(
+        model, parameter_groups(model, 1.0, 0.05, Training(layer_decay=0.7, lr_multipliers={"backbone": 0.1}))
+    )
+    assert all(slower[key][0] == pytest.approx(lr * (0.1 if key[0] == "b" else 1)) for key, (lr, _) in found.items())
