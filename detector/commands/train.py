@@ -12,7 +12,9 @@ detector train --cfg job                         show the configuration
 
 Keys that people change (detector train --cfg job shows all):
     data.root=FOLDER                    where the data set is
-    model.weights=FILE                  start from a checkpoint, ours or another framework's
+    model.weights=FILE                  start from a checkpoint, ours or another framework's, or from a published one:
+                                        detectron2:mask_rcnn_R_50_FPN_3x (detector weights list), hf://owner/repo,
+                                        https://...; a published one chooses the model too
     model.rpn.anchor_sizes=[[8],...]    for objects of other sizes, one list for each level
     training.batch_size=8               images in a step, over all GPUs
     training.accumulate=2               in so many parts
@@ -37,6 +39,7 @@ from omegaconf import OmegaConf
 from detector.config import as_program, literal
 from detector.engine.train import train as run_training
 from detector.settings import Data
+from detector.weights.zoo import implied
 
 
 def train(
@@ -63,4 +66,4 @@ def train(
     return run_training(OmegaConf.create(literal(locals())))
 
 
-main = as_program("train", train, __doc__)
+main = as_program("train", train, __doc__, implied)

@@ -56,6 +56,7 @@ from detector.evaluation.tables import table
 from detector.inference.draw import draw
 from detector.ops.text import one_line, readable_streams
 from detector.roi import RoIExtractor, assign_levels
+from detector.weights.zoo import implied
 
 COUNTED = ("objects", "images")
 COPIES_SHOWN = 6  # pictures side by side
@@ -592,7 +593,12 @@ def main() -> None:
     chosen = [text.partition("=")[0] for text in given]
     if "data" in chosen and "experiment" not in chosen:  # the recipe for data of one's own
         given.insert(0, "experiment=finetune")
-    overrides = as_typed(given)
+    try:
+        overrides = as_typed(given)
+        overrides += implied(overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     arguments = overrides + (["--config-dir", str(options.config_dir)] if options.config_dir else [])
     try:
         cfg = compose("train", overrides, hydra_options(arguments)[1])

@@ -29,13 +29,19 @@ from detector.ops.text import readable_streams
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the user wants to see where errors come from
 
 
-def as_program(config_name: str, command: Callable[..., Any], description: str) -> Callable[[], None]:
+def as_program(
+    config_name: str,
+    command: Callable[..., Any],
+    description: str,
+    implied: Callable[[Sequence[str]], list[str]] = lambda overrides: [],
+) -> Callable[[], None]:
     """A command as a Hydra program: the keys at the top of its config are the command's arguments, checked by name and
     type against its signature before it is called with their values.
 
     Args:
         config_name: the primary config in configs/.
         description: what --help prints.
+        implied: the overrides that those of the command line bring along.
     """
 
     expected = (ConfigError, RunError, OmegaConfBaseException)
@@ -72,6 +78,7 @@ def as_program(config_name: str, command: Callable[..., Any], description: str) 
         sys.argv[1:] = as_typed(sys.argv[1:])
         try:
             hydra_options(sys.argv[1:])  # refuses what Hydra would pass over
+            sys.argv += implied(sys.argv[1:])
             app()
         except Exception as error:
             if not (started or multirun.jobs):  # the jobs of a cluster start elsewhere

@@ -26,6 +26,8 @@ from detector.evaluation.tables import summary_table
 from detector.runtime import set_random_state
 from detector.settings import COCO_LIMITS, Evaluation, Training
 from detector.structures import Batch, Targets
+from detector.weights.start import Weights
+from detector.weights.transfer import fills_body
 
 log = logging.getLogger(__name__)
 IMAGES = ("data.train.images", "data.val.images")
@@ -139,9 +141,9 @@ def is_finished(run: Run, state: State) -> bool:
     return True
 
 
-def introduce(run: Run, state: State, checkpoint: Mapping[str, Any] | None) -> None:
+def introduce(run: Run, state: State, checkpoint: Mapping[str, Any] | None, weights: Weights) -> None:
     """What is going to be trained, on what and with what, before the first step."""
-    model, world, cfg = state.model, run.world, run.cfg
+    model, world = state.model, run.world
     training, frozen = run.training, state.frozen.parameters if state.frozen.held else []
     all_of_it, trained, held = (
         sum(p.numel() for p in ps) / 1e6 for ps in (model.parameters(), state.parameters, frozen)
@@ -154,7 +156,8 @@ def introduce(run: Run, state: State, checkpoint: Mapping[str, Any] | None) -> N
     parts = [type(part).__name__ for part in (model.backbone, model.neck, model.rpn)]
     ranks = f", {world.size} ranks" if world.size > 1 else ""
     threads = f", {torch.get_num_threads()} threads" if world.device.type == "cpu" else ""
-    loaded = [f"{key} = {OmegaConf.select(cfg, key)}" for key in FILES if OmegaConf.select(cfg, key)]
+    used = weights.model is None or not fills_body(model, weights.model.state_dict)
+    loaded = [f"{key} = {name}" for key, name in zip(FILES, (weights.name, weights.backbone if used else None)) if name]
     origin = [f"iteration {checkpoint['iteration']} of this run"] if checkpoint else loaded
     rates = sorted({group["initial_lr"] for group in state.optimizer.param_groups if group["initial_lr"]})
     epochs = run.total / run.per_epoch

@@ -70,7 +70,7 @@ def train(cfg: DictConfig) -> float | None:
             setup.warn_of_random_layers(run, state)
         if setup.is_finished(run, state):
             return chosen(state.metrics, evaluation.metric)
-        setup.introduce(run, state, checkpoint)
+        setup.introduce(run, state, checkpoint, weights)
         journal = Journal(run, state.iteration, state.evaluated)
         stack.callback(journal.close)
         if checkpoint:

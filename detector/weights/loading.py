@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import get_weight
 
 from detector.weights.categories import categories_of
+from detector.weights.downloads import is_address, located
 from detector.weights.keymaps import (
     CAFFE2_TO_DETECTRON2,
     DETECTRON2,
@@ -26,6 +27,7 @@ from detector.weights.keymaps import (
 )
 from detector.weights.presets import RGB, presets_of
 from detector.weights.reading import read_file, state_dict_of
+from detector.weights.zoo import find
 
 log = logging.getLogger(__name__)
 SOURCES = ("torchvision", "detectron2", "mmdet", "detector")  # the last are our own checkpoints
@@ -52,9 +54,9 @@ def load_foreign(
     """Weights of torchvision, detectron2 or mmdetection as a state dict of our model, with the settings they need.
 
     Args:
-        path_or_state_dict: a file (.pth, .pt, detectron2's and Caffe2's .pkl, .safetensors), what was in it, or a name
-            of torchvision's such as 'MaskRCNN_ResNet50_FPN_Weights.COCO_V1', which is downloaded. Nothing in a file
-            is executed.
+        path_or_state_dict: a file (.pth, .pt, detectron2's and Caffe2's .pkl, .safetensors), what was in it, or what
+            `downloads.located` finds: 'detectron2:mask_rcnn_R_50_FPN_3x', 'hf://owner/repo', 'https://...'; and a name
+            of torchvision's such as 'MaskRCNN_ResNet50_FPN_Weights.COCO_V1'. Nothing in a file is executed.
         source: 'torchvision', 'detectron2', 'mmdet', or 'detector' (our own checkpoints); None looks at the keys.
         style: 'caffe' or 'pytorch': where bottlenecks stride and how images are normalised. None takes what the file
             says, else what that framework's published models of that kind have.
@@ -88,6 +90,12 @@ def read_foreign(
     if style not in (None, "caffe", "pytorch"):
         raise ValueError(f"style={style!r}: expected 'caffe', 'pytorch' or None")
     is_path = isinstance(path_or_state_dict, str | Path)
+    if is_path and (row := find(str(path_or_state_dict))):
+        if source not in (None, row.framework):
+            raise ValueError(f"source={source!r}: {path_or_state_dict} is {row.framework}'s")
+        source = row.framework
+    if is_path and is_address(str(path_or_state_dict)):
+        path_or_state_dict = located(str(path_or_state_dict))
     if is_path and re.fullmatch(r"\w+_Weights\.\w+", str(path_or_state_dict)):
         contents = get_weight(str(path_or_state_dict)).get_state_dict()
     else:

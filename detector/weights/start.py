@@ -18,9 +18,11 @@ from torch import nn
 from detector.config import config_errors, literal
 from detector.protocols import Published
 from detector.weights.architecture import apply_presets
+from detector.weights.downloads import is_address
 from detector.weights.loading import ForeignWeights, load_foreign, read_foreign, widen
 from detector.weights.presets import RGB
 from detector.weights.transfer import Kept, fills_body, load_into
+from detector.weights.zoo import find
 
 log = logging.getLogger(__name__)
 # what a backbone's weights expect, and where a config that does not say it stands
@@ -33,6 +35,7 @@ class Weights(NamedTuple):
     model: ForeignWeights | None  # of the file that `model.weights` names
     backbone: str | None  # `model.backbone.weights`: a file, or a name that the backbone's library knows
     categories: list[str] | None = None  # of the classes of the former, where something tells them
+    name: str | None = None  # what `model.weights` said
 
 
 @dataclass
@@ -60,6 +63,8 @@ class Start:
         if path is None:
             return Weights(None, backbone)
         with config_errors("model.weights"):
+            if row := find(path):
+                log.info("%s: %s; %s", path, row, row.settings)
             weights, source, categories, contents = read_foreign(path, self.source, self.style, self.categories)
         if source == "detector":
             warn_of_other_pixels(cfg.model, contents.get("config"))
@@ -70,7 +75,7 @@ class Start:
         apply_presets(model, presets)
         cfg.model = OmegaConf.create(literal(model | {"weights": None}))
         log.info("starting from %s with %s", path, ", ".join(f"{k}={v}" for k, v in presets.items()) or "its tensors")
-        return Weights(weights, backbone, categories)
+        return Weights(weights, backbone, categories, path)
 
     def load(self, model: nn.Module, weights: Weights, categories: Sequence[str] | None = None) -> Kept:
         """Put what `read` returned into a new model, and say what was kept. The backbone's own weights are not even
@@ -79,7 +84,7 @@ class Start:
         Returns what was kept. Raises ConfigError, with the key, where a file is missing or does not fit, see
         `load_into`.
         """
-        whole, backbone, theirs = weights
+        whole, backbone, theirs, _ = weights
         kept = Kept()
         if whole is not None:
             with config_errors("weights.first_conv"):
@@ -119,7 +124,7 @@ def read_backbone(backbone: nn.Module, weights: str) -> ForeignWeights:
 
     Raises FileNotFoundError, and ValueError where the backbone knows no weights of that name.
     """
-    if Path(weights).suffix or Path(weights).is_file():
+    if is_address(weights) or Path(weights).suffix or Path(weights).is_file():
         state, presets = load_foreign(weights)
         return ForeignWeights({key: value for key, value in state.items() if key.startswith("backbone.")}, presets)
     if not isinstance(backbone, Published):

@@ -52,6 +52,15 @@ def test_nothing_changes_until_the_thaw_and_resuming_changes_nothing(run, tmp_pa
         assert all(torch.equal(last["ema"][key], found["ema"][key]) for key in last["ema"])
         assert curve(part) == {iteration: losses for iteration, losses in curve(whole).items() if iteration > cut}
 
+    # from weights, and to the end
+    file = whole / "best.pt"
+    again = run("training.freeze=[backbone]", "schedule.max_iterations=3", f"model.weights={file}", "optimizer=sgd")
+    kept, found = checkpoint.load(file)["ema"], checkpoint.load(again / "last.pt")["model"]
+    assert {key.split(".")[0] for key in found if not torch.equal(found[key], kept[key])} >= {"rpn", "box_head"}
+    assert all(torch.equal(found[key], kept[key]) for key in found if key.startswith("backbone."))
+    log = (again / "train.log").read_text()
+    assert f"starts from    model.weights = {file}\n" in log and "stay random" not in log and "thaw" not in log
+
 
 def test_names_are_checked():
     model = tiny_model()
