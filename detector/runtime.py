@@ -195,7 +195,7 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        return signal.Signals(self.signal).name
+        return "another rank was told to stop" if self.signal is None else signal.Signals(self.signal).name
 
     @property
     def exit_code(self) -> int:

@@ -10,7 +10,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from hypothesis import settings
 
-from tests.runs import config, five, make_tiny_shapes, points, program, run  # noqa: F401  fixtures
+from tests.runs import config, five, make_tiny_shapes, points, program, run, two_ranks  # noqa: F401  fixtures
 from tests.untrained import checkpoint, run_config, state  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,15 +37,17 @@ def shapes_tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call(main, *arguments): a program that exits, in this process -> (its exit code, stdout, stderr)."""
+    """call(main, *arguments): a program in this process -> (its exit code, stdout, stderr)."""
 
     def go(main, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it and Hydra its own config: undone after the test
         monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
         monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
+        try:
+            code = main() or 0
+        except SystemExit as end:
+            code = end.code or 0
         shown = capsys.readouterr()
-        return end.value.code, shown.out, shown.err
+        return code, shown.out, shown.err
 
     return go

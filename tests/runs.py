@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ ROOT = CONFIGS.parent
 TINY = [
     *OVERRIDES,
     "schedule=cosine",
+    "model.rpn.pre_nms_top_n=[200,200]",
     "model.rpn.post_nms_top_n=[60,60]",
     "model.box_head.batch_size_per_image=32",
     "schedule.max_epochs=null",
@@ -93,6 +96,52 @@ def run(config):
         return Path(cfg.run_dir)
 
     return go
+
+
+def forks():
+    """Processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["detector.engine.train", "detector.roi", "albumentations"])
+    return context
+
+
+def rank_of(variables: dict[str, str], cfg) -> None:
+    os.environ.update(variables)
+    train(cfg)
+
+
+class TwoRanks:
+    """A run of two ranks, begun."""
+
+    def __init__(self, cfg):
+        self.folder = Path(cfg.run_dir)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        ranks = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+        self.processes = [forks().Process(target=rank_of, args=(variables, cfg)) for variables in ranks]
+        for process in self.processes:
+            process.start()
+
+    def end(self) -> list[int]:
+        """The exit codes."""
+        for process in self.processes:
+            process.join(120)
+        return [process.exitcode for process in self.processes]
+
+
+@pytest.fixture
+def two_ranks(config):
+    """two_ranks(*overrides) -> TwoRanks; killed at the end of the test at the latest."""
+    started: list[TwoRanks] = []
+
+    def start(*overrides: str) -> TwoRanks:
+        started.append(TwoRanks(config(*overrides)))
+        return started[-1]
+
+    yield start
+    for process in (process for run in started for process in run.processes):
+        process.kill()
 
 
 class Program:

@@ -55,7 +55,7 @@ def small(cfg):
         node = OmegaConf.select(cfg, parent)
         if node is None or (path == "backbone.width" and "ResNet" not in cfg.backbone._target_):
             continue
-        if key in node or path == "backbone.width":
+        if key in node or path in ("backbone.width", "rpn.conv_channels"):
             OmegaConf.update(cfg, path, value)
     return cfg
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +17,7 @@ from omegaconf import OmegaConf
 
 import detector
 from detector import checkpoint as checkpoints
-from detector.commands.compare import compare_runs, f1_by_image
+from detector.commands.compare import compare_runs, f1_by_image, main
 from detector.comparison.alignment import area_error, box_shift, feature_shift, measure_alignment, measure_offsets
 from detector.comparison.charts import bar_chart, interval_chart, line_chart, ticks
 from detector.comparison.cost import measure_cost
@@ -467,7 +465,7 @@ def test_run_without_evaluation_is_evaluated_and_probed(make_run, model_of, stat
 
 
 @pytest.mark.slow
-def test_the_program_evaluates_a_run_that_was_not(make_run, model_of, state, tmp_path):
+def test_the_program_evaluates_a_run_that_was_not(call, make_run, model_of, state, tmp_path):
     """Inside Hydra, where another configuration cannot be composed."""
     folder = make_run("roi=align,seed=0", roi("align"))
     for file in (folder / "eval_last").iterdir():
@@ -482,9 +480,8 @@ def test_the_program_evaluates_a_run_that_was_not(make_run, model_of, state, tmp
         "workers": 0,
         "probe_images": 0,
     }
-    command = [sys.executable, "compare.py", *(f"{key}={value}" for key, value in options.items())]
-    result = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, timeout=250)
-    assert result.returncode == 0 and "left out" not in result.stdout, result.stdout + result.stderr
+    code, shown, errors = call(main, *(f"{key}={value}" for key, value in options.items()))
+    assert code == 0 and "left out" not in shown, shown + errors
     assert (folder / "eval_last" / "predictions.json").exists() and (tmp_path / "report" / "report.html").exists()
 
 

@@ -117,9 +117,14 @@ def test_words_of_other_frameworks():
         shown = {elsewhere(word, names) for words in ELSEWHERE.values() for word in words} - {""}
         overrides = {text for line in shown for text in line.removeprefix("; here that is ").split(" or ")}
         offered |= overrides
-        for override in overrides:
-            if not override.startswith("torchrun"):
-                suggest.compose(program, [*chosen, *override.replace("...", "1").split()])
+        rounds: list[dict[str, str]] = [{}]  # of overrides of different keys
+        for text in {text for one in overrides if not one.startswith("torchrun") for text in one.split()}:
+            key, _, value = text.replace("...", "1").partition("=")
+            if all(key in together for together in rounds):
+                rounds.append({})
+            next(together for together in rounds if key not in together)[key] = value
+        for together in rounds:
+            suggest.compose(program, [*chosen, *("=".join(pair) for pair in together.items())])
     assert set(ELSEWHERE) <= offered
 
 
@@ -363,11 +368,11 @@ def test_small_heads_reach_every_head_or_are_refused():
 
 
 @pytest.mark.parametrize("arguments", [(), ("-m",)])
-def test_train_gives_settings_of_roi_to_the_heads(arguments, tmp_path):
-    """Through the program itself: the value is wrong for the heads, and they say so."""
-    command = [sys.executable, "train.py", *arguments, "roi.sampling_ratio=many", f"run_dir={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent)
-    assert done.returncode and "model.box_head.roi.sampling_ratio" in done.stdout + done.stderr
+def test_train_gives_settings_of_roi_to_the_heads(call, shapes_tiny, arguments, tmp_path):
+    """The value is wrong for the heads, and they say so."""
+    settings = ["roi.sampling_ratio=many", f"run_dir={tmp_path}", f"data.root={shapes_tiny}"]
+    code, out, errors = call(train.main, *arguments, *settings)
+    assert code and "model.box_head.roi.sampling_ratio" in out + errors
 
 
 # ------------------------------------------------------------------------------------------------- a project of its own

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import re
@@ -17,7 +16,7 @@ import torch
 from detector import checkpoint
 from detector.config import ConfigError
 from detector.engine.train import train
-from tests.runs import curve
+from tests.runs import curve, forks
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -58,10 +57,8 @@ def test_killed_at_random_moments(run, config, tmp_path, number):
     cfg = config(*common, f"run_dir={tmp_path / 'part'}")
     seed = random.randrange(1000)
     draw, codes = random.Random(seed), []
-    context = multiprocessing.get_context("forkserver")  # processes that have imported everything already
-    context.set_forkserver_preload(["detector.engine.train", "detector.roi", "albumentations"])
     while 0 not in codes:
-        process = context.Process(target=train, args=(cfg,))
+        process = forks().Process(target=train, args=(cfg,))
         process.start()
         if len(codes) < 5:
             time.sleep(draw.uniform(0.1, 1.5))

@@ -71,10 +71,9 @@ def wait_for_iteration(folder: Path, iteration: int, processes: list[subprocess.
 
 
 @pytest.mark.timeout(400)
-def test_a_host_dies_and_comes_back(hosts, program, shapes_tiny, tmp_path):
+def test_a_host_dies_and_comes_back(hosts, two_ranks, shapes_tiny, tmp_path):
     settings = ["schedule.max_iterations=24", "runtime.checkpoint_every=4"]
-    undisturbed = program(*settings, f"run_dir={tmp_path / 'undisturbed'}", ranks=2)  # on one host
-    assert undisturbed.end() == 0, undisturbed.output
+    undisturbed = two_ranks(*settings, f"run_dir={tmp_path / 'undisturbed'}")  # on one host
     folder, log = tmp_path / "run", tmp_path / "output.log"
     arguments = [*TINY, f"data.root={shapes_tiny}", f"run_dir={folder}", *settings]
     processes = [start(name, number, arguments, log) for number, name in enumerate(hosts, 1)]
@@ -86,6 +85,7 @@ def test_a_host_dies_and_comes_back(hosts, program, shapes_tiny, tmp_path):
         assert [process.wait(timeout=180) for process in processes] == [0, 0]
     except (AssertionError, subprocess.TimeoutExpired) as error:
         raise AssertionError(f"{error}\n{log.read_text()[-5000:]}") from None
+    assert undisturbed.end() == [0, 0]
     assert "continuing in" in log.read_text(), "the second attempt started anew"
     found, wanted = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("run", "undisturbed"))
     assert found["iteration"] == wanted["iteration"] == 24

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,9 +15,9 @@ from PIL import Image
 from torch import nn
 
 import detector
-from detector.commands.explore import explore
+from detector.commands.explore import explore, main
 from detector.comparison.alignment import area_error
-from detector.config import CONFIGS, ConfigError, build, compose
+from detector.config import ConfigError, build, compose
 from detector.data import read_image
 from detector.explorer import write_page
 from detector.explorer.page import collect, decode, encode, find_extractor, outlines, render
@@ -699,15 +697,12 @@ def test_head_of_a_cascade():
         find_extractor(nn.ModuleDict(), "box_head")
 
 
-def test_command(checkpoint, photo, tmp_path):
-    script = [sys.executable, "-m", "detector", "explore", f"checkpoint={checkpoint}", "device=cpu"]
+def test_command(call, checkpoint, photo, tmp_path):
     image, out = tmp_path / f"<img src=x onerror=alert(1)>{photo.suffix}", tmp_path / "pages" / "page=1.html"
     shutil.copy(photo, image)
-    done = subprocess.run(
-        [*script, f"image={image}", f"output={out}"], capture_output=True, text=True, cwd=CONFIGS.parent
-    )
-    assert done.returncode == 0, done.stderr
-    assert content_of(out)["name"] == image.name and str(out) in done.stdout
+    code, shown, errors = call(main, f"checkpoint={checkpoint}", "device=cpu", f"image={image}", f"output={out}")
+    assert code == 0, errors
+    assert content_of(out)["name"] == image.name and str(out) in shown
     assert "<img" not in out.read_text(encoding="utf-8")
 
 

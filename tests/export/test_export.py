@@ -94,24 +94,20 @@ def c4():
     return two_levels((3,), SingleLevel, {"trunk": trunk}, heads=heads, share_trunk=True)
 
 
-def keypoints():
+def everything():
+    """A cascade of agnostic boxes, masks and keypoints on a PAFPN with frozen norms."""
     trunk = partial(ConvTrunk, conv_channels=[16])
-    heads = {"keypoint_head": (KeypointHead, {"roi": RoIAlign, "num_keypoints": 2, "trunk": trunk})}
-    return two_levels(box={"detections_per_image": 4}, heads=heads)  # each is resized on its own
-
-
-MODELS = {
-    "pafpn, agnostic, frozen norms": lambda: two_levels(
+    keypoints = {"keypoint_head": (KeypointHead, {"roi": RoIAlign, "num_keypoints": 2, "trunk": trunk})}
+    return two_levels(
         neck=partial(PAFPN, out_channels=16, norm="plain_frozen_batch_norm"),
-        box={"class_agnostic": True, "nms_agnostic": True, "min_size_last": True, "nms": "mmcv"},
+        box={"nms_agnostic": True, "min_size_last": True, "nms": "mmcv", "detections_per_image": 4},
+        box_head=CascadeBoxHead,
         top={"rank_by": "probability"},
-        heads=mask_head(),
-    ),
-    "cascade": lambda: two_levels(box_head=CascadeBoxHead, heads=mask_head(CascadeMaskHead)),
-    "c4": c4,
-    "keypoints": keypoints,
-    "proposals": lambda: two_levels(box_head=None),
-}
+        heads=mask_head(CascadeMaskHead) | keypoints,  # keypoints are resized object by object
+    )
+
+
+MODELS = {"everything": everything, "c4": c4, "proposals": lambda: two_levels(box_head=None)}
 ROIS = {
     "align_adaptive": partial(RoIAlign, sampling_ratio=0),
     "align_max": partial(RoIAlign, reduction="max", placement="edge"),
@@ -246,9 +242,9 @@ def test_canvas_of_an_imported_model(tmp_path):
     except ValueError as error:
         assert "makes no program of this model for every size: fix one" in str(error)  # torch 2.11
         program = export_program(model, (75, 98))
-    for run in (reloaded(program, tmp_path), onnx_session(model, program, tmp_path / "model.onnx")):
-        assert same_detections(model, run, (75, 98), (75, 98), divisor=1) > 1
-        assert same_detections(model, run, (75, 98), (66, 71), divisor=1) > 1
+    run = reloaded(program, tmp_path)
+    assert same_detections(model, run, (75, 98), (75, 98), divisor=1) > 1
+    assert same_detections(model, run, (75, 98), (66, 71), divisor=1) > 1
     with pytest.raises(ValueError, match="multiples of 48"):
         export_program(two_levels(size_divisibility=48), (96, 128))
 
@@ -256,7 +252,7 @@ def test_canvas_of_an_imported_model(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_program(precision, tmp_path):
-    model = two_levels(neck=partial(PAFPN, out_channels=16, norm="plain_frozen_batch_norm"), heads=mask_head())
+    model = two_levels((3,), SingleLevel, heads=mask_head())
     program = export_program(model, SIZE, precision)
     run = reloaded(program, tmp_path)
 
