@@ -17,7 +17,6 @@ Keys that people change (detector train --cfg job shows all):
                                         https://...; a published one chooses the model too
     model.rpn.anchor_sizes=[[8],...]    for objects of other sizes, one list for each level
     training.batch_size=8               images in a step, over all GPUs
-    training.accumulate=2               in so many parts
     training.freeze=[backbone,rpn]      parts that do not learn; training.thaw_at=0.5: for half of the run
     optimizer.lr=0.01                   for 16 images in a step, scaled to batch_size
     schedule.max_epochs=24              or schedule.max_iterations
