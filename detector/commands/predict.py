@@ -3,6 +3,7 @@
 detector predict checkpoint=runs/quickstart/best.pt images=photos
 detector predict checkpoint=... 'images=photos/*.jpg' threshold=0.3 output=found
 detector predict checkpoint=... 'images=[a.png,b.png]' draw=false
+detector predict checkpoint=... images=photos boxes=false scores=false       what the pictures show
 detector predict checkpoint=... images=photos model.box_head.detections_per_image=300
 detector predict checkpoint=... images=photos trust=my_package       a model with parts of your own
 
@@ -27,17 +28,15 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
 from detector.checkpoint import write_json
 from detector.config import ConfigError, RunError, as_program, config_errors, make_folder
 from detector.data import ARRAYS, Pictures, image_suffixes
-from detector.evaluation.results import coco_keypoints
 from detector.inference.draw import draw as draw_objects
 from detector.inference.load import load, merge
+from detector.inference.result import Result, with_area
 from detector.inference.tiles import Masks, find, tiles_of
-from detector.ops.paste import encode_window
 from detector.runtime import start_ranks
 from detector.settings import Runtime
 from detector.structures import Detections
@@ -104,6 +103,10 @@ def predict_files(
     output: str = "predictions",
     threshold: float = 0.5,
     draw: bool = True,
+    labels: bool = True,
+    scores: bool = True,
+    boxes: bool = True,
+    masks: bool = True,
     tiles: dict[str, Any] | None = None,
     batch_size: int = 1,
     max_pixels: int | None = None,
@@ -174,12 +177,10 @@ def predict_files(
         for entry in entries:
             annotations.append({"id": len(annotations) + 1, **entry, "image_id": len(read)})
 
-    def finish(path: Path, page: int | None, image: np.ndarray, found: Detections) -> None:
-        record(path, page, *image.shape[:2], to_annotations(found, 0, detector.category_ids))
-        masks = None if found.masks is None else found.masks.numpy()
-        keypoints = None if found.keypoints is None else found.keypoints.numpy()
-        numbers = found.boxes.numpy(), found.labels.numpy(), found.scores.numpy()
-        save_picture(picture_of(path, page), image, *numbers, masks, keypoints)
+    def finish(path: Path, page: int | None, image: np.ndarray, found: Result) -> None:
+        record(path, page, *image.shape[:2], found.to_coco(0))
+        arrays = (None if t is None else t.numpy() for t in found)
+        save_picture(picture_of(path, page), image, Detections(*arrays))
 
     def look_by_tiles(path: Path, page: int | None) -> bool:
         """Record what is found in a picture; whether there may be more."""
@@ -190,13 +191,22 @@ def predict_files(
         record(path, page, found.height, found.width, [with_area(e) for e in found.results(0, detector.category_ids)])
         if small is not None:
             seen = found.shrunk(*small.shape[:2])
-            masks = None if seen.windows is None else Masks(seen)
-            save_picture(picture_of(path, page), small, seen.boxes, seen.labels, seen.scores, masks, seen.keypoints)
+            outlines = None if seen.windows is None else Masks(seen)
+            arrays = seen.boxes, seen.scores, seen.labels, None, outlines, seen.keypoints
+            save_picture(picture_of(path, page), small, Detections(*arrays))
         return found.full
 
-    def save_picture(target: Path, image, boxes, labels, scores, masks, keypoints) -> None:
+    def save_picture(target: Path, image: np.ndarray, found: Detections) -> None:
+        """found: arrays."""
         if draw:
-            picture = draw_objects(pictures.rgb(image), boxes, labels, detector.categories, scores, masks, keypoints)
+            picture = draw_objects(
+                *(pictures.rgb(image), found.boxes, found.labels, detector.categories),
+                found.scores if scores else None,
+                found.masks if masks else None,
+                found.keypoints,
+                with_boxes=boxes,
+                with_labels=labels,
+            )
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(target, pnginfo=about)
 
@@ -240,31 +250,6 @@ def predict_files(
     if not read:
         raise RunError(f"none of the {len(failed)} files could be read")
     return len(failed)
-
-
-def with_area(entry: dict) -> dict:
-    """A COCO result as an annotation: with the area of its mask, or else of its box."""
-    area = rle_tools.area(entry["segmentation"]) if "segmentation" in entry else entry["bbox"][2] * entry["bbox"][3]
-    return {**entry, "area": int(area) if "segmentation" in entry else area, "iscrowd": 0}
-
-
-def to_annotations(found: Detections, image_id: int, category_ids: Sequence[int]) -> list[dict]:
-    """COCO annotations with a score, of the detections in one image as `predict` returns them."""
-    entries = []
-    for d, (x1, y1, x2, y2) in enumerate(found.boxes.tolist()):
-        entry = {
-            "image_id": image_id,
-            "category_id": category_ids[found.labels[d] - 1],
-            "score": float(found.scores[d]),
-        }
-        entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
-        if found.masks is not None:
-            mask = found.masks[d].numpy()
-            entry |= {"segmentation": encode_window(mask, 0, 0, *mask.shape), "area": int(mask.sum())}
-        if found.keypoints is not None:
-            entry["keypoints"] = coco_keypoints(found.keypoints[d])
-        entries.append(entry)
-    return entries
 
 
 main = as_program("predict", predict_files, __doc__)

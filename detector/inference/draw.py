@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 VIEW = 800  # px: images whose longer side is less are enlarged to at least this
 LONGEST = 40  # letters of a name
-CROWDED = 25  # with more objects, labels without a free place are left out, and so is the name of the only class
+CROWDED = 25  # with more objects, lines and letters are finer, and labels that would hide something are left out
+HIDES = 0.15  # share of a label that may lie on other objects there
 USUAL_FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 INK, PAPER = (20, 20, 20), (250, 250, 250)
 
@@ -53,23 +54,28 @@ def draw(
     scores: np.ndarray | None = None,
     masks: np.ndarray | None = None,
     keypoints: np.ndarray | None = None,
+    with_boxes: bool = True,
+    with_labels: bool = True,
 ) -> np.ndarray:
     """The picture [h, w, 3] uint8 of an image [H, W, 3] uint8 RGB with its objects, enlarged by an integer if small.
 
     boxes: [D, 4] (x1, y1, x2, y2) in the image's pixels; labels: [D], 1..K; categories: the K names;
     scores: [D]; masks: [D, H, W] bool; keypoints: [D, P, 3] (x, y, visibility or score), drawn where above 0.
+    with_boxes, with_labels: whether frames, and names with scores, are drawn. Where objects are many a label stays
+    only where it hides no other object, but each class is named once.
     """
     zoom = ceil(VIEW / max(image.shape[:2]))
     picture = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC) if zoom > 1 else image.copy()
     boxes, labels = np.asarray(boxes, float).reshape(-1, 4) * zoom, np.asarray(labels, int)
     scale = max(picture.shape[:2]) / VIEW
-    line = max(2, round(2 * scale))
+    crowded = len(labels) > CROWDED
+    line = max(1 if crowded else 2, round((1 if crowded else 2) * scale))
     colors = [color(int(k) - 1 if len(categories) > 1 else d) for d, k in enumerate(labels)]
     order = np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")  # small ones on top
     if masks is not None:
         for d in order:
             _draw_mask(picture, masks[d], zoom, colors[d], line)
-    for d in order:
+    for d in order if with_boxes else ():
         corners = [tuple(int(v) for v in corner) for corner in np.round(boxes[d] - 0.5).reshape(2, 2)]
         if masks is None:  # a dark rim keeps the line visible on any ground
             cv2.rectangle(picture, *corners, INK, 2 * line, cv2.LINE_AA)
@@ -79,11 +85,13 @@ def draw(
             centre = round(float(x) * zoom - 0.5), round(float(y) * zoom - 0.5)
             cv2.circle(picture, centre, 2 * line, INK, cv2.FILLED, cv2.LINE_AA)
             cv2.circle(picture, centre, 2 * line - 1, colors[d], cv2.FILLED, cv2.LINE_AA)
-    short = len(categories) == 1 and len(labels) > CROWDED and scores is not None
+    if not with_labels:
+        return picture
+    short = len(categories) == 1 and crowded and scores is not None
     texts = [_name(categories, k) for k in labels] if not short else [""] * len(labels)
     if scores is not None:
         texts = [f"{text} {score:.2f}".strip() for text, score in zip(texts, scores)]
-    return _draw_labels(picture, boxes, texts, colors, scale)
+    return _draw_labels(picture, boxes, texts, colors, scale, labels)
 
 
 def _name(categories: Sequence[str], label: int) -> str:
@@ -160,21 +168,27 @@ def _letters_of(file: str) -> frozenset[str]:
         return frozenset()
 
 
-def _draw_labels(picture: np.ndarray, boxes: np.ndarray, texts: list[str], colors: list, scale: float) -> np.ndarray:
-    """Labels in the order of the objects, each where it hides least: other labels first, then other objects."""
-    canvas = Image.fromarray(picture)
-    pen, size = ImageDraw.Draw(canvas), max(10, round(15 * scale))
+def _draw_labels(
+    picture: np.ndarray, boxes: np.ndarray, texts: list[str], colors: list, scale: float, labels: Sequence[int] = ()
+) -> np.ndarray:
+    """Labels in the order of the objects, each where it hides least: other labels first, then other objects, then its
+    own. labels: the classes, for where objects are many."""
+    canvas, crowded, named = Image.fromarray(picture), len(texts) > CROWDED, set()
+    pen, size = ImageDraw.Draw(canvas), max(10, round((12 if crowded else 15) * scale))
     pad, placed = max(1, round(2 * scale)), np.zeros((0, 4))
     for d, (text, rgb) in enumerate(zip(texts, colors)):
         font = _font(text, size)
         width, height = font.getlength(text) + 2 * pad, sum(font.getmetrics()) + pad
         places = _places(boxes[d], width, height, canvas.size)
         hidden_labels = _overlap(places, placed).sum(1)
-        others = np.delete(boxes, d, axis=0)
-        cost = 20 * hidden_labels + _overlap(places, others).sum(1) + np.arange(len(places)) * 0.01
-        best = int(cost.argmin())
-        if hidden_labels[best] > 0 and len(texts) > CROWDED:
+        hidden_objects = _overlap(places, np.delete(boxes, d, axis=0)).sum(1)
+        own = _overlap(places, boxes[[d]])[:, 0] * width * height / max(np.prod(boxes[d, 2:] - boxes[d, :2]), 1.0)
+        best = int((20 * hidden_labels + hidden_objects + 0.5 * own + np.arange(len(places)) * 0.01).argmin())
+        kind = labels[d] if len(labels) else 0
+        hides = hidden_objects[best] > HIDES and kind in named
+        if crowded and (hidden_labels[best] > 0 or hides):
             continue
+        named.add(kind)
         place = places[best]
         placed = np.vstack([placed, place])
         pen.rounded_rectangle(tuple(place), radius=2 * pad, fill=rgb)

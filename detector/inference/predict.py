@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import cv2
@@ -15,10 +16,13 @@ from torch import Tensor
 from detector.data import Pictures, Pipeline, collate_images
 from detector.data.pictures import resized
 from detector.evaluation.results import to_original
+from detector.inference.inputs import Picture, check_order, check_path, several, to_array, with_max_pixels
+from detector.inference.result import Result
 from detector.model import TwoStageDetector
 from detector.ops.checks import ConfigError
 from detector.ops.paste import paste_masks
 from detector.runtime import autocast
+from detector.settings import Tiles
 from detector.structures import Batch, Detections, to_device, with_image
 
 
@@ -62,64 +66,117 @@ class Detector:
 
     def predict(
         self,
-        image: str | Path | np.ndarray,
+        image: Any,
         threshold: float = 0.0,
         paste: str = "aligned",
         precision: str = "fp32",
         max_pixels: int | None = None,
         tiles: Mapping[str, Any] | None = None,
-    ) -> Detections:
-        """Detections of at least `threshold` in one image: a file, or an array [H, W, C] uint8, of three channels RGB.
+        order: str = "RGB",
+        batch_size: int = 8,
+    ) -> Any:
+        """Detections of at least `threshold` in an image: a path, PIL.Image, array [H, W, C] or tensor [C, H, W].
 
-        Files, and arrays of other numbers, are read as `data.intensity` of the run says; uint8 arrays are as they are.
+        inference/inputs.py says how each is read. Returns a `Result`: boxes [D, 4] in pixels of the image, scores [D],
+        labels [D] (1..K), valid [D] (all True) and, of a model with a mask head, masks [D, H, W] bool; best first, on
+        the CPU; with names, draw, crop, to_coco and to_supervision. Of a list, and of a batch [N, ...], a list of
+        results; of a generator or another iterable a generator of results, which takes `batch_size` images at a time.
 
-        Returns boxes [D, 4] in pixels of the image, scores [D], labels [D] (1..K), valid [D] (all True) and, of a model
-        with a mask head, masks [D, H, W] bool; best first, on the CPU. precision: fp32, or bf16, fp16: autocast of the
-        network's layers. max_pixels: files of more pixels are refused; None: as in training.
+        precision: fp32, or bf16, fp16: autocast of the network's layers. max_pixels: files of more pixels are refused;
+        None: as in training. order: of arrays with three channels: RGB, or BGR as cv2.imread gives them.
         tiles: {"size": 1024, "overlap": 0.2, "whole": True} looks at a large picture tile by tile. Masks are whole all
         the same, and may fill the memory: `inference.tiles.find` gives windows instead. None: as in training.
+        batch_size: images that the network sees at once, where there are several.
+
+        Raises TypeError or ValueError that names what cannot be an image, FileNotFoundError for a path.
         """
-        from detector.inference import tiles as by_tiles  # which stands on this module
+        from detector.inference.tiles import tiles_of  # which stands on this module
 
-        wanted = by_tiles.tiles_of(self.config, tiles or {})
+        check_order(order, self.pictures.channels)
+        if batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size}: must be at least 1")
+        pictures, wanted = with_max_pixels(self.pictures, max_pixels), tiles_of(self.config, tiles or {})
+        options = {"threshold": threshold, "paste": paste, "precision": precision}
+        images = several(image)
+        if images is None:
+            if wanted.size:
+                return self._by_tiles(image, pictures, order, wanted, **options)
+            return self._see([image], [to_array(image, pictures, order)], pictures, **options)[0]
         if wanted.size:
-            pictures = self.pictures if max_pixels is None else replace(self.pictures, max_pixels=max_pixels)
-            options: dict[str, Any] = {"threshold": threshold, "paste": paste, "precision": precision}
-            with pictures.parts(image) if isinstance(image, (str, Path)) else pictures.parts_of(image) as picture:
-                return by_tiles.find(self.model, picture, wanted, self.preprocess, **options).detections()
-        return self.predict_batch([image], threshold, paste, precision, max_pixels)[0]
+            found = (self._by_tiles(one, pictures, order, wanted, **options) for one in images)
+        else:
+            found = self._in_batches(images, batch_size, pictures, order, **options)
+        return list(found) if isinstance(images, Sequence) else found
 
-    @torch.inference_mode()
     def predict_batch(
         self,
-        images: Sequence[str | Path | np.ndarray],
+        images: Sequence[Any],
         threshold: float = 0.0,
         paste: str = "aligned",
         precision: str = "fp32",
         max_pixels: int | None = None,
-    ) -> list[Detections]:
+        order: str = "RGB",
+    ) -> list[Result]:
         """`predict` for several images in one pass of the network."""
-        arrays = [self._array(image, max_pixels) for image in images]
+        pictures = with_max_pixels(self.pictures, max_pixels)
+        options = {"threshold": threshold, "paste": paste, "precision": precision}
+        return list(self._in_batches(images, max(len(images), 1), pictures, order, **options))
+
+    def _in_batches(
+        self, images: Iterable, size: int, pictures: Pictures, order: str, **options: Any
+    ) -> Iterator[Result]:
+        """Results of images one after another, `size` of them in a pass of the network."""
+        numbered = enumerate(images)
+        while batch := list(islice(numbered, size)):
+            arrays = []
+            for number, image in batch:
+                try:
+                    arrays.append(to_array(image, pictures, order))
+                except (TypeError, ValueError) as error:
+                    if not isinstance(image, (str, os.PathLike)):  # of a file the name is told
+                        error.args = (f"images[{number}]: {error}",)
+                    raise
+            yield from self._see([image for _, image in batch], arrays, pictures, **options)
+
+    @torch.inference_mode()
+    def _see(
+        self,
+        images: Sequence[Any],
+        arrays: Sequence[np.ndarray],
+        pictures: Pictures,
+        threshold: float,
+        paste: str,
+        precision: str,
+    ) -> list[Result]:
+        """Results of images, given as [H, W, C] uint8, too, in one pass of the network."""
         results = []
-        for array, found in zip(arrays, detect(self.model, arrays, self.preprocess, precision)):
+        for image, array, found in zip(images, arrays, detect(self.model, arrays, self.preprocess, precision)):
             keep = found.scores >= threshold
             one = Detections(*(None if t is None else t[keep] for t in found))
             if one.masks is not None:
                 masks = paste_masks(one.masks.float().numpy(), one.boxes.numpy(), *array.shape[:2], paste=paste)
                 one = one._replace(masks=torch.from_numpy(masks))
-            results.append(one)
+            results.append(Result.of(one, self.categories, self.category_ids, Picture(image, pictures, array)))
         return results
+
+    def _by_tiles(self, image: Any, pictures: Pictures, order: str, tiles: Tiles, **options: Any) -> Result:
+        from detector.inference.tiles import find
+
+        array = None if isinstance(image, (str, os.PathLike)) else to_array(image, pictures, order)
+        with pictures.parts(check_path(image)) if array is None else pictures.parts_of(array) as picture:
+            found = find(self.model, picture, tiles, self.preprocess, **options).detections()
+        return Result.of(found, self.categories, self.category_ids, Picture(image, pictures, array))
 
     @torch.inference_mode()
     def region_features(
         self,
-        image: str | Path | np.ndarray,
+        image: Any,
         boxes: Sequence[Sequence[float]] | np.ndarray | Tensor,
         stage: int = 0,
         precision: str = "fp32",
         max_pixels: int | None = None,
     ) -> RegionFeatures:
-        """The box head's features of boxes [R, 4] = (x1, y1, x2, y2) in pixels of an image: a file or [H, W, 3] uint8.
+        """The box head's features of boxes [R, 4] = (x1, y1, x2, y2) in pixels of an image, as `predict` takes it.
 
         stage: of a cascade, 0 its first. precision, max_pixels: as in `predict`.
         Raises: ConfigError (a ValueError) for a model without a box head or such a stage, ValueError for boxes of
@@ -131,7 +188,7 @@ class Detector:
         wanted = torch.as_tensor(boxes, dtype=torch.float32) if len(boxes) else torch.zeros(0, 4)
         if wanted.ndim != 2 or wanted.shape[1] != 4 or not wanted.isfinite().all():
             raise ValueError(f"boxes must be finite numbers [R, 4] = (x1, y1, x2, y2), got {list(wanted.shape)}")
-        array = self._array(image, max_pixels)
+        array = to_array(image, with_max_pixels(self.pictures, max_pixels))
         batch, head = self.as_batch([array]), stages[stage]
         with autocast(self.device, precision):
             features = self.model.features(batch)[: self.model.neck.roi_levels]
@@ -139,10 +196,6 @@ class Detector:
             pooled = head.extractor(features, with_image((wanted.to(scale) * scale)[None])[0]).features
             vectors = head.trunk(pooled)
         return RegionFeatures(pooled.float().cpu(), vectors.float().cpu())
-
-    def _array(self, image: str | Path | np.ndarray, max_pixels: int | None) -> np.ndarray:
-        pictures = self.pictures if max_pixels is None else replace(self.pictures, max_pixels=max_pixels)
-        return pictures.read(image) if isinstance(image, (str, Path)) else pictures.of_array(image)
 
     def as_batch(self, arrays: Sequence[np.ndarray], scale: float = 1.0) -> Batch:
         """Images [H, W, C] uint8 as the model wants them, on its device; `scale` makes them smaller than usual."""

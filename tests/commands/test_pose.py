@@ -43,12 +43,13 @@ def test_from_validation_to_pictures(points, five, tmp_path, monkeypatch):
     model = detector.load(best)
     assert model.keypoint_names == FIVE
     image = five / "val" / "1.png"
-    assert model.predict(image).keypoints.shape[1:] == (5, 3)
+    assert model.predict(image, threshold=0).keypoints.shape[1:] == (5, 3)
     for name in ("with", "without"):
         output = f"output={tmp_path / name}"
         predict_files(**arguments("predict", options(best, f"images={image}", output, "threshold=0")))
         monkeypatch.setattr(
-            "detector.commands.predict.draw_objects", lambda *given: detector.inference.draw.draw(*given[:-1])
+            "detector.commands.predict.draw_objects",
+            lambda *given, **shown: detector.inference.draw.draw(*given[:-1], **shown),
         )
     content = json.loads((tmp_path / "with" / "predictions.json").read_text())
     assert content["annotations"] and all(len(entry["keypoints"]) == 15 for entry in content["annotations"])

@@ -99,6 +99,25 @@ def test_labels_avoid_each_other():
     assert min(areas) > 0.9 * max(areas) and min(areas) > 400
 
 
+def test_in_a_crowd_labels_hide_nothing_and_each_class_is_named():
+    """Forty objects side by side leave no room for labels: those of classes that are named already are left out."""
+    boxes = np.array(
+        [[10 + 20 * (i % 8), 20 + 14 * (i // 8), 29 + 20 * (i % 8), 33 + 14 * (i // 8)] for i in range(40)]
+    )
+    labels = [1 + (i == 20) for i in range(40)]
+    image = np.full((800, 800, 3), 128, np.uint8)
+    bare = draw(image, boxes, labels, ["ab", "cd"], with_labels=False)
+    picture = draw(image, boxes, labels, ["ab", "cd"], np.full(40, 0.5))
+    hidden = (picture != bare).any(2)
+    inside = np.zeros((800, 800), bool)
+    inside[20:89, 10:170] = True
+    areas = {kind: (hidden & (picture == color(kind)).all(2)).sum() for kind in (0, 1)}
+    assert areas[1] > 100 and areas[0] > 1000  # both classes have labels
+    assert (hidden & inside).sum() < 0.15 * inside.sum()
+    everywhere = _draw_labels(bare, boxes[:20].astype(float), ["ab 0.50"] * 20, [color(0)] * 20, 1.0)
+    assert ((everywhere != bare).any(2) & inside).sum() > 0.3 * inside.sum()  # few enough objects: all have labels
+
+
 def test_overlap():
     a, b = np.array([[0, 0, 10, 10]], float), np.array([[5, 0, 15, 10], [20, 20, 30, 30]], float)
     np.testing.assert_allclose(_overlap(a, b), [[0.5, 0]])

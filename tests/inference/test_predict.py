@@ -134,12 +134,6 @@ def test_threshold_and_batches(model, photo):
         torch.testing.assert_close(one.boxes, every.boxes, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("image", [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 3)), [[1]]])
-def test_images_of_the_wrong_kind(model, image):
-    with pytest.raises(TypeError, match=r"image must be a path or a uint8 array \[H, W, 3\] in RGB order, got"):
-        model.predict(image)
-
-
 def test_one_pixel_and_empty_images(model):
     assert model.predict(np.zeros((1, 1, 3), np.uint8)).boxes.shape[1] == 4
     with pytest.raises(ValueError, match="image is empty"):
