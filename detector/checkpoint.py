@@ -3,7 +3,8 @@
 A checkpoint is a dict of tensors and plain values:
     format, versions, config, categories, category_ids, keypoint_names, iteration, evaluated, nonfinite, metrics,
     meters, best {metric, value, iteration}, model, ema, optimizer, scheduler, scaler, sampler {position},
-    rng [one per rank], contents {train, val: {annotations, sizes}} of the data
+    rng [one per rank], contents {train, val: {annotations, sizes}} of the data,
+    operating_point {see evaluation/operating_point.py}
 A safetensors file holds its weights, and in the header what is needed to build the model again.
 """
 
@@ -26,7 +27,13 @@ from detector.ops.checks import ConfigError, RunError
 
 FORMAT = "detector checkpoint 1"
 SAFETENSORS = "detector safetensors 1"
-FIELDS = ("config", "categories", "category_ids", "keypoint_names")  # of a checkpoint, in a safetensors file
+FIELDS = (
+    "config",
+    "categories",
+    "category_ids",
+    "keypoint_names",
+    "operating_point",
+)  # of a checkpoint, in a safetensors file
 MOVED = {  # where modules, and what left them, are now: `_target_`s of older checkpoints and configs; the longest fits
     "detector.augmented.": "detector.inference.tta.",
     "detector.backbone.deform.": "detector.backbone.resnet.",

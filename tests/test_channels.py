@@ -127,14 +127,14 @@ def test_a_model_of_six_channels_does_what_others_do(trained, six, tmp_path):
     found = detector.load(trained[0] / "last.pt", changes={"box_head": {"score_threshold": 0.01}})
     path = six / "val" / "1.npy"
     picture = np.load(path)
-    from_file, from_array = found.predict(path), found.predict(picture)
+    from_file, from_array = found.predict(path, 0), found.predict(picture, 0)
     assert len(from_file.boxes) and torch.equal(from_file.boxes, from_array.boxes)
     with pytest.raises(TypeError, match=r"uint8 array \[H, W, 6\], got uint8 \[64, 64, 3\]"):
         found.predict(picture[..., :3])
     with pytest.raises(ValueError, match=r"3\.png cannot be read: it has 3 channels, data\.channels=6"):
         Image.fromarray(picture[..., :3]).save(tmp_path / "3.png")
         found.predict(tmp_path / "3.png")
-    tiled = found.predict(path, tiles={"size": 48})
+    tiled = found.predict(path, 0, tiles={"size": 48})
     assert len(tiled.boxes)
     batch = found.as_batch([picture])
     assert batch.images.shape[1] == 6 and Augmented(found.model, [1.0, 0.5])(batch).valid.any()

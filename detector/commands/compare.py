@@ -35,13 +35,13 @@ from detector.comparison.runs import (
     same_validation_set,
     validation_truth,
 )
-from detector.comparison.statistics import match
 from detector.comparison.summary import compare, without_nan
 from detector.config import ConfigError, as_program, config_errors, make_folder
 from detector.data import Pictures, build_dataset, collate_images, split_page
 from detector.data.annotations import Truth
 from detector.data.file_names import find_files
 from detector.evaluation.coco import check_annotations, check_predictions
+from detector.evaluation.operating_point import SCORES, choose, counts, kept_matches
 from detector.inference.draw import draw, panel
 from detector.inference.load import load
 from detector.ops.text import one_line
@@ -187,16 +187,14 @@ def disagreements(methods: Sequence[Method], truth: Truth, report: Mapping, coun
 def f1_by_image(truth: Truth, results: list[dict], kind: str, most: int = COCO_LIMITS[-1]) -> tuple[float, np.ndarray]:
     """The least score that gives the largest F1 at IoU 0.5 over all images, and the F1 [I] of each image with it, in
     the order of their ids; 1 where there is nothing and nothing is found. most: detections of a class in an image."""
-    matches = match(truth, results, kind, most)
-    true, false = matches.true[:, 0, 0], matches.false[:, 0, 0]
-    objects = matches.objects[:, :, 0].sum(1)
-    order = np.argsort(-matches.score, kind="stable")
-    found, wrong = np.cumsum(true[order]), np.cumsum(false[order])
-    limit = matches.score[order][np.argmax(2 * found / (objects.sum() + found + wrong))] if len(order) else 1.0
-    shown = matches.score >= limit
-    found, wrong = (np.bincount(matches.image[shown & hits], minlength=len(objects)) for hits in (true, false))
+    kept = kept_matches(truth, results, kind, most)
+    objects = kept.objects.sum(1)
+    at = int(choose(counts(kept, np.arange(len(kept.score)), objects)))
+    limit = float(SCORES[at]) if at >= 0 else 1.0
+    shown = kept.score >= limit
+    found, wrong = (np.bincount(kept.image[shown & hits], minlength=len(objects)) for hits in (kept.true, kept.false))
     count = objects + found + wrong
-    return float(limit), np.where(count > 0, 2 * found / np.maximum(count, 1), 1.0)
+    return limit, np.where(count > 0, 2 * found / np.maximum(count, 1), 1.0)
 
 
 def picture_of(image: np.ndarray, truth: Truth, entries: Sequence[dict], with_scores: bool) -> np.ndarray:

@@ -6,6 +6,7 @@ detector eval checkpoint=... data.val.annotations=annotations/other.json data.va
 detector eval checkpoint=... model.box_head.score_threshold=0.001
 detector eval checkpoint=... 'max_detections=[1,10,300]'     crowded images: COCO's AP stops at 100 of a class
 detector eval checkpoint=... flip=true 'scales=[0.75,1,1.25]'                  test-time augmentation
+detector eval checkpoint=... 'operating_point={precision: 0.9}'   from which score on predict shows objects
 detector eval checkpoint=... trust=my_package                a model with parts of your own
 torchrun --nproc-per-node=2 -m detector eval checkpoint=...  each image on one of the ranks
 
@@ -31,6 +32,14 @@ from detector.data import CocoDataset, build_dataset, build_loader
 from detector.data.contents import contents, same, short_key
 from detector.evaluation.evaluator import evaluate, ground_truth
 from detector.evaluation.fit import rehearse
+from detector.evaluation.operating_point import (
+    OPERATING_POINT,
+    check_criterion,
+    describe,
+    kept_matches,
+    main_kind,
+)
+from detector.evaluation.operating_point import operating_point as find_operating_point
 from detector.evaluation.proposals import without_classes
 from detector.evaluation.tables import class_table, summary_table
 from detector.inference.load import load, merge
@@ -59,6 +68,7 @@ def evaluate_checkpoint(
     flip: bool = False,
     scales: Sequence[float] = (1.0,),
     tiles: dict[str, Any] | None = None,
+    operating_point: Literal["f1"] | dict[str, float] = "f1",
     paste: Literal["aligned", "torchvision"] = "aligned",
     trust: str | list[str] | None = None,
     data: dict[str, Any] | None = None,
@@ -66,13 +76,15 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Evaluate a checkpoint; returns the metrics. configs/eval.yaml says what the arguments mean.
 
-    Writes predictions.json (COCO results), metrics.json, table.txt and about.json (which checkpoint, which annotations)
-    into the output folder; where `output` is None, that of `usual_folder`. Categories are matched by name: a data set
-    with a category that the model does not know is refused, what the model finds of a category that the data set does
+    Writes predictions.json (COCO results), metrics.json, table.txt, operating_point.json (the score from which on
+    `predict` shows objects, if the folder is the usual one) and about.json (which checkpoint, which annotations) into
+    the output folder; where `output` is None, that of `usual_folder`. Categories are matched by name: a data set with a
+    category that the model does not know is refused, what the model finds of a category that the data set does
     not have is left out. The proposals of a model without a box head are measured whatever the category. What cannot
     be measured is refused before images are read.
     """
     settings = {**locals(), "checkpoint": str(checkpoint), "output": output and str(output)}  # for about.json
+    criterion = check_criterion(operating_point)
     with config_errors("runtime"):
         runtime = Runtime(device=device, precision=precision, workers=workers, threads=threads)
     world = start_ranks(runtime)
@@ -134,6 +146,11 @@ def evaluate_checkpoint(
         summary, classes = summary_table(metrics, limits), class_table(metrics, truth)
         (folder / "table.txt").write_text(f"{summary}\n\n{classes}\n", encoding="utf-8")
         print(f"\n{summary}\n\n{classes if len(dataset.categories) <= 100 else 'per class: see table.txt'}\n")
+        if not proposals_only:
+            kind = main_kind(metrics)
+            point = find_operating_point(kept_matches(truth, results, kind, limits[-1]), kind, criterion)
+            write_json(folder / OPERATING_POINT, {"iteration": detector.iteration, **point})
+            print(describe(point))
         print(f"{len(dataset)} images, {len(results)} detections; {folder}: metrics.json, predictions.json, table.txt")
     if world.size > 1:
         dist.destroy_process_group()

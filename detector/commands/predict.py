@@ -2,6 +2,7 @@
 
 detector predict checkpoint=runs/quickstart/best.pt images=photos
 detector predict checkpoint=... 'images=photos/*.jpg' threshold=0.3 output=found
+detector predict checkpoint=... images=photos 'threshold={precision: 0.9}'    or {recall: 0.9}, per_class, best
 detector predict checkpoint=... 'images=[a.png,b.png]' draw=false
 detector predict checkpoint=... images=photos boxes=false scores=false       what the pictures show
 detector predict checkpoint=... images=photos model.box_head.detections_per_image=300
@@ -33,6 +34,7 @@ from tqdm import tqdm
 from detector.checkpoint import write_json
 from detector.config import ConfigError, RunError, as_program, config_errors, make_folder
 from detector.data import ARRAYS, Pictures, image_suffixes
+from detector.evaluation.operating_point import check_threshold
 from detector.inference.draw import draw as draw_objects
 from detector.inference.load import load, merge
 from detector.inference.result import Result, with_area
@@ -101,7 +103,7 @@ def predict_files(
     images: str | list[str],
     *,
     output: str = "predictions",
-    threshold: float = 0.5,
+    threshold: float | str | dict[str, float] = "best",
     draw: bool = True,
     labels: bool = True,
     scores: bool = True,
@@ -125,20 +127,22 @@ def predict_files(
     images: pictures drawn before are left out. With `tiles` pictures are seen, and read where their format allows,
     tile by tile.
     """
-    if not 0 <= threshold <= 1:
-        percents = f"; {threshold:g} % is threshold={threshold / 100:g}" if 1 < threshold <= 100 else ""
-        raise ConfigError(f"threshold = {threshold:g}: must be a score from 0 to 1{percents}")
+    check_threshold(threshold)
     paths = find_images(images)
     with config_errors("device"):
         world = start_ranks(Runtime(device=device))
     detector = load(checkpoint, world.device, model, trust)
+    least, said = detector.least_score(threshold)
     box_head = detector.model.box_head
     head = box_head and box_head.stages[-1]
-    if head is not None and threshold < head.score_threshold:
+    if head is not None and np.min(least) < head.score_threshold and not isinstance(threshold, str):
         log.warning(
             "threshold = %g: the model gives no scores below %g; model.box_head.score_threshold=%g makes it",
-            *(threshold, head.score_threshold, threshold),
+            *(np.min(least), head.score_threshold, np.min(least)),
         )
+    if not isinstance(threshold, (int, float)):
+        print(f"{said}; threshold=0.3 and the like set another")
+        detector.told.add(said)
     settings = {"max_pixels": max_pixels, **(data or {})}
     if each := settings.get("page") == "each":
         settings["page"] = None
@@ -186,7 +190,7 @@ def predict_files(
         """Record what is found in a picture; whether there may be more."""
         options = {"paste": paste, "precision": precision, "batch_size": batch_size}
         with pictures.parts(path, page) as picture:
-            found = find(detector.model, picture, wanted, detector.preprocess, threshold=threshold, **options)
+            found = find(detector.model, picture, wanted, detector.preprocess, threshold=least, **options)
             small = picture.reduced(DRAWN_SIDE) if draw else None
         record(path, page, found.height, found.width, [with_area(e) for e in found.results(0, detector.category_ids)])
         if small is not None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
 from detector.checkpoint import write_json
 from detector.config import ConfigError
+from detector.data.annotations import Truth
 from detector.engine.journal import Journal
 from detector.engine.state import Run, State
-from detector.evaluation.evaluator import evaluate
+from detector.evaluation.evaluator import evaluate, ground_truth
+from detector.evaluation.operating_point import kept_matches, main_kind, operating_point
 from detector.evaluation.tables import summary_table
 from detector.inference.draw import beside_truth
 from detector.inference.tiles import results_by_image
 from detector.runtime import StopRequest, eval_mode, return_freed_memory
+from detector.settings import Evaluation
 from detector.structures import Batch, Targets, to_device
 
 log = logging.getLogger(__name__)
@@ -65,15 +69,29 @@ def measure(run: Run, state: State, batches: Iterable, journal: Journal, stop: S
     better = not state.best or value > state.best["value"]
     if better:
         state.best = {"metric": run.evaluation.metric, "value": value, "iteration": state.iteration}
+        if run.world.main and run.cfg.model.get("box_head"):
+            state.operating_point = find_operating_point(ground_truth(run.val_set), results, metrics, run.evaluation)
     if state.is_exhausted(run) and state.iteration < run.total and run.world.main:
         write_json(run.folder / "predictions.json", results)
         write_json(run.folder / "metrics.json", metrics, indent=1)
     return better
 
 
+def find_operating_point(
+    truth: Truth, results: list[dict], metrics: Mapping[str, Mapping], evaluation: Evaluation
+) -> dict[str, Any]:
+    """See evaluation/operating_point.py; {} where it cannot be found, which loses no run."""
+    kind = main_kind(metrics)
+    try:
+        return operating_point(kept_matches(truth, results, kind, evaluation.max_detections[-1]), kind)
+    except Exception:
+        log.exception("no operating point: it could not be read off the matches")
+        return {}
+
+
 def chosen(metrics: Mapping[str, Mapping[str, float]], name: str) -> float:
     """The number that `evaluation.metric` names; auto: mask AP if it was measured, else box AP."""
-    kind, _, key = ("segm" if "segm" in metrics else "bbox", "", "AP") if name == "auto" else name.partition(".")
+    kind, _, key = (main_kind(metrics), "", "AP") if name == "auto" else name.partition(".")
     if key not in metrics.get(kind, {}):
         known = [f"{kind}.{key}" for kind, numbers in metrics.items() for key in numbers]
         raise ConfigError(f"evaluation.metric = {name!r}: is not measured; choose auto, {' or '.join(known)}")

@@ -22,6 +22,7 @@ from detector.engine.freezing import frozen_parts
 from detector.engine.optimizer import build_optimizer, trained_by
 from detector.engine.state import Run, State
 from detector.evaluation.fit import check_training, rehearse
+from detector.evaluation.operating_point import describe
 from detector.evaluation.tables import summary_table
 from detector.runtime import set_random_state
 from detector.settings import COCO_LIMITS, Evaluation, Training
@@ -255,10 +256,11 @@ def finish(run: Run, state: State) -> None:
     own = ",".join(needed_trust(run.config))
     trust = own and (f" 'trust=[{own}]'" if "," in own else f" trust={own}")
     log.info(
-        "finished after %d iterations, the best at %d\n%s\n\n"
+        "finished after %d iterations, the best at %d\n%s\n%s\n"
         "run          %s  (last.pt, best.pt, metrics.json, log.jsonl)\n"
         "curves       tensorboard --logdir %s\n"
         "predictions  detector predict checkpoint=%s images=PATH%s",
         *(state.iteration, state.best["iteration"], summary_table(state.metrics, run.evaluation.max_detections)),
+        f"\n{describe(state.operating_point)}\n" if state.operating_point else "",
         *(run.folder, run.folder / "tensorboard", run.folder / "best.pt", trust),
     )

@@ -24,7 +24,7 @@ from detector.weights import Kept
 
 MODULES, PLAIN = (
     ("model", "optimizer", "scheduler", "scaler"),
-    ("iteration", "evaluated", "nonfinite", "best", "metrics"),
+    ("iteration", "evaluated", "nonfinite", "best", "metrics", "operating_point"),
 )
 
 
@@ -99,6 +99,7 @@ class State:
     nonfinite: int = 0  # steps skipped
     best: dict[str, Any] = field(default_factory=dict)  # metric, value, iteration
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # of the last evaluation
+    operating_point: dict[str, Any] = field(default_factory=dict)  # of the best evaluation so far; rank 0 alone has it
     parameters: list[Tensor] = field(init=False)  # what the optimiser trains, frozen or not
 
     def __post_init__(self) -> None:
@@ -149,4 +150,4 @@ class State:
         if self.ema:
             self.ema.model.load_state_dict(state["ema"])
         for name in PLAIN:
-            setattr(self, name, state[name])
+            setattr(self, name, state[name] if name != "operating_point" else state.get(name, {}))  # older have none

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from detector.checkpoint import load_safetensors
 from detector.config import ConfigError, build, config_errors
 from detector.config.schema import check_model_config, check_transforms_config
 from detector.data import Pictures, Pipeline
+from detector.evaluation.operating_point import OPERATING_POINT
 from detector.evaluation.proposals import OBJECT
 from detector.inference.predict import Detector
 
@@ -49,7 +51,21 @@ def load(
     if model.box_head is None:  # proposals, of whatever class
         categories, ids = ["object"], [OBJECT]
     transforms = validation_transforms(config, trust)
-    return Detector(model, categories, ids, config, transforms, state.get("keypoint_names"), state.get("contents"))
+    known = {name: state.get(name) for name in ("keypoint_names", "contents", "iteration")}
+    known["operating_point"] = evaluated_point(checkpoint, state) or state.get("operating_point") or None
+    return Detector(model, categories, ids, config, transforms, **known)
+
+
+def evaluated_point(checkpoint: str | Path | Mapping, state: Mapping) -> dict | None:
+    """The operating point that `detector eval` has left beside a checkpoint, of these very weights; None without."""
+    if isinstance(checkpoint, Mapping):
+        return None
+    file = Path(checkpoint).parent / f"eval_{Path(checkpoint).stem}" / OPERATING_POINT
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if found.get("iteration") == state.get("iteration", -1) else None
 
 
 def read(path: str | Path) -> dict:

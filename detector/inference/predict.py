@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from detector.data import Pictures, Pipeline, collate_images
 from detector.data.pictures import resized
+from detector.evaluation.operating_point import BEST, check_threshold, thresholds
 from detector.evaluation.results import to_original
 from detector.inference.inputs import Picture, check_order, check_path, several, to_array, with_max_pixels
 from detector.inference.result import Result
@@ -24,6 +26,9 @@ from detector.ops.paste import paste_masks
 from detector.runtime import autocast
 from detector.settings import Tiles
 from detector.structures import Batch, Detections, to_device, with_image
+
+log = logging.getLogger(__name__)
+OLD_THRESHOLD = 0.5  # of checkpoints without an operating point
 
 
 class RegionFeatures(NamedTuple):
@@ -44,6 +49,9 @@ class Detector:
     preprocess: Pipeline  # the transforms that it was evaluated with
     keypoint_names: list[str] | None = None  # None if the checkpoint does not tell, and so
     contents: Mapping[str, Any] | None = None  # what the run's data held, see data/contents.py
+    iteration: int | None = None  # steps that its weights have learnt
+    operating_point: Mapping[str, Any] | None = None  # see evaluation/operating_point.py
+    told: set[str] = field(default_factory=set, repr=False)  # what has been said of thresholds
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +75,7 @@ class Detector:
     def predict(
         self,
         image: Any,
-        threshold: float = 0.0,
+        threshold: float | str | Mapping[str, float] = BEST,
         paste: str = "aligned",
         precision: str = "fp32",
         max_pixels: int | None = None,
@@ -75,7 +83,11 @@ class Detector:
         order: str = "RGB",
         batch_size: int = 8,
     ) -> Any:
-        """Detections of at least `threshold` in an image: a path, PIL.Image, array [H, W, C] or tensor [C, H, W].
+        """What is found in an image: a path, PIL.Image, array [H, W, C] or tensor [C, H, W].
+
+        threshold: the least score. best is the checkpoint's operating point, the score of the best F1 over all classes
+        on its validation images, 0.5 where it has none; per_class that of each class; {"precision": 0.9} and
+        {"recall": 0.9} are the scores that reach this on those images. The result's `threshold` tells which it was.
 
         inference/inputs.py says how each is read. Returns a `Result`: boxes [D, 4] in pixels of the image, scores [D],
         labels [D] (1..K), valid [D] (all True) and, of a model with a mask head, masks [D, H, W] bool; best first, on
@@ -96,7 +108,7 @@ class Detector:
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: must be at least 1")
         pictures, wanted = with_max_pixels(self.pictures, max_pixels), tiles_of(self.config, tiles or {})
-        options = {"threshold": threshold, "paste": paste, "precision": precision}
+        options = {"threshold": self._announced(threshold), "paste": paste, "precision": precision}
         images = several(image)
         if images is None:
             if wanted.size:
@@ -111,7 +123,7 @@ class Detector:
     def predict_batch(
         self,
         images: Sequence[Any],
-        threshold: float = 0.0,
+        threshold: float | str | Mapping[str, float] = BEST,
         paste: str = "aligned",
         precision: str = "fp32",
         max_pixels: int | None = None,
@@ -119,7 +131,7 @@ class Detector:
     ) -> list[Result]:
         """`predict` for several images in one pass of the network."""
         pictures = with_max_pixels(self.pictures, max_pixels)
-        options = {"threshold": threshold, "paste": paste, "precision": precision}
+        options = {"threshold": self._announced(threshold), "paste": paste, "precision": precision}
         return list(self._in_batches(images, max(len(images), 1), pictures, order, **options))
 
     def _in_batches(
@@ -144,19 +156,19 @@ class Detector:
         images: Sequence[Any],
         arrays: Sequence[np.ndarray],
         pictures: Pictures,
-        threshold: float,
+        threshold: float | np.ndarray,
         paste: str,
         precision: str,
     ) -> list[Result]:
         """Results of images, given as [H, W, C] uint8, too, in one pass of the network."""
         results = []
         for image, array, found in zip(images, arrays, detect(self.model, arrays, self.preprocess, precision)):
-            keep = found.scores >= threshold
+            keep = passing(found.scores, found.labels, threshold)
             one = Detections(*(None if t is None else t[keep] for t in found))
             if one.masks is not None:
                 masks = paste_masks(one.masks.float().numpy(), one.boxes.numpy(), *array.shape[:2], paste=paste)
                 one = one._replace(masks=torch.from_numpy(masks))
-            results.append(Result.of(one, self.categories, self.category_ids, Picture(image, pictures, array)))
+            results.append(self._result(one, threshold, Picture(image, pictures, array)))
         return results
 
     def _by_tiles(self, image: Any, pictures: Pictures, order: str, tiles: Tiles, **options: Any) -> Result:
@@ -165,7 +177,38 @@ class Detector:
         array = None if isinstance(image, (str, os.PathLike)) else to_array(image, pictures, order)
         with pictures.parts(check_path(image)) if array is None else pictures.parts_of(array) as picture:
             found = find(self.model, picture, tiles, self.preprocess, **options).detections()
-        return Result.of(found, self.categories, self.category_ids, Picture(image, pictures, array))
+        return self._result(found, options["threshold"], Picture(image, pictures, array))
+
+    def _result(self, found: Detections, threshold: float | np.ndarray, picture: Picture) -> Result:
+        result = Result(*found)
+        result.categories, result.category_ids, result.picture = self.categories, self.category_ids, picture
+        result.threshold = threshold
+        return result
+
+    def least_score(self, threshold: float | str | Mapping[str, float]) -> tuple[float | np.ndarray, str]:
+        """The score, or one for each class [K], that `threshold` of `predict` means, and a sentence that says which.
+
+        Raises ConfigError for what it cannot be.
+        """
+        threshold = check_threshold(threshold)
+        if isinstance(threshold, float):
+            return threshold, f"threshold {threshold:g}: as it was given"
+        if self.operating_point is None and threshold != BEST:
+            raise ConfigError(
+                f"threshold = {threshold!r}: the checkpoint has no operating point. Give a score, or "
+                "evaluate it first: detector eval checkpoint=... leaves one beside it"
+            )
+        if self.operating_point is None:
+            return OLD_THRESHOLD, f"threshold {OLD_THRESHOLD}: the checkpoint has no operating point"
+        return thresholds(self.operating_point, threshold, self.categories)
+
+    def _announced(self, threshold: float | str | Mapping[str, float]) -> float | np.ndarray:
+        """`least_score`, which is said once where it was not given."""
+        least, text = self.least_score(threshold)
+        if not isinstance(threshold, (int, float)) and text not in self.told:
+            self.told.add(text)
+            (log.info if self.operating_point else log.warning)("%s; threshold=0.3 and the like set another", text)
+        return least
 
     @torch.inference_mode()
     def region_features(
@@ -214,6 +257,14 @@ def detect(
         found = model(batch)
     found = to_original(found, batch)
     return [Detections(*(None if t is None else t[n][found.valid[n]].cpu() for t in found)) for n in range(len(arrays))]
+
+
+def passing(scores: Any, labels: Any, threshold: float | np.ndarray) -> Any:
+    """Which of the scores [D], a tensor or an array, reach the threshold, or that of their class [K]."""
+    if np.ndim(threshold) == 0:
+        return scores >= threshold
+    least = np.append(threshold, np.inf)[np.asarray(labels) - 1]  # label 0 pads
+    return scores >= (torch.from_numpy(least) if isinstance(scores, Tensor) else least)
 
 
 def as_batch(model: TwoStageDetector, arrays: Sequence[np.ndarray], preprocess: Pipeline, scale: float = 1.0) -> Batch:

@@ -34,13 +34,7 @@ class Result(Detections):
     categories: Sequence[str] = ()  # names of labels 1, 2, ...
     category_ids: Sequence[int] = ()  # their COCO ids
     picture: Picture | None = None
-
-    @classmethod
-    def of(cls, found: Detections, categories: Sequence[str], category_ids: Sequence[int], picture: Picture) -> Result:
-        """The detections with what tells what they are."""
-        result = cls(*found)
-        result.categories, result.category_ids, result.picture = categories, category_ids, picture
-        return result
+    threshold: float | np.ndarray = 0.0  # the least score, or that of each class [K]
 
     def _replace(self, **fields) -> Result:
         result = super()._replace(**fields)

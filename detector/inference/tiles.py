@@ -28,7 +28,7 @@ from torch import nn
 from detector.data import CocoDataset, Pipeline
 from detector.data.pictures import Parts
 from detector.evaluation.results import coco_keypoints
-from detector.inference.predict import detect
+from detector.inference.predict import detect, passing
 from detector.ops.paste import encode_window, paste_window
 from detector.settings import Tiles
 from detector.structures import Detections
@@ -144,7 +144,7 @@ def find(
     tiles: Tiles,
     preprocess: Pipeline,
     *,
-    threshold: float = 0.0,
+    threshold: float | np.ndarray = 0.0,
     paste: str = "aligned",
     precision: str = "fp32",
     batch_size: int = 1,
@@ -193,7 +193,8 @@ def _placed(look, found, views, scales, least, threshold, height, width, paste) 
     (x1, y1, *_), scale = views[look], np.array(scales[look], np.float32)
     boxes = found.boxes.numpy() * np.tile(scale, 2) + np.array([x1, y1, x1, y1], np.float32)
     scores, sides = found.scores.numpy(), boxes[:, 2:] - boxes[:, :2]
-    keep = np.flatnonzero((scores >= threshold) & (sides.max(1, initial=0) >= least[look]))
+    reached = passing(scores, found.labels.numpy(), threshold)
+    keep = np.flatnonzero(reached & (sides.max(1, initial=0) >= least[look]))
     windows = keypoints = None
     if found.masks is not None:
         masks = found.masks.float().numpy()

@@ -54,7 +54,7 @@ def test_proposals_are_of_no_class(shapes_tiny, tmp_path):
     rows = (tmp_path / "table.txt").read_text().splitlines()
     assert rows[-1].split()[:3] == ["object", str(len(truth["images"])), str(len(truth["annotations"]))]
     model = detector.load(tmp_path / "rpn.pt")
-    found = model.predict(shapes_tiny / "val" / truth["images"][0]["file_name"])
+    found = model.predict(shapes_tiny / "val" / truth["images"][0]["file_name"], threshold=0)
     assert model.categories == ["object"] and set(found.labels.tolist()) == {1}
 
 

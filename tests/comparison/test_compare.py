@@ -318,7 +318,7 @@ def test_pictures_show_detections_above_the_best_score(make_run):
     file.write_text(json.dumps(entries + wrong))
     run = read_run(folder, "last")
     limit, scores = f1_by_image(validation_truth(run), run.predictions, "bbox")
-    assert limit == 0.3 and (scores == 1).all()
+    assert 0.2 < limit <= 0.3 and (scores == 1).all()
     file.write_text("[]")
     run = read_run(folder, "last")
     limit, scores = f1_by_image(validation_truth(run), run.predictions, "bbox")

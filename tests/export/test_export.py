@@ -337,7 +337,7 @@ def test_safetensors_hold_all_that_inference_needs(state, image, tmp_path, capsy
     assert main(["export", str(tmp_path / "run.pt"), str(tmp_path / "out.safetensors")]) == 0
     before, after = detector.load(tmp_path / "run.pt"), detector.load(tmp_path / "out.safetensors")
     assert after.categories == ["cat", "dog"] and after.category_ids == [3, 9] and after.config == before.config
-    expected, found = before.predict(image), after.predict(image)
+    expected, found = before.predict(image, 0), after.predict(image, 0)
     assert len(expected.boxes) > 0
     assert all(torch.equal(a, b) for a, b in zip(expected, found) if a is not None)
     assert main(["export", str(tmp_path / "missing.pt"), str(tmp_path / "out.safetensors")]) == 2
@@ -358,7 +358,7 @@ def test_other_safetensors_are_refused(tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_finds_nearly_the_same(state, image, precision):
     model = detector.load(state)
-    expected, found = model.predict(image), model.predict(image, precision=precision)
+    expected, found = model.predict(image, 0), model.predict(image, 0, precision=precision)
     assert found.boxes.dtype == found.scores.dtype == torch.float32
     assert not torch.equal(expected.scores, found.scores)  # it did run in half precision
     torch.testing.assert_close(found.scores, expected.scores, atol=0.02, rtol=0)

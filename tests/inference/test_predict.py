@@ -102,7 +102,7 @@ def test_merge():
 def test_predict_gives_whole_masks_in_pixels_of_the_image(model, photo):
     image, raw = read_image(photo), []
     model.model.register_forward_hook(lambda module, args, detections: raw.append(detections))
-    found = model.predict(image)
+    found = model.predict(image, threshold=0)
     count, (height, width) = len(found.boxes), image.shape[:2]
     assert (
         count == 20
@@ -122,20 +122,20 @@ def test_predict_gives_whole_masks_in_pixels_of_the_image(model, photo):
                 and y1 <= rows.min() + 0.5
                 and rows.max() + 0.5 <= y2
             )
-    assert all(a is None or torch.equal(a, b) for a, b in zip(found, model.predict(str(photo))))
+    assert all(a is None or torch.equal(a, b) for a, b in zip(found, model.predict(str(photo), threshold=0)))
 
 
 def test_threshold_and_batches(model, photo):
     image = read_image(photo)
-    every = model.predict(image)
+    every = model.predict(image, threshold=0)
     score = every.scores[4].item()
-    assert len(model.predict(image, threshold=score).boxes) == 5 and len(model.predict(image, threshold=1.1).boxes) == 0
-    for one in model.predict_batch([image, image]):
+    assert len(model.predict(image, threshold=score).boxes) == 5 and len(model.predict(image, threshold=1).boxes) == 0
+    for one in model.predict_batch([image, image], threshold=0):
         torch.testing.assert_close(one.boxes, every.boxes, atol=1e-3, rtol=0)
 
 
 def test_one_pixel_and_empty_images(model):
-    assert model.predict(np.zeros((1, 1, 3), np.uint8)).boxes.shape[1] == 4
+    assert model.predict(np.zeros((1, 1, 3), np.uint8), threshold=0).boxes.shape[1] == 4
     with pytest.raises(ValueError, match="image is empty"):
         model.predict(np.zeros((0, 5, 3), np.uint8))
 
@@ -204,13 +204,6 @@ def test_settings_of_the_model_and_the_limit_of_detections(checkpoint, photo, tm
     assert 20 < more <= 60 and not caplog.text
 
 
-@pytest.mark.parametrize(("threshold", "hint"), [(30, "; 30 % is threshold=0.3"), (-0.1, ""), (101, ""), (1.5, "")])
-def test_thresholds_are_scores(threshold, hint, tmp_path):
-    given = arguments("predict", ["checkpoint=gone.pt", "images=gone", f"threshold={threshold}"])
-    with pytest.raises(ConfigError, match=f"threshold = {threshold}: must be a score from 0 to 1{hint}"):
-        predict_files(**given)
-
-
 def test_larger_images_than_in_training(checkpoint, tmp_path, monkeypatch, capsys):
     """max_pixels is the run's, or one's own; Pillow's limit gives way."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
@@ -253,7 +246,7 @@ def test_predict_files(checkpoint, photo, tmp_path, capsys):
     found = COCO(str(output / "predictions.json"))  # COCO tools can read it
     assert len(found.imgs) == 3 and set(found.cats) == {1, 2, 4, 5, 8}
     annotations = json.loads((output / "predictions.json").read_text())["annotations"]
-    expected = detector.load(checkpoint).predict(photo)
+    expected = detector.load(checkpoint).predict(photo, threshold=0)
     first = [a for a in annotations if a["image_id"] == 1]
     assert [a["score"] for a in first] == pytest.approx(expected.scores.tolist(), abs=1e-5)
     np.testing.assert_array_equal(rle_tools.decode(first[0]["segmentation"]), expected.masks[0].numpy())

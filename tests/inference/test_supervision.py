@@ -15,7 +15,7 @@ sv = pytest.importorskip("supervision")
 
 def test_there_and_back(checkpoint, shapes_tiny):
     model = detector.load(checkpoint)
-    found = model.predict(min((shapes_tiny / "val").iterdir()))
+    found = model.predict(min((shapes_tiny / "val").iterdir()), threshold=0)
     shown = to_supervision(found, model.categories)
     assert len(shown) == len(found.boxes) > 0 and shown.mask.shape == tuple(found.masks.shape)
     assert [model.categories[k] for k in shown.class_id] == shown.data["class_name"].tolist()

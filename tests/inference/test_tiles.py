@@ -203,10 +203,10 @@ def model(checkpoint):
 def test_a_picture_of_one_tile_is_seen_as_ever(model, shapes_tiny):
     """To the bit: masks, order and all."""
     path = sorted((shapes_tiny / "val").iterdir())[0]
-    plain, tiled = model.predict(path), model.predict(path, tiles={"size": 96})
+    plain, tiled = model.predict(path, 0), model.predict(path, 0, tiles={"size": 96})
     for name, one, other in zip(plain._fields, plain, tiled):
         assert (one is None and other is None) or torch.equal(one, other), name
-    assert len(model.predict(path, tiles={"size": 48}).boxes) > len(plain.boxes)
+    assert len(model.predict(path, 0, tiles={"size": 48}).boxes) > len(plain.boxes)
 
 
 def spread(path, size=2048, **options):
@@ -258,7 +258,7 @@ def test_predict_files_with_tiles(checkpoint, tmp_path, shapes_tiny, capsys):
     assert "broken.png cannot be read" in capsys.readouterr().err
     found = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [(i["width"], i["height"]) for i in found["images"]] == [(192, 192), (96, 96)]
-    expected = detector.load(checkpoint).predict(large, tiles={"size": 96, "overlap": 0.25})
+    expected = detector.load(checkpoint).predict(large, 0, tiles={"size": 96, "overlap": 0.25})
     own = [entry for entry in found["annotations"] if entry["image_id"] == 1]
     assert len(own) == len(expected.boxes) > 20  # more than the network gives for one tile
     for entry, score, mask in zip(own, expected.scores, expected.masks):
@@ -324,5 +324,5 @@ def test_a_run_is_evaluated_by_tiles(config, shapes_tiny, tmp_path):
     assert evaluated(tmp_path / "run" / "last.pt", tmp_path / "a")["bbox"] == metrics["bbox"]
     model = detector.load(tmp_path / "run" / "last.pt", changes={"box_head": {"score_threshold": 0.0}})
     image = read_image(sorted((shapes_tiny / "val").iterdir())[0])
-    by_run, by_hand, whole = (model.predict(image, tiles=tiles) for tiles in (None, {"size": 64}, {"size": 0}))
+    by_run, by_hand, whole = (model.predict(image, 0, tiles=tiles) for tiles in (None, {"size": 64}, {"size": 0}))
     assert torch.equal(by_run.boxes, by_hand.boxes) and len(by_run.boxes) != len(whole.boxes)

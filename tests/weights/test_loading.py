@@ -208,7 +208,7 @@ def test_convert(tmp_path, capsys):
     assert model.preprocess(np.zeros((427, 889, 3), np.uint8)).image.shape[:2] == (640, 1333)  # 640.26
     assert model.preprocess(np.zeros((600, 451, 3), np.uint8)).image.shape[:2] == (1064, 800)  # 1064.3
     model.preprocess = lambda image: type("Sample", (), {"image": image})  # at its own size: fast
-    found = model.predict(np.zeros((64, 96, 3), np.uint8))
+    found = model.predict(np.zeros((64, 96, 3), np.uint8), threshold=0)
     assert found.boxes.shape[1] == 4
     assert isinstance(model.model, nn.Module) and not model.model.training
 
