@@ -1,8 +1,8 @@
 """Compare training runs: which RoI method, or any other setting, is better, by how much, and how sure is that?
 
-detector compare 'runs=runs/ablation/*'
+detector compare 'runs=runs/ablation-*'
 detector compare 'runs=[runs/a,runs/b]' output=reports/a_b baseline=align
-detector compare 'runs=runs/mine/*' trust=my_package         models with parts of your own
+detector compare 'runs=runs/mine-*' trust=my_package         models with parts of your own
 
 Runs that differ in nothing but the seed are one method. The report has AP with intervals, errors, classes, cost,
 alignment, pictures, and the runs that were left out, with the reason.

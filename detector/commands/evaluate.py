@@ -41,7 +41,7 @@ from detector.evaluation.operating_point import (
 )
 from detector.evaluation.operating_point import operating_point as find_operating_point
 from detector.evaluation.proposals import without_classes
-from detector.evaluation.tables import class_table, summary_table
+from detector.evaluation.tables import class_csv, class_table, summary_table
 from detector.inference.load import load, merge
 from detector.inference.predict import Detector
 from detector.inference.tiles import results_by_image, tiles_of
@@ -50,6 +50,7 @@ from detector.runtime import start_ranks
 from detector.settings import COCO_LIMITS, Runtime, check_limits
 
 log = logging.getLogger(__name__)
+SHOWN_CLASSES = 20  # on the terminal: the best and the worst
 
 
 def evaluate_checkpoint(
@@ -76,12 +77,12 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Evaluate a checkpoint; returns the metrics. configs/eval.yaml says what the arguments mean.
 
-    Writes predictions.json (COCO results), metrics.json, table.txt, operating_point.json (the score from which on
-    `predict` shows objects, if the folder is the usual one) and about.json (which checkpoint, which annotations) into
-    the output folder; where `output` is None, that of `usual_folder`. Categories are matched by name: a data set with a
-    category that the model does not know is refused, what the model finds of a category that the data set does
-    not have is left out. The proposals of a model without a box head are measured whatever the category. What cannot
-    be measured is refused before images are read.
+    Writes predictions.json (COCO results), metrics.json, table.txt, classes.csv, operating_point.json (the score from
+    which on `predict` shows objects, if the folder is the usual one) and about.json (which checkpoint, which
+    annotations) into the output folder; where `output` is None, that of `usual_folder`. Categories are matched by name:
+    a data set with a category that the model does not know is refused, what the model finds of a category that the data
+    set does not have is left out. The proposals of a model without a box head are measured whatever the category. What
+    cannot be measured is refused before images are read.
     """
     settings = {**locals(), "checkpoint": str(checkpoint), "output": output and str(output)}  # for about.json
     criterion = check_criterion(operating_point)
@@ -145,13 +146,18 @@ def evaluate_checkpoint(
             write_json(folder / "annotations.json", ground_truth(dataset).to_coco())
         summary, classes = summary_table(metrics, limits), class_table(metrics, truth)
         (folder / "table.txt").write_text(f"{summary}\n\n{classes}\n", encoding="utf-8")
-        print(f"\n{summary}\n\n{classes if len(dataset.categories) <= 100 else 'per class: see table.txt'}\n")
+        print(f"\n{summary}\n\n{class_table(metrics, truth, SHOWN_CLASSES)}\n")
+        points = None
         if not proposals_only:
             kind = main_kind(metrics)
             point = find_operating_point(kept_matches(truth, results, kind, limits[-1]), kind, criterion)
             write_json(folder / OPERATING_POINT, {"iteration": detector.iteration, **point})
             print(describe(point))
-        print(f"{len(dataset)} images, {len(results)} detections; {folder}: metrics.json, predictions.json, table.txt")
+            points = point["classes"]
+        (folder / "classes.csv").write_text(class_csv(metrics, truth, points), encoding="utf-8")
+        print(
+            f"{len(dataset)} images, {len(results)} detections; {folder}: metrics.json, predictions.json, classes.csv"
+        )
     if world.size > 1:
         dist.destroy_process_group()
     return metrics

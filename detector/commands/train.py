@@ -26,7 +26,7 @@ Keys that people change (detector train --cfg job shows all):
 
 Exit codes: 0 done, 1 failed, 2 a setting or the data cannot work, 128 + n stopped by signal n with everything
 saved. Of several runs, those that are finished are skipped, a failing one does not stop the others (the code is 1
-then), and multirun.json beside their folders says what became of each.
+then), and NAME-multirun.json beside their folders says what became of each.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -28,13 +29,14 @@ STATES = ("finished before", "done", "resumed", "stopped", "failed", "lost")
 
 @dataclass
 class Job:
-    """One job. state: one of STATES; value: what it returned, such as the metric; reason: of a failure."""
+    """One job. state: one of STATES; value: what it returned, a fraction of 1; reason: of a failure."""
 
     overrides: list[str]
     folder: str | None
     state: str = "lost"  # until it ends, one way or the other
     seconds: float = 0.0
     value: float | None = None
+    metric: str | None = None  # what `value` is, such as segm.AP
     reason: str | None = "it never said that it ended: killed, or still running"
 
 
@@ -104,7 +106,7 @@ class Multirun(Callback):
         return any(job.state in ("failed", "lost") for job in self.jobs)
 
     def report(self) -> None:
-        """Print what became of the jobs, of training runs also into multirun.json beside their folders.
+        """Print what became of the jobs, of training runs also into multirun.json, or NAME-multirun.json, beside them.
 
         The records are gone then.
         """
@@ -117,11 +119,15 @@ class Multirun(Callback):
         counts = {state: sum(job.state == state for job in jobs) for state in STATES}
         print(f"\n{len(jobs)} jobs: {', '.join(f'{n} {state}' for state, n in counts.items() if n)}")
         for job in jobs:
-            note = job.reason or ("" if job.value is None else f"{job.value:.3f}")
+            number = "" if job.value is None else f"{metric_name(job)} {100 * job.value:.1f} %".strip()
+            note = job.reason or number
             print(f"  {job.state:<15}  {job.folder or ' '.join(job.overrides)}  {note}".rstrip())
         folders = [Path(job.folder).absolute().parent for job in jobs if job.folder]
         if folders:
-            file = Path(os.path.commonpath(folders)) / "multirun.json"
+            # 'ablation_roi-' of 'ablation_roi-roi=pool,seed=0', if all have it
+            beginnings = {re.match(r"[^=]*-|", Path(job.folder).name)[0] for job in jobs if job.folder}
+            shared = beginnings.pop() if len(beginnings) == 1 else ""
+            file = Path(os.path.commonpath(folders)) / f"{shared}multirun.json"
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps([asdict(job) for job in jobs], indent=1) + "\n", encoding="utf-8")
@@ -135,6 +141,20 @@ WATCHER = Multirun()
 def watcher() -> Multirun:
     """The one of this process, for the programs and for Hydra, whose `callbacks` in configs/*.yaml name this."""
     return WATCHER
+
+
+def metric_name(job: Job) -> str:
+    """What a job's value is, as people say it: auto is the mask AP where masks were measured."""
+    if job.metric is None:
+        return ""
+    kind, _, number = job.metric.partition(".")
+    if job.metric == "auto":
+        try:
+            measured = json.loads((Path(job.folder) / "metrics.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            measured = {}
+        kind, number = "segm" if "segm" in measured else "bbox", "AP"
+    return f"{ {'segm': 'mask', 'bbox': 'box', 'keypoints': 'keypoint'}.get(kind, kind) } {number}"
 
 
 def fingerprint(folder: str | None) -> Any:

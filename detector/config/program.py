@@ -61,6 +61,7 @@ def as_program(
                 prepare(cfg, mine, command)
                 value = start(command, cfg)
                 job.value = value if isinstance(value, float) else None
+                job.metric = OmegaConf.select(cfg, "evaluation.metric")
                 return value
         try:
             prepare(cfg, mine, command)
@@ -162,19 +163,20 @@ def give_up(message: str, code: int, error: Exception) -> NoReturn:
 
 
 def override_folder(ignore: Sequence[str] = ()) -> str:
-    """'/roi=pool,seed=1': what the command line changed, as a folder name; '' if nothing.
+    """'-roi=pool,seed=1': what the command line changed, as the end of a folder's name; '' if nothing.
 
-    No clock and no process id, so that all ranks agree and a second start finds the first one's run. `ignore` names
-    keys, and whole sections, that do not change the result.
+    Runs lie side by side: none in another's folder, which may be moved and deleted for itself. No clock and no process
+    id, so that all ranks agree and a second start finds the first one's run. `ignore` names keys, and whole sections,
+    that do not change the result.
     """
     if not HydraConfig.initialized():
         return ""
     task = HydraConfig.get().overrides.task
     parts = [text for text in task if text.lstrip("+~").partition("=")[0].split(".")[0].split("@")[0] not in ignore]
     name = re.sub(r"[^\w.,=+@~-]", "_", ",".join(sorted(parts)))
-    if len(name) > 120:
-        name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    return f"/{name}" if name else ""
+    if len(name) > 80:
+        name = f"{name[:60]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return f"-{name}" if name else ""
 
 
 def overridden() -> set[str]:

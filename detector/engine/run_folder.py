@@ -14,6 +14,7 @@ from typing import Any
 
 from detector.checkpoint import CheckpointError, atomically, flatten, load, save
 from detector.config import ConfigError, RunError, make_folder
+from detector.runtime import World
 from detector.settings import UNLEARNT
 
 # a run that differs from its checkpoint in one of these is another run; in the others it may go on differently
@@ -106,6 +107,21 @@ def is_new(key: str, stored: Any) -> bool:
     for part in parents:
         stored = stored.get(part) if isinstance(stored, Mapping) else None
     return isinstance(stored, Mapping) and key.rpartition(".")[2] not in stored
+
+
+@contextlib.contextmanager
+def unless_begun(folder: Path, world: World) -> Iterator[None]:
+    """Where a run fails before its first checkpoint, its folder is left as no run: without config.yaml, which `compare`
+    and others know runs by, and without what was begun to be recorded. train.log stays: it says what failed."""
+    try:
+        yield
+    except Exception:
+        if world.main and not any(folder.glob("*.pt")):
+            for name in ("config.yaml", "log.jsonl"):
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink()
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager

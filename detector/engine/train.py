@@ -51,6 +51,7 @@ def train(cfg: DictConfig) -> float | None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(faults.explain_errors(folder, world, training))
         faults.on_main(world, lambda: stack.enter_context(run_folder.locked(folder)))
+        stack.enter_context(run_folder.unless_begun(folder, world))
         stop = stack.enter_context(stop_on_signal())
         start_log(folder, world, runtime.verbosity)
         seed_everything(cfg.seed)

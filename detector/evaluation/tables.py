@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Mapping, Sequence
 
 from detector.data.annotations import Truth
 from detector.evaluation.coco import check_annotations
@@ -35,18 +37,59 @@ def limits_note(limits: Sequence[int]) -> str:
     )
 
 
-def class_table(metrics: dict, annotations: dict | Truth) -> str:
-    """One row per class: how many objects and images hold it, then AP, AP50, AP75 of each IoU type, in percent."""
+def class_table(metrics: dict, annotations: dict | Truth, most: int | None = None) -> str:
+    """One row per class, the best first: how many objects and images hold it, then AP, AP50, AP75 of each IoU type, in
+    percent. Of more than `most` classes the best and the worst, and a word on the rest."""
     kinds = list(metrics["per_class"])
     header = ["class", "images", "objects"] + [f"{TITLES[k]} {c}" for k in kinds for c in COLUMNS[:3]]
-    truth = check_annotations(annotations)
-    images_of = truth.images_of()
-    rows = []
+    rows = [
+        [one_line(name), str(images), str(objects), *(percent(numbers[k].get(c)) for k in kinds for c in COLUMNS[:3])]
+        for name, images, objects, numbers in by_class(metrics, annotations)
+    ]
+    if most is None or len(rows) <= most:
+        return table(header, rows)
+    first = (most + 1) // 2
+    shown = table(header, rows[:first] + rows[len(rows) - most + first :]).splitlines()
+    shown.insert(2 + first, f"... {len(rows) - most} classes in between; all are in classes.csv")
+    return "\n".join(shown)
+
+
+def by_class(metrics: dict, annotations: dict | Truth) -> list[tuple[str, int, int, dict[str, dict]]]:
+    """(class, images that hold it, its objects, {iou type: numbers}), by the AP of the last IoU type, best first."""
+    per_class, truth = metrics["per_class"], check_annotations(annotations)
+    images_of, rows = truth.images_of(), []
     for label, name in enumerate(truth.categories, 1):
         images = images_of[(truth.labels == label) & ~truth.crowd]
-        numbers = [percent(metrics["per_class"][k][name].get(c)) for k in kinds for c in COLUMNS[:3]]
-        rows.append([one_line(name), str(len(set(images.tolist()))), str(len(images)), *numbers])
-    return table(header, rows)
+        numbers = {kind: per_class[kind][name] for kind in per_class}
+        rows.append((name, len(set(images.tolist())), len(images), numbers))
+
+    def quality(row: tuple) -> float:
+        numbers = [*row[3].values()][-1]
+        return numbers.get("AP", numbers.get("AP50", -1.0))
+
+    return sorted(rows, key=quality, reverse=True)
+
+
+def class_csv(metrics: dict, annotations: dict | Truth, points: Mapping[str, Mapping] | None = None) -> str:
+    """The table of `class_table` as CSV with all numbers, as fractions of 1, empty where there is none.
+
+    points: of each class, from `operating_point`: their score with its interval, and F1, precision and recall there.
+    """
+    rows = by_class(metrics, annotations)
+    columns = [(kind, key) for kind in metrics["per_class"] for key in next(iter(metrics["per_class"][kind].values()))]
+    names = ("threshold", "f1", "precision", "recall") if points else ()
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    places = ("", "_low", "_high")
+    header = ["class", "images", "objects", *(f"{kind}_{key}" for kind, key in columns)]
+    writer.writerow([*header, *(f"{name}{place}" for name in names for place in places)])
+    for name, images, objects, numbers in rows:
+        values = [numbers[kind].get(key) for kind, key in columns]
+        values = ["" if value is None or value < 0 else value for value in values]
+        for key in names:
+            values += [""] * 3 if points[name][key] is None else points[name][key]
+        writer.writerow([name, images, objects, *values])
+    return out.getvalue()
 
 
 def percent(fraction: float | None) -> str:

@@ -109,7 +109,7 @@ def test_two_ranks_write_the_files_of_one(checkpoint, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
     two = script(*arguments, f"output={tmp_path / 'two'}", launcher=[*launcher, "--rdzv-endpoint=localhost:0"])
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    for name in ("metrics.json", "predictions.json", "table.txt"):
+    for name in ("metrics.json", "predictions.json", "table.txt", "classes.csv", "operating_point.json"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
 
 

@@ -278,10 +278,10 @@ def folder_of(*overrides: str) -> str:
 def test_run_folders():
     assert folder_of() == "runs/quickstart"
     assert folder_of("runtime.workers=0", "resume=none", "experiment=quickstart") == "runs/quickstart"
-    assert folder_of("seed=1", "roi=pool") == folder_of("roi=pool", "seed=1") == "runs/quickstart/roi=pool,seed=1"
-    assert folder_of("roi@model.box_head.roi=warp") == "runs/quickstart/roi@model.box_head.roi=warp"
+    assert folder_of("seed=1", "roi=pool") == folder_of("roi=pool", "seed=1") == "runs/quickstart-roi=pool,seed=1"
+    assert folder_of("roi@model.box_head.roi=warp") == "runs/quickstart-roi@model.box_head.roi=warp"
     assert folder_of("run_dir=here", "seed=1") == "here"
-    assert folder_of("data.root=/a b/c") == "runs/quickstart/data.root=_a_b_c"
+    assert folder_of("data.root=/a b/c") == "runs/quickstart-data.root=_a_b_c"
     long = folder_of(*(f"+training.lr_multipliers.part{i}=0.5" for i in range(20)))
     assert len(Path(long).name) <= 120
     assert long == folder_of(*(f"+training.lr_multipliers.part{i}=0.5" for i in range(20)))

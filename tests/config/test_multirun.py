@@ -84,6 +84,27 @@ def test_a_job_whose_process_was_killed_is_lost(tmp_path, capsys):
     assert json.loads((tmp_path / "runs" / "multirun.json").read_text())[0]["state"] == "lost"
 
 
+def test_the_summary_names_its_metric_in_percent(tmp_path, capsys):
+    multirun = Multirun()
+    multirun.open(tmp_path / "sweep")
+    for number, (metric, value) in enumerate([("auto", 0.5123), ("bbox.AP50", 0.25), ("auto", 0.4), (None, None)]):
+        folder = tmp_path / "runs" / f"grid_a-seed=-{number}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text('{"bbox": {}, "segm": {}}' if number == 0 else '{"bbox": {}}')
+        with multirun.job(number, [f"seed={number}"], str(folder), ()) as job:
+            job.value, job.metric = value, metric
+    multirun.report()
+    lines = [line.split("  ", 3)[-1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line.rpartition("seed=-")[2] for line in lines] == [
+        "0  mask AP 51.2 %",
+        "1  box AP50 25.0 %",
+        "2  box AP 40.0 %",
+        "3",
+    ]
+    (file,) = (tmp_path / "runs").glob("*.json")
+    assert file.name == "grid_a-multirun.json" and json.loads(file.read_text())[1]["metric"] == "bbox.AP50"
+
+
 def test_a_single_run_reports_nothing(capsys):
     Multirun().report()
     assert capsys.readouterr().out == ""

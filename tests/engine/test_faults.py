@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from detector import checkpoint
+from detector.comparison.runs import is_run
 from detector.config import ConfigError, RunError
 from detector.engine import train
 from detector.engine.run_folder import locked
@@ -131,6 +132,27 @@ def test_missing_annotations_name_the_command_that_makes_them(run, shapes_tiny):
     ) as error:
         run("data.val.annotations=none.json")
     assert "or data.val.annotations to one of annotations/instances_train.json, annotations/inst" in str(error.value)
+
+
+def test_a_start_that_fails_leaves_no_run(run, tmp_path, monkeypatch):
+    """Until there is a checkpoint; then the folder stays what it is."""
+    real = train.forward_backward
+
+    def fail(*given, **options):
+        if fail.after == 0:
+            raise ValueError("no step can be taken")
+        fail.after -= 1
+        return real(*given, **options)
+
+    monkeypatch.setattr(train, "forward_backward", fail)
+    for after, kept in ((1, False), (2, True)):
+        fail.after = after
+        with pytest.raises(ValueError, match="no step can be taken"):
+            run("runtime.checkpoint_every=2", "schedule.max_iterations=3", "runtime.tensorboard=true")
+        held = {path.name for path in (tmp_path / "run").iterdir()}
+        assert ({"config.yaml", "log.jsonl", "tensorboard", "last.pt"} <= held) == kept
+        assert kept or held == {"train.log", ".lock"}
+    assert is_run(tmp_path / "run")
 
 
 def test_a_run_folder_that_cannot_be_written_to_is_refused(run, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import nn
 
 from detector.data import read_coco
 from detector.evaluation import class_table, coco_metrics, evaluate, summary_table
+from detector.evaluation.tables import class_csv
 from detector.structures import Batch, Detections
 from tests.evaluation.test_coco import random_case
 
@@ -169,11 +172,31 @@ def test_tables(case):
     lines = class_table(metrics, dataset.truth).splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines) == 2 + 3
     objects = [a for a in dataset.truth["annotations"] if a["category_id"] == 3 and not a["iscrowd"]]
-    assert lines[2].split()[2:5] == [
+    of_class = metrics["per_class"]
+    (row,) = [line.split() for line in lines if line.startswith("class 0")]
+    assert row[2:5] == [
         str(len({a["image_id"] for a in objects})),
         str(len(objects)),
-        f"{100 * metrics['per_class']['bbox']['class 0']['AP']:.1f}",
+        f"{100 * of_class['bbox']['class 0']['AP']:.1f}",
     ]
+    quality = [of_class["segm"][" ".join(line.split()[:2])]["AP"] for line in lines[2:]]
+    assert quality == sorted(quality, reverse=True)
+    short = class_table(metrics, dataset.truth, 2).splitlines()
+    assert short[:3] + short[4:] == lines[:3] + lines[4:]
+    assert short[3] == "... 1 classes in between; all are in classes.csv"
+
+
+def test_the_table_of_classes_as_csv(case):
+    dataset, model = case
+    metrics, _ = run(dataset, model)
+    point = {"threshold": [0.4, 0.3, 0.5], "f1": [0.9, 0.8, 1.0], "precision": [0.9, 0.8, 1.0], "recall": None}
+    points = {name: point for name in metrics["per_class"]["bbox"]}
+    rows = list(csv.DictReader(io.StringIO(class_csv(metrics, dataset.truth, points))))
+    assert len(rows) == 3 and rows[0]["threshold_low"] == "0.3" and rows[0]["recall"] == ""
+    for row in rows:
+        for kind, numbers in metrics["per_class"].items():
+            for key, value in numbers[row["class"]].items():
+                assert row[f"{kind}_{key}"] == ("" if value < 0 else str(value))
 
 
 def worker(rank, init, folder, fail):
