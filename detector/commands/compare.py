@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
 from detector.commands.evaluate import evaluate_checkpoint
 from detector.comparison.alignment import measure_alignment, measure_offsets
 from detector.comparison.cost import measure_cost
+from detector.comparison.pictures import f1_by_image, picture_of, read_picture
 from detector.comparison.report import verdicts, write_report
 from detector.comparison.runs import (
     Method,
@@ -37,16 +37,14 @@ from detector.comparison.runs import (
 )
 from detector.comparison.summary import compare, without_nan
 from detector.config import ConfigError, as_program, config_errors, make_folder
-from detector.data import Pictures, build_dataset, collate_images, split_page
+from detector.data import Pictures, build_dataset, collate_images
 from detector.data.annotations import Truth
-from detector.data.file_names import find_files
 from detector.evaluation.coco import check_annotations, check_predictions
-from detector.evaluation.operating_point import SCORES, choose, counts, kept_matches
-from detector.inference.draw import draw, panel
+from detector.inference.draw import panel
 from detector.inference.load import load
 from detector.ops.text import one_line
 from detector.runtime import start_ranks
-from detector.settings import COCO_LIMITS, Runtime, check_limits
+from detector.settings import Runtime, check_limits
 
 log = logging.getLogger(__name__)
 
@@ -163,13 +161,7 @@ def disagreements(methods: Sequence[Method], truth: Truth, report: Mapping, coun
         own = truth.select(by_id[[index]])
         image_id, name = int(own.image_ids[0]), own.file_name(0)
         try:
-            folder = runs[0].images[own.sources[0]]
-            file, page = split_page(name)
-            (path,), _, problems = find_files(folder, [file])
-            if path is None:
-                raise ValueError(f"image {image_id}: {problems[0]} is not in {folder}")
-            reader = Pictures.of(runs[0].config["data"])
-            image = reader.rgb(reader.read(folder / path, page))
+            image = read_picture(own, 0, runs[0].images, Pictures.of(runs[0].config["data"]))
         except (ValueError, OSError) as error:
             log.warning("no picture: %s", error)
             continue
@@ -182,40 +174,6 @@ def disagreements(methods: Sequence[Method], truth: Truth, report: Mapping, coun
         caption = f"{name}: {', '.join(names)} (IoU 0.5; scores of at least {shown})"
         pictures.append((caption, panel(views, ["ground truth", *names])))
     return pictures
-
-
-def f1_by_image(truth: Truth, results: list[dict], kind: str, most: int = COCO_LIMITS[-1]) -> tuple[float, np.ndarray]:
-    """The least score that gives the largest F1 at IoU 0.5 over all images, and the F1 [I] of each image with it, in
-    the order of their ids; 1 where there is nothing and nothing is found. most: detections of a class in an image."""
-    kept = kept_matches(truth, results, kind, most)
-    objects = kept.objects.sum(1)
-    at = int(choose(counts(kept, np.arange(len(kept.score)), objects)))
-    limit = float(SCORES[at]) if at >= 0 else 1.0
-    shown = kept.score >= limit
-    found, wrong = (np.bincount(kept.image[shown & hits], minlength=len(objects)) for hits in (kept.true, kept.false))
-    count = objects + found + wrong
-    return limit, np.where(count > 0, 2 * found / np.maximum(count, 1), 1.0)
-
-
-def picture_of(image: np.ndarray, truth: Truth, entries: Sequence[dict], with_scores: bool) -> np.ndarray:
-    """An image with checked COCO annotations or results."""
-    entries = [entry for entry in entries if not entry.get("iscrowd")]
-    boxes = [entry.get("bbox") or rle_tools.toBbox(entry["segmentation"]) for entry in entries]  # results may have none
-    boxes = np.array(boxes, float).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    masks = None
-    if entries and all(entry.get("segmentation") for entry in entries):
-        masks = np.array([mask_of(entry["segmentation"], *image.shape[:2]) for entry in entries], bool)
-    scores = np.array([entry["score"] for entry in entries]) if with_scores else None
-    labels = [truth.category_ids.index(entry["category_id"]) + 1 for entry in entries]
-    return draw(image, boxes, labels, truth.categories, scores, masks)
-
-
-def mask_of(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """The mask [H, W] uint8 of checked polygons or run lengths."""
-    if isinstance(segmentation, list):
-        segmentation = rle_tools.merge(rle_tools.frPyObjects(segmentation, height, width))
-    return rle_tools.decode(segmentation)
 
 
 main = as_program("compare", compare_runs, __doc__)

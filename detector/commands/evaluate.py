@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import nn
 
 from detector.checkpoint import write_json
+from detector.comparison.run_report import Evaluated, write_run_report
 from detector.config import ConfigError, as_program, config_errors, make_folder
 from detector.data import CocoDataset, build_dataset, build_loader
 from detector.data.contents import contents, same, short_key
@@ -41,7 +42,7 @@ from detector.evaluation.operating_point import (
 )
 from detector.evaluation.operating_point import operating_point as find_operating_point
 from detector.evaluation.proposals import without_classes
-from detector.evaluation.tables import class_csv, class_table, summary_table
+from detector.evaluation.tables import SHOWN_CLASSES, class_csv, class_table, summary_table
 from detector.inference.load import load, merge
 from detector.inference.predict import Detector
 from detector.inference.tiles import results_by_image, tiles_of
@@ -50,7 +51,6 @@ from detector.runtime import start_ranks
 from detector.settings import COCO_LIMITS, Runtime, check_limits
 
 log = logging.getLogger(__name__)
-SHOWN_CLASSES = 20  # on the terminal: the best and the worst
 
 
 def evaluate_checkpoint(
@@ -78,11 +78,11 @@ def evaluate_checkpoint(
     """Evaluate a checkpoint; returns the metrics. configs/eval.yaml says what the arguments mean.
 
     Writes predictions.json (COCO results), metrics.json, table.txt, classes.csv, operating_point.json (the score from
-    which on `predict` shows objects, if the folder is the usual one) and about.json (which checkpoint, which
-    annotations) into the output folder; where `output` is None, that of `usual_folder`. Categories are matched by name:
-    a data set with a category that the model does not know is refused, what the model finds of a category that the data
-    set does not have is left out. The proposals of a model without a box head are measured whatever the category. What
-    cannot be measured is refused before images are read.
+    which on `predict` shows objects, if the folder is the usual one), report.html, and about.json (which checkpoint,
+    which annotations) into the output folder; where `output` is None, that of `usual_folder`. Categories are matched by
+    name: a data set with a category that the model does not know is refused, what the model finds of a category that
+    the data set does not have is left out. The proposals of a model without a box head are measured whatever the
+    category. What cannot be measured is refused before images are read.
     """
     settings = {**locals(), "checkpoint": str(checkpoint), "output": output and str(output)}  # for about.json
     criterion = check_criterion(operating_point)
@@ -155,9 +155,15 @@ def evaluate_checkpoint(
             print(describe(point))
             points = point["classes"]
         (folder / "classes.csv").write_text(class_csv(metrics, truth, points), encoding="utf-8")
-        print(
-            f"{len(dataset)} images, {len(results)} detections; {folder}: metrics.json, predictions.json, classes.csv"
-        )
+        report = None
+        if points and {"bbox", "segm"} & set(metrics):
+            found = Evaluated(
+                *(str(checkpoint), truth, results, metrics, point, limits, dataset.folders, dataset.pictures),
+                *(Path(checkpoint).parent / "log.jsonl", detector.config),
+            )
+            report = write_run_report(found, folder / "report.html")
+        written = f"metrics.json, predictions.json, classes.csv{', report.html' if report else ''}"
+        print(f"{len(dataset)} images, {len(results)} detections; {folder}: {written}")
     if world.size > 1:
         dist.destroy_process_group()
     return metrics

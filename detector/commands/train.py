@@ -31,14 +31,24 @@ then), and NAME-multirun.json beside their folders says what became of each.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from detector.comparison.run_report import Evaluated, write_run_report
 from detector.config import as_program, literal
+from detector.data.read_coco import read_json
+from detector.engine.state import Run, State
 from detector.engine.train import train as run_training
+from detector.evaluation.coco import Results
+from detector.evaluation.evaluator import ground_truth, measure
+from detector.evaluation.operating_point import kept_matches, main_kind, operating_point
+from detector.evaluation.tables import SHOWN_CLASSES, class_csv, class_table
 from detector.settings import Data
 from detector.weights.zoo import implied
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -62,7 +72,29 @@ def train(
 
     All of them are needed: `**config.compose("train", ["data=custom", "data.root=my_data"])` has them.
     """
-    return run_training(OmegaConf.create(literal(locals())))
+    return run_training(OmegaConf.create(literal(locals())), at_end=conclude)
+
+
+def conclude(run: Run, state: State) -> None:
+    """The table of classes, classes.csv and report.html of a run that has ended."""
+    if not (state.operating_point and (run.folder / "predictions.json").is_file()):
+        return
+    truth, limits = ground_truth(run.val_set), run.evaluation.max_detections
+    results = Results(read_json(run.folder / "predictions.json", "prediction"))
+    options = {"sigmas": run.evaluation.sigmas, "max_detections": limits}
+    kinds = [kind for kind in state.metrics if kind != "keypoints"]
+    measured = measure(truth, results, kinds, "hotcoco", True, **options)
+    kind = main_kind(measured)
+    point = operating_point(kept_matches(truth, results, kind, limits[-1]), kind)  # of the last weights
+    table = class_csv(measured, truth, point["classes"])
+    (run.folder / "classes.csv").write_text(table, encoding="utf-8")
+    pictures = run.val_set.pictures
+    found = Evaluated(
+        *(str(run.folder), truth, results, measured, point, limits, run.val_set.folders, pictures),
+        *(run.folder / "log.jsonl", run.config),
+    )
+    file = write_run_report(found, run.folder / "report.html")
+    log.info("%s\n\nreport       %s", class_table(measured, truth, SHOWN_CLASSES), file or "none: see above")
 
 
 main = as_program("train", train, __doc__, implied)

@@ -22,17 +22,24 @@ def line_chart(
     bands: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     from_zero: bool = False,
     width: int = WIDTH,
+    x_range: tuple[float, float] | None = None,
+    y_range: tuple[float, float] | None = None,
 ) -> str:
-    """Curves {name: (x, y)} with their legend. bands: {name: (low, high) at each point}, drawn as a shade."""
+    """Curves {name: (x, y)} with their legend. bands: {name: (low, high) at each point}, drawn as a shade.
+
+    x_range, y_range: what the axes show; None: what the data need. With both of them the axes are of equal length.
+    """
     bands = bands or {}
     points = [(x, y) for xs, ys in series.values() for x, y in zip(xs, ys) if y is not None]
     if not points:
         return ""
     heights = [y for _, y in points] + [v for band in bands.values() for pair in band for v in pair]
-    x_range = min(p[0] for p in points), max(p[0] for p in points)
-    y_ticks = ticks(min([0.0] * from_zero + heights), max([0.0] * from_zero + heights))
-    frame = Frame(x_range, (y_ticks[0], y_ticks[-1]), len(series), width)
-    parts = [frame.axes(ticks(*x_range, 4), y_ticks, x_name, y_name)]
+    equal = x_range is not None and y_range is not None
+    x_range = x_range or (min(p[0] for p in points), max(p[0] for p in points))
+    y_ticks = ticks(*(y_range or (min([0.0] * from_zero + heights), max([0.0] * from_zero + heights))))
+    height = width - LEFT - RIGHT + TOP + BOTTOM if equal else HEIGHT
+    frame = Frame(x_range, y_range or (y_ticks[0], y_ticks[-1]), len(series), width, height)
+    parts = [frame.axes(ticks(*x_range, 5 if equal else 4), y_ticks, x_name, y_name)]
     if y_ticks[0] < 0 < y_ticks[-1]:
         zero = f"{frame.y(0):.1f}"
         parts.append(f'<line class="zero" x1="{frame.left}" x2="{frame.right}" y1="{zero}" y2="{zero}"/>')
@@ -84,7 +91,8 @@ def bar_chart(groups: Mapping[str, Mapping[str, float | None]], y_name: str) -> 
     if not values:
         return ""
     y_ticks = ticks(min(0, *values), max(0, *values))
-    frame = Frame((0, len(categories)), (y_ticks[0], y_ticks[-1]), len(groups), width=500)
+    alone = len(groups) == 1  # which needs no legend
+    frame = Frame((0, len(categories)), (y_ticks[0], y_ticks[-1]), 0 if alone else len(groups), width=500)
     parts = [frame.axes([], y_ticks, "", y_name)]
     wide = 0.8 / len(groups)
     for c, category in enumerate(categories):
@@ -102,7 +110,7 @@ def bar_chart(groups: Mapping[str, Mapping[str, float | None]], y_name: str) -> 
                 f'height="{max(zero - top, 0.5):.1f}">'
                 f"<title>{escape(f'{name}, {category}: {value:.3g}')}</title></rect>"
             )
-    return frame.svg(parts + frame.legend(list(groups), bars=True), y_name)
+    return frame.svg(parts + ([] if alone else frame.legend(list(groups), bars=True)), y_name)
 
 
 class Frame:

@@ -201,9 +201,14 @@ def html(report: Mapping, pictures: Sequence[tuple[str, np.ndarray]] = ()) -> st
         section("Where they disagree most", "".join(figure(caption, image) for caption, image in pictures)),
         section("Runs", runs(report)),
     ]
+    return document(" · ".join(labels), parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A page that needs nothing else."""
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(' · '.join(labels))}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
 
 
@@ -431,9 +436,10 @@ def runs(report: Mapping) -> str:
     return "".join(parts)
 
 
-def figure(caption: str, image: np.ndarray) -> str:
+def figure(caption: str, image: np.ndarray, side: int = 1800) -> str:
+    """A picture, no larger than `side` pixels."""
     picture, buffer = Image.fromarray(image), io.BytesIO()
-    picture.thumbnail((1800, 1800))
+    picture.thumbnail((side, side))
     picture.save(buffer, "JPEG", quality=82)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     caption = escape(caption)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -34,8 +35,8 @@ from detector.weights import Start
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig) -> float | None:
-    """Run, or continue, the training that `cfg` describes.
+def train(cfg: DictConfig, at_end: Callable[[Run, State], None] | None = None) -> float | None:
+    """Run, or continue, the training that `cfg` describes. at_end: called on rank 0 when it has just ended.
 
     Returns the last value of the metric that the best checkpoint is chosen by, for hyperparameter sweeps.
     Exits with 128 + signal after SIGTERM, SIGINT or SIGUSR1, the state saved.
@@ -81,6 +82,8 @@ def train(cfg: DictConfig) -> float | None:
         repeat(run, state, journal, contents, stop)
         if world.main:
             setup.finish(run, state)
+            if at_end:
+                at_end(run, state)
         return chosen(state.metrics, evaluation.metric)
 
 

@@ -12,6 +12,7 @@ from detector.ops.text import one_line, width
 from detector.settings import COCO_LIMITS
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+SHOWN_CLASSES = 20  # on the terminal: the best and the worst
 TITLES = {"bbox": "box", "segm": "mask", "boundary": "boundary", "keypoints": "keypoint", "voc": "VOC box"}
 
 
