@@ -11,7 +11,6 @@ time. Exit codes: 0 nothing that would stop a run, 1 errors, 2 a setting cannot 
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import hashlib
 import html
@@ -40,6 +39,7 @@ from tqdm import tqdm
 from detector.commands import advice
 from detector.commands.copies import SAME_PICTURE, Looks, agreement, alike, fitted, look_of
 from detector.commands.train import train
+from detector.comparison import report as pages
 from detector.config import ConfigError, as_typed, build, compose, config_errors, explain, make_folder
 from detector.config.program import prepare
 from detector.config.suggest import hydra_options
@@ -60,7 +60,7 @@ from detector.weights.zoo import implied
 
 COUNTED = ("objects", "images")
 COPIES_SHOWN = 6  # pictures side by side
-SHOWN_CATEGORIES = 100  # on the terminal
+SHOWN_CATEGORIES = 100  # at once
 KEPT = "model.box_head.detections_per_image"
 SHOWN = 10  # examples that a finding names
 SIZES = (0, 8, 16, 32, 64, 96, 128, 256, 512, np.inf)  # limits of the histogram, sqrt(area) in network pixels
@@ -539,45 +539,60 @@ def as_text(report: Report) -> str:
     return "\n".join(lines)
 
 
+STYLE = """
+.totals { font-size: 1.05rem; }
+.totals strong { padding: .1rem .5rem; border-radius: 1rem; border: 1px solid var(--rule); }
+details { border: 1px solid var(--rule); border-left: 5px solid var(--soft); border-radius: 6px; margin: .5rem 0;
+  background: var(--shade); overflow-wrap: anywhere; } details.error { border-left-color: var(--c1); }
+details.warning { border-left-color: var(--c4); } summary { cursor: pointer; padding: .45rem .8rem; }
+summary strong { text-transform: capitalize; } details ul { margin: 0; padding: .2rem 1rem .7rem 2.4rem; }
+details table { margin: 0 .8rem .7rem; } pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .7rem 1rem;
+  background: var(--shade); border: 1px solid var(--rule); border-radius: 6px; }
+.bars { width: 100%; } .bars td { border: 0; padding: .1rem .5rem .1rem 0; white-space: normal; }
+.bars td:first-child { width: 32%; overflow-wrap: anywhere; } .bars td:nth-child(2) { width: 40%; }
+.bars td:last-child { text-align: left; } .bars div { background: var(--c0); height: .8em; border-radius: 2px; }
+.pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(290px, 100%), 1fr)); }
+.pictures figure { margin: 0; } .pictures img { width: 100%; border-radius: 4px; }
+figcaption { overflow-wrap: anywhere; }
+"""
+
+
 def as_html(report: Report) -> str:
     """A page that needs nothing else; every text that comes from the data is escaped."""
-
-    def bars(numbers: Mapping[str, Any]) -> str:
-        most = max([v["objects"] if isinstance(v, dict) else v for v in numbers.values()], default=0) or 1
-        rows = ""
-        for name, value in numbers.items():
-            count = value["objects"] if isinstance(value, dict) else value
-            text = f"{count} in {value['images']} images" if isinstance(value, dict) else count
-            bar = f"<div class=bar style='width:{200 * count / most:.0f}px'></div>"
-            rows += f"<tr><td>{html.escape(name)}<td>{bar}<td>{text}</tr>"
-        return f"<table>{rows}</table>"
-
-    body = "<h2>What was found</h2>" + ("" if report.findings else "<p>Nothing.</p>")
+    totals = Counter(finding.severity for finding in report.findings)
+    parts = ["<h1>Data set</h1>"]
+    counted = " ".join(f"<strong>{totals[kind]} {kind}s</strong>" for kind in ("error", "warning"))
+    parts.append(f'<p class="totals">Kinds of findings: {counted}</p>')
     for finding in report.findings:
         items = "".join(f"<li>{html.escape(example)}</li>" for example in finding.examples)
-        title = f"{finding.severity}, {finding.split}: {finding.count} × {html.escape(finding.what)}"
-        body += f"<details class={finding.severity}><summary>{title}</summary><ul>{items}</ul></details>"
-    if report.advice:
-        body += "<h2>What suits the data</h2>" + "".join(f"<p>{html.escape(text)}</p>" for text in report.advice)
+        text = f"<strong>{finding.severity}</strong>, {finding.split}: {finding.count} × {html.escape(finding.what)}"
+        shown = " open" * (finding.severity == "error")
+        parts.append(f'<details class="{finding.severity}"{shown}><summary>{text}</summary><ul>{items}</ul></details>')
+    advice = "".join(f"<p>{html.escape(text)}</p>" for text in report.advice)
     if report.command and not report.has_errors():
-        body += f"<p>For {html.escape(report.looked_at)}:<pre>{html.escape(report.command)}</pre>"
+        advice += f"<p>For {html.escape(report.looked_at)}:</p><pre>{html.escape(report.command)}</pre>"
+    parts.append(pages.section("What suits the data", advice))
     for split, numbers in report.statistics.items():
-        body += f"<h2>{split}</h2><p>"
-        body += ", ".join(f"{value} {name}" for name, value in numbers.items() if not isinstance(value, dict)) + "</p>"
-        for name, value in numbers.items():
-            if isinstance(value, dict):
-                body += f"<h3>{html.escape(name)}</h3>{bars(value)}"
-    body += "<h2>Examples</h2>"
-    for title, picture in report.pictures:
-        data = cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes()
-        source = f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
-        body += f"<figure><img src='{source}'><figcaption>{html.escape(title)}</figcaption></figure>"
-    style = (
-        "body{font:15px sans-serif;max-width:1100px;margin:2em auto}.bar{background:#0072b2;height:1em}"
-        ".error summary{color:#b00}summary{cursor:pointer;margin:.4em 0}"
-        "pre{white-space:pre-wrap}figure{display:inline-block;margin:.5em;width:30%}img{width:100%}td{padding:0 .6em}"
-    )
-    return f"<!doctype html><meta charset=utf-8><title>Data set</title><style>{style}</style><h1>Data set</h1>{body}\n"
+        plain = ", ".join(f"{value} {name}" for name, value in numbers.items() if not isinstance(value, dict))
+        tables = [(bars(value), name) for name, value in numbers.items() if isinstance(value, dict)]
+        parts.append(pages.section(split, f"<p>{html.escape(plain)}</p>{pages.charts(*tables, broad=True)}"))
+    figures = "".join(pages.figure(title, picture) for title, picture in report.pictures)
+    parts.append(pages.section("Examples", f'<div class="pictures">{figures}</div>' if figures else ""))
+    return pages.document("Data set", parts, STYLE)
+
+
+def bars(numbers: Mapping[str, Any]) -> str:
+    """A table of counts, or of objects and the images that hold them; of many the rest can be unfolded."""
+    counts = {name: value["objects"] if isinstance(value, dict) else value for name, value in numbers.items()}
+    most, rows = max(counts.values(), default=0) or 1, []
+    for name, value in numbers.items():
+        text = f"{counts[name]} in {value['images']} images" if isinstance(value, dict) else counts[name]
+        bar = f'<div style="width:{100 * counts[name] / most:.1f}%"></div>'
+        rows.append(f"<tr><td>{html.escape(name)}</td><td>{bar}</td><td>{text}</td></tr>")
+    first, rest = rows[:SHOWN_CATEGORIES], rows[SHOWN_CATEGORIES:]
+    table_of = '<table class="bars"><tbody>{}</tbody></table>'
+    more = f"<details><summary>{len(rest)} more</summary>{table_of.format(''.join(rest))}</details>" if rest else ""
+    return table_of.format("".join(first)) + more
 
 
 def main() -> None:

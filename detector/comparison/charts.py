@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 340, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 52, 20, 14, 44
+LETTER = 6.4  # px, about, of the labels
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2 1 2 1 2")
 
 
@@ -24,21 +25,26 @@ def line_chart(
     width: int = WIDTH,
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
+    noise: float = 0.0,
 ) -> str:
     """Curves {name: (x, y)} with their legend. bands: {name: (low, high) at each point}, drawn as a shade.
 
     x_range, y_range: what the axes show; None: what the data need. With both of them the axes are of equal length.
+    noise: curves that stay within it are drawn as what they are, zero, on an axis to 1.
     """
     bands = bands or {}
     points = [(x, y) for xs, ys in series.values() for x, y in zip(xs, ys) if y is not None]
     if not points:
         return ""
     heights = [y for _, y in points] + [v for band in bands.values() for pair in band for v in pair]
+    if max(map(abs, heights)) <= noise:
+        y_range = y_range or (0.0, 1.0)
     equal = x_range is not None and y_range is not None
     x_range = x_range or (min(p[0] for p in points), max(p[0] for p in points))
     y_ticks = ticks(*(y_range or (min([0.0] * from_zero + heights), max([0.0] * from_zero + heights))))
-    height = width - LEFT - RIGHT + TOP + BOTTOM if equal else HEIGHT
-    frame = Frame(x_range, y_range or (y_ticks[0], y_ticks[-1]), len(series), width, height)
+    left = room(y_ticks)
+    height = width - left - RIGHT + TOP + BOTTOM if equal else HEIGHT
+    frame = Frame(x_range, y_range or (y_ticks[0], y_ticks[-1]), len(series), width, height, left)
     parts = [frame.axes(ticks(*x_range, 5 if equal else 4), y_ticks, x_name, y_name)]
     if y_ticks[0] < 0 < y_ticks[-1]:
         zero = f"{frame.y(0):.1f}"
@@ -66,7 +72,7 @@ def interval_chart(rows: Sequence[tuple[str, float | None, float | None, float |
     for i, row in enumerate(rows):
         y = TOP + 22 * i + 11
         if isinstance(row, str):
-            parts.append(f'<rect class="mat" x="0" y="{y - 10}" width="{frame.width}" height="20"/>')
+            parts.append(f'<rect class="mat" x="0" y="{y - 11}" width="{frame.width}" height="22"/>')
             parts.append(f'<text class="head" x="2" y="{y + 5}">{escape(shorten(row, 76))}</text>')
             continue
         name, middle, low, high = row
@@ -92,13 +98,16 @@ def bar_chart(groups: Mapping[str, Mapping[str, float | None]], y_name: str) -> 
         return ""
     y_ticks = ticks(min(0, *values), max(0, *values))
     alone = len(groups) == 1  # which needs no legend
-    frame = Frame((0, len(categories)), (y_ticks[0], y_ticks[-1]), 0 if alone else len(groups), width=500)
+    frame = Frame(
+        (0, len(categories)), (y_ticks[0], y_ticks[-1]), 0 if alone else len(groups), width=500, left=room(y_ticks)
+    )
+    letters = max(3, int((frame.right - frame.left) / len(categories) / LETTER))
     parts = [frame.axes([], y_ticks, "", y_name)]
     wide = 0.8 / len(groups)
     for c, category in enumerate(categories):
         parts.append(
             f'<text class="tick" x="{frame.x(c + 0.5):.1f}" y="{frame.bottom + 16}" text-anchor="middle">'
-            f"{escape(shorten(category, 14))}</text>"
+            f"{escape(shorten(category, letters))}</text>"
         )
         for i, (name, bars) in enumerate(groups.items()):
             value = bars[category]
@@ -160,7 +169,10 @@ class Frame:
                     f'<line class="line s{i % 8}" stroke-dasharray="{DASHES[i % 6]}" x1="{self.left}" '
                     f'x2="{self.left + 30}" y1="{y - 5}" y2="{y - 5}"/>'
                 )
-            parts.append(f'<text class="tick" x="{self.left + 38}" y="{y}">{escape(shorten(name, 60))}</text>')
+            text = shorten(name, int((self.width - self.left - 38) / LETTER))
+            parts.append(
+                f'<text class="tick" x="{self.left + 38}" y="{y}"><title>{escape(name)}</title>{escape(text)}</text>'
+            )
         return parts
 
     def svg(self, parts: Sequence[str], title: str) -> str:
@@ -168,6 +180,11 @@ class Frame:
             f'<svg viewBox="0 0 {self.width} {self.height}" role="img" style="max-width:{self.width}px">'
             f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
         )
+
+
+def room(values: Sequence[float]) -> int:
+    """Pixels left of an axis for its labels, and its name before them."""
+    return max(LEFT, 26 + round(LETTER * max(len(f"{value:g}") for value in values)))
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -40,6 +40,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; border-bo
 h3 { font-size: 1.02rem; margin: 1.2rem 0 .3rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 td { white-space: nowrap; } .wide { overflow-x: auto; }
+th { overflow-wrap: anywhere; min-width: 3rem; vertical-align: bottom; }
+td:first-child { white-space: normal; min-width: 7rem; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); }
 th:first-child, td:first-child { text-align: left; } td small { color: var(--soft); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: .5rem 2rem; }
@@ -204,11 +206,11 @@ def html(report: Mapping, pictures: Sequence[tuple[str, np.ndarray]] = ()) -> st
     return document(" · ".join(labels), parts)
 
 
-def document(title: str, parts: Sequence[str]) -> str:
-    """A page that needs nothing else."""
+def document(title: str, parts: Sequence[str], style: str = "") -> str:
+    """A page that needs nothing else. style: CSS beside what all pages have."""
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style><body>{''.join(parts)}</body></html>\n"
     )
 
 
@@ -277,9 +279,8 @@ def precision(report: Mapping) -> str:
         recall = [i / 100 for i in range(101)]
         for threshold in ("0.50", "0.75"):
             found = {name: (recall, c[threshold]) for name, c in report["precision_recall"][kind].items()}
-            figures.append(
-                (line_chart(found, "recall", "precision", None, True, 480), f"Precision and recall at IoU {threshold}")
-            )
+            chart = line_chart(found, "recall", "precision", width=400, x_range=(0, 1), y_range=(0, 1))
+            figures.append((chart, f"Precision and recall at IoU {threshold}"))
         parts.append(f"<h3>{title(kind)}, %</h3>{table}{charts(*figures, broad=True)}")
     if "boundary" in report["kinds"]:
         parts.append(
@@ -289,7 +290,7 @@ def precision(report: Mapping) -> str:
     return "".join(parts)
 
 
-CURVE_TITLE = "The difference at each IoU threshold (shade: 95 % interval)"
+CURVE_TITLE = "The difference at each IoU threshold, 95 %"
 
 
 def around(values: Sequence[float | None], widths: Sequence[float]) -> list[tuple[float, float]]:
@@ -308,13 +309,13 @@ def classes(report: Mapping) -> str:
         names = list(found["mean"])
         order = sorted(range(len(categories)), key=lambda k: -(found["mean"][names[0]][k] or 0))
         rows = [[categories[k], *(percent(found["mean"][name][k]) for name in names)] for k in order]
-        tables.append((html_table(["class", *names], rows), f"{title(kind)}, %"))
+        tables.append(f"<h3>{title(kind)}, %</h3>{html_table(['class', *names], rows)}")
         for other, entries in found["differences"].items():
             order = sorted(range(len(categories)), key=lambda k: -abs(entries[k]["delta"] or 0))[:20]
             order.sort(key=lambda k: -(entries[k]["delta"] or 0))
             rows = [(categories[k], *(scaled(entries[k][key]) for key in ("delta", "low", "high"))) for k in order]
             figures.append((interval_chart(rows, "difference, points"), f"{title(kind)}: {other} − {names[0]}"))
-    return charts(*tables) + charts(*figures, broad=True)
+    return "".join(tables) + charts(*figures, broad=True)
 
 
 def errors(report: Mapping) -> str:
@@ -336,15 +337,18 @@ def alignment(report: Mapping) -> str:
     boxes = {name: (e["pixels"], e["box_shift"]) for name, e in found.items()}
     shares = [i / 20 for i in range(21)]
     areas = {
-        name: ([scaled(v) for v in e["area_error"]], shares) if e["area_error"] else ([-1e-3, 0, 1e-3], [0, 0.5, 1])
+        name: ([scaled(v) for v in e["area_error"]], shares) if e["area_error"] else ([-1, 0, 0, 1], [0, 0, 1, 1])
         for name, e in found.items()
     }
     return charts(
         (
-            line_chart(features, "shift of image and RoI, cells", "relative change", None, True),
+            line_chart(features, "shift of image and RoI, cells", "relative change", None, True, noise=1e-4),
             "How far pooled features change",
         ),
-        (line_chart(boxes, "shift of image and RoI, px", "mean move, px", None, True), "How far predicted boxes move"),
+        (
+            line_chart(boxes, "shift of image and RoI, px", "mean move, px", None, True, noise=1e-3),
+            "How far predicted boxes move",
+        ),
         (
             line_chart(areas, "error of the RoI's area, %", "share of RoIs below", None, True),
             "Area that the method reads",

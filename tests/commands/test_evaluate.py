@@ -36,6 +36,7 @@ def test_evaluation_of_a_checkpoint(checkpoint, shapes_tiny, tmp_path, capsys):
         assert metrics[kind] == coco_metrics(truth, folder / "predictions.json", kind, "pycocotools")
     assert len(json.loads((folder / "predictions.json").read_text())) == 8 * 20
     assert json.loads((folder / "about.json").read_text())["annotations"] == str(truth)
+    assert "<h2>Confusion</h2>" in (folder / "report.html").read_text(encoding="utf-8")
     table = (folder / "table.txt").read_text()
     assert table.strip() in capsys.readouterr().out and "triangle" in table
     other = evaluate_checkpoint(
