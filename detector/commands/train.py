@@ -76,25 +76,33 @@ def train(
 
 
 def conclude(run: Run, state: State) -> None:
-    """The table of classes, classes.csv and report.html of a run that has ended."""
+    """The table of classes, classes.csv and report.html of a run that has ended. If they fail, it has not."""
     if not (state.operating_point and (run.folder / "predictions.json").is_file()):
         return
+    try:
+        found = evaluated(run, state)
+        table = class_csv(found.metrics, found.truth, found.point["classes"])
+        (run.folder / "classes.csv").write_text(table, encoding="utf-8")
+        shown = class_table(found.metrics, found.truth, SHOWN_CLASSES)
+    except Exception as error:
+        log.warning("no table of classes: %s: %s", type(error).__name__, error)
+        return
+    file = write_run_report(found, run.folder / "report.html")
+    log.info("%s\n\nreport       %s", shown, file or "none: see above")
+
+
+def evaluated(run: Run, state: State) -> Evaluated:
+    """The last evaluation of a run, by class, and the operating point of its last weights."""
     truth, limits = ground_truth(run.val_set), run.evaluation.max_detections
     results = Results(read_json(run.folder / "predictions.json", "prediction"))
-    options = {"sigmas": run.evaluation.sigmas, "max_detections": limits}
-    kinds = [kind for kind in state.metrics if kind != "keypoints"]
-    measured = measure(truth, results, kinds, "hotcoco", True, **options)
+    kinds = [kind for kind in ("bbox", "segm") if kind in state.metrics]
+    measured = measure(truth, results, kinds, "hotcoco", True, max_detections=limits)
     kind = main_kind(measured)
-    point = operating_point(kept_matches(truth, results, kind, limits[-1]), kind)  # of the last weights
-    table = class_csv(measured, truth, point["classes"])
-    (run.folder / "classes.csv").write_text(table, encoding="utf-8")
-    pictures = run.val_set.pictures
-    found = Evaluated(
-        *(str(run.folder), truth, results, measured, point, limits, run.val_set.folders, pictures),
+    point = operating_point(kept_matches(truth, results, kind, limits[-1]), kind)
+    return Evaluated(
+        *(str(run.folder), truth, results, measured, point, limits, run.val_set.folders, run.val_set.pictures),
         *(run.folder / "log.jsonl", run.config),
     )
-    file = write_run_report(found, run.folder / "report.html")
-    log.info("%s\n\nreport       %s", class_table(measured, truth, SHOWN_CLASSES), file or "none: see above")
 
 
 main = as_program("train", train, __doc__, implied)

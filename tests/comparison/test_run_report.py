@@ -107,7 +107,11 @@ def test_a_report_that_fails_says_so(evaluated, tmp_path, monkeypatch, caplog):
     assert "no report: ZeroDivisionError: division by zero" in caplog.text
 
 
-def test_a_run_ends_with_its_report(config, tmp_path):
+def test_a_run_ends_with_its_report(config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:  # what fails here ends no run
+        patch.setattr("detector.commands.train.evaluated", lambda *_: 1 / 0)
+        train(config("schedule.max_iterations=1", "schedule.warmup=0"), at_end=conclude)
+        assert "no table of classes: ZeroDivisionError" in (tmp_path / "run" / "train.log").read_text(encoding="utf-8")
     train(config("schedule.max_iterations=2", "schedule.warmup=0"), at_end=conclude)
     held = {file.name for file in (tmp_path / "run").iterdir()}
     assert {"report.html", "classes.csv", "metrics.json"} <= held
