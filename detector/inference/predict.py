@@ -200,7 +200,12 @@ class Detector:
             )
         if self.operating_point is None:
             return OLD_THRESHOLD, f"threshold {OLD_THRESHOLD}: the checkpoint has no operating point"
-        return thresholds(self.operating_point, threshold, self.categories)
+        try:
+            return thresholds(self.operating_point, threshold, self.categories)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:  # a file may say anything
+            raise ConfigError(
+                f"the checkpoint's operating point cannot be read ({error!r}); give a threshold, such as 0.5"
+            ) from None
 
     def _announced(self, threshold: float | str | Mapping[str, float]) -> float | np.ndarray:
         """`least_score`, which is said once where it was not given."""

@@ -233,3 +233,7 @@ def test_checkpoints_without_an_operating_point(state, shapes_tiny, caplog):
         ConfigError, match=r"the checkpoint has no operating point\. Give a score, or evaluate it first"
     ):
         model.predict(photo, threshold="per_class")
+    spoilt = detector.load(state | {"operating_point": {"all": 3}})
+    with pytest.raises(ConfigError, match=r"operating point cannot be read .*give a threshold, such as 0\.5"):
+        spoilt.predict(photo)
+    assert spoilt.predict(photo, threshold=0.5).threshold == 0.5
