@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import re
 import threading
@@ -25,6 +26,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_) -> None:
         pass
+
+    def do_HEAD(self) -> None:
+        """As the Hugging Face hub tells of a file."""
+        path = self.path.partition("?")[0]
+        if path not in self.server.files:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            return self.end_headers()
+        data = self.server.files[path]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.end_headers()
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]

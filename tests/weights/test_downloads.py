@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import shutil
 import sys
@@ -158,6 +159,24 @@ def test_of_several_processes_one_downloads(server):
 
 
 # ------------------------------------------------------------------------------------------------------ Hugging Face
+
+
+def test_hub_repositories_are_downloaded_once(server, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    names = [{"type": "file", "path": name, "size": 1, "oid": "1"} for name in ("README.md", "a.safetensors")]
+    server.files["/api/models/ours/one/tree/main"] = json.dumps(names).encode()  # huggingface_hub 2
+    told = {"id": "ours/one", "sha": "0" * 40, "siblings": [{"rfilename": name["path"]} for name in names]}
+    server.files["/api/models/ours/one"] = json.dumps(told).encode()  # and before
+    for revision in ("main", "0" * 40):
+        server.files[f"/ours/one/resolve/{revision}/a.safetensors"] = DATA
+    for _ in range(2):
+        assert located("hf://ours/one").read_bytes() == DATA
+    assert sum("resolve" in path for path, _ in server.asked) == 1
+    with pytest.raises(ValueError, match=r"hf://ours/one/gone\.safetensors: .*") as error:
+        located("hf://ours/one/gone.safetensors")
+    assert "\n" not in str(error.value)
 
 
 def test_hub_repositories_are_read_from_the_cache_too(tmp_path, monkeypatch):
