@@ -170,7 +170,7 @@ def test_copies_whose_files_differ(monkeypatch, capsys, folder):
     (finding,) = (f for f in report["findings"] if "looks like one of train" in f["what"])
     wanted = [f"train scene.png, val {name}" + ", mirrored" * (name == "turned.png") for name in copies]
     assert sorted(finding["examples"]) == sorted(wanted)
-    assert (folder / "report" / "report.html").read_text().count("copy: ") == 4
+    assert (folder / "report" / "report.html").read_text().count("<figcaption>copy: ") == 4
 
 
 def test_the_terminal_has_the_counts_of_each_class_and_pictures_show_masks(monkeypatch, capsys, folder):
