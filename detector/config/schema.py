@@ -152,10 +152,24 @@ def check_arguments(arguments: dict, target: Callable, path: str, name: str) -> 
         if value == "???" or value is default or (type(value) is type(default) and value == default):
             continue
         if not fits(value, hint):
+            if words := words_of(hint):
+                if isinstance(value, list):
+                    wrong = next(i for i, item in enumerate(value) if item not in words)
+                    raise ConfigError(f"{where}[{wrong}] = {value[wrong]!r}: {name} takes {', '.join(words)} here")
+                raise ConfigError(f"{where} = {value!r}: {name} takes a list of {', '.join(words)} here")
             wanted = re.sub(r"(typing|collections\.abc|torch)\.([a-z.]+\.)?", "", inspect.formatannotation(hint))
             raise ConfigError(f"{where} = {value!r}: {name} takes {wanted} here, not {type(value).__name__}")
         if is_dataclass(hint) and "_target_" not in value:
             check_arguments(value, hint, where, where)
+
+
+def words_of(hint: Any) -> list[str]:
+    """What the items of a list may be, where its annotation has words for them; else []."""
+    for option in (hint, *typing.get_args(hint)):
+        if typing.get_origin(option) in (list, Sequence):
+            item = next(iter(typing.get_args(option)), None)
+            return list(typing.get_args(item)) if typing.get_origin(item) is Literal else []
+    return []
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -8,6 +8,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from detector.config.schema import find_target, near
+from detector.config.schema import build, find_target, near
 from detector.ops.checks import ConfigError
 
 CONFIGS = (Path(__file__).parents[1] / "configs").resolve()  # in the wheel; in a checkout a link to configs/
@@ -54,8 +55,9 @@ ELSEWHERE = {
     "images=...": ("source", "input", "inputs", "img", "image", "files", "path", "dir"),
     "checkpoint=...": ("weights", "model.weights", "ckpt", "load_from"),
     "data.val.annotations=... data.val.images=...": ("annotations", "ann_file", "dataset", "data"),
-    "torchrun --nproc-per-node=N before the command": ("gpus", "num_gpus", "devices", "nproc", "world_size"),
+    "torchrun --nproc-per-node=... before the command": ("gpus", "num_gpus", "devices", "nproc", "world_size"),
 }
+EITHER = ("schedule.max_epochs", "schedule.max_iterations")  # exactly one has a value
 OPTIONS = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # those of Hydra's that say where configs are
 OPTIONS.add_argument("--config-dir", "-cd")
 OPTIONS.add_argument("--config-name", "-cn")
@@ -146,7 +148,7 @@ def culprit(config_name: str, overrides: Sequence[str]) -> str | None:
         if slot not in slots and keys and not override.is_add():
             return f"{text}: {slot} is no choice of a file here; its keys are {', '.join(keys)}"
         if slot not in slots and ("@" in slot or not override.is_add()):
-            meant = elsewhere(slot, slots)
+            meant = elsewhere(slot, slots, text.partition("=")[2], known)
             meant = f"{meant}." if meant else near(slot, slots)
             return f"{text}: no {slot!r} in this configuration{meant} There are: {', '.join(slots)}"
     single = [text for text, _ in chosen if "," not in text]
@@ -158,18 +160,50 @@ def culprit(config_name: str, overrides: Sequence[str]) -> str | None:
             continue
         if key not in names:
             if key.rpartition(".")[2] in arguments_of(known, key.rpartition(".")[0]):
-                return f"{text}: {key} has no value yet; add one with +{text}"
-            return f"{text}: there is no {key!r}{elsewhere(key, names) or near(key, names)}"
+                refused = refusal(compose(config_name, [*single, f"+{text}"], folders), key.rpartition(".")[0])
+                return f"{text}: {refused or f'{key} has no value yet; add one with +{text}'}"
+            return (
+                f"{text}: there is no {key!r}{elsewhere(key, names, text.partition('=')[2], known) or near(key, names)}"
+            )
     return None
 
 
-def elsewhere(key: str, names: Sequence[str]) -> str:
-    """'; here that is optimizer.lr=...' for the last part of a key, or a word of another framework; else ''."""
+def refusal(cfg: DictConfig, path: str) -> str:
+    """What the settings at `path` say against their values, where they are settings alone; else ''."""
+    node = OmegaConf.select(cfg, path)
+    if not is_dataclass(find_target(node._target_, path)):
+        return ""  # parts of a model: made when the run is
+    try:
+        build(node, path)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def elsewhere(key: str, names: Sequence[str], value: str = "...", known: DictConfig | None = None) -> str:
+    """'; here that is optimizer.lr=...' for the last part of a key, or a word of another framework; else ''.
+
+    value: what was typed behind the '='; known: the config, where values are left out that would contradict it.
+    """
     ours = [f"{name}=..." for name in names if name.endswith(f".{key}") and "@" not in name]
     theirs = [override for override, words in ELSEWHERE.items() if key.lower() in words]
     theirs = [override for override in theirs if override.split("=")[0] in names or override.startswith("torchrun")]
-    shown = dict.fromkeys(sorted(ours, key=len)[:3] + theirs)
+    shown = dict.fromkeys(with_value(override, value, known) for override in sorted(ours, key=len)[:3] + theirs)
     return f"; here that is {' or '.join(shown)}" if shown else ""
+
+
+def with_value(override: str, value: str, known: DictConfig | None) -> str:
+    """An override with the value that was typed, where it can be one of that key, and what has to go with it."""
+    key, _, example = override.partition("=")
+    if "@" in key:  # a choice, which has an example
+        return f"{key}={value if value in options_of_groups(()).get(key.partition('@')[0], ()) else example}"
+    if value.lower() in ("", "true", "false", "null", "none"):
+        value = "..."  # a switch elsewhere, no switch here
+    elif key == "runtime.device" and value.isdigit():
+        value = f"cuda:{value}"
+    other = EITHER[1 - EITHER.index(key)] if key in EITHER else None
+    rest = f" {other}=null" if other and known and OmegaConf.select(known, other) is not None else ""
+    return override.replace("...", value) + rest
 
 
 def arguments_of(cfg: DictConfig, path: str) -> list[str]:

@@ -73,6 +73,7 @@ class CocoDataset(Dataset):
         copy_paste: share of the images that get some objects of another, drawn by chance (see copy_paste.py).
         problems: collects what is wrong instead of reporting it, for those who report by themselves.
         truth: keep what evaluation compares with.
+        setting: the key of a config that names `images`, and the folder that it counts from, for messages.
 
     Attributes:
         categories: name of label 1, 2, ...
@@ -100,6 +101,7 @@ class CocoDataset(Dataset):
         copy_paste: float = 0.0,
         problems: Problems | None = None,
         truth: bool = True,
+        setting: tuple[str, str | Path] = ("", ""),
     ):
         if mask_size < 1:
             raise ValueError(f"mask_size={mask_size}: must be positive")
@@ -119,7 +121,7 @@ class CocoDataset(Dataset):
                 f"{len(self.folders)} image folders for {len(self.annotation_files)} annotation files: give one for "
                 "each file, or one for all"
             )
-        self.origin = shown(self.annotation_files)
+        self.origin, self.setting = shown(self.annotation_files), setting
         self.pipeline = (
             transforms if isinstance(transforms, Pipeline) else Pipeline(transforms, channels=pictures.channels)
         )
@@ -151,7 +153,7 @@ class CocoDataset(Dataset):
         of_source = [[names[i] for i in np.flatnonzero(sources == s)] for s in range(len(self.folders))]
         for folder, own in zip(self.folders, of_source):
             if not folder.is_dir():
-                hint = where_else(folder, own) or "check data.root and the image options"
+                hint = self._where_else(folder, own) or f"check data.root and {self.setting[0] or 'its name'}"
                 raise FileNotFoundError(f"image folder {folder} does not exist: {hint}")
         collected, problems = problems, problems or Problems(self.origin, self.on_error)
         paths, variants, missing = find_in_folders(self.folders, sources, names)
@@ -161,7 +163,7 @@ class CocoDataset(Dataset):
         for source, (folder, own) in enumerate(zip(self.folders, of_source)):
             lacking = [row for row, text in missing.items() if sources[row] == source and text == repr(names[row])]
             if len(own) > 1 and len(lacking) == len(own):  # one mistake, not as many as there are files
-                hint = where_else(folder, own) or f"{own[0]!r} is the first"
+                hint = self._where_else(folder, own) or f"{own[0]!r} is the first"
                 problems.error("image folder without any of the files", f"{folder}: none of {len(own)}; {hint}")
                 missing = {row: text for row, text in missing.items() if sources[row] != source}
         for row, text in missing.items():
@@ -181,6 +183,14 @@ class CocoDataset(Dataset):
         if collected is None:
             problems.report()
         return np.array([path is not None for path in paths], bool), {row: paths[row] for row in variants}
+
+    def _where_else(self, folder: Path, names: Sequence[str]) -> str:
+        """Folders nearby that have files of these names, and the setting that names one; "" where there are none."""
+        found = nearby(folder, names)[:3] if folder.parent.is_dir() else []
+        key, root = self.setting
+        ways = [f"{key}={os.path.relpath(path, root)}" for path in found] if key and len(set(self.folders)) == 1 else []
+        told = f"they are in {' or '.join(map(str, found))}"
+        return f"{told}: set {' or '.join(ways) or key}".removesuffix(": set ") if found else ""
 
     def name_of(self, row: int) -> str:
         """What messages call an image: its id, or among several annotation files, which number anew, its file."""
@@ -325,12 +335,6 @@ class CocoDataset(Dataset):
         centres = windows[:, :2, None] + (windows[:, 2:] - windows[:, :2])[:, :, None] * cells  # [G, 2, S]
         inside = (centres >= out.boxes[:, :2, None]) & (centres <= out.boxes[:, 2:, None])
         return masks & inside[:, 1, :, None] & inside[:, 0, None, :]
-
-
-def where_else(folder: Path, names: Sequence[str]) -> str:
-    """Folders nearby that have files of these names, in words; "" where there are none."""
-    found = nearby(folder, names)[:3] if folder.parent.is_dir() else []
-    return f"they are in {' or '.join(map(str, found))}: set data.train.images, data.val.images" if found else ""
 
 
 def mirrored_keypoints(names: Sequence[str]) -> list[int]:

@@ -64,6 +64,7 @@ def build_dataset(
         copy_paste=augment.get("copy_paste", 0.0) if augment and split == "train" else 0.0,
         problems=problems,
         truth=split != "train" if truth is None else truth,
+        setting=(f"data.{split}.images", data["root"]),
     )
 
 

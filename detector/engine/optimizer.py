@@ -148,9 +148,10 @@ class Schedule(ABC):
 
     def __post_init__(self) -> None:
         if (self.max_iterations is None) == (self.max_epochs is None):
-            raise ValueError(
-                f"max_iterations = {self.max_iterations}, max_epochs = {self.max_epochs}: give exactly one of them"
-            )
+            both = self.max_epochs is not None
+            hint = "schedule.max_iterations=null or schedule.max_epochs=null leaves the other" if both else "neither is"
+            given = f"max_iterations = {self.max_iterations}, max_epochs = {self.max_epochs}"
+            raise ValueError(f"{given}: give exactly one of them; {hint}")
         name = "max_epochs" if self.max_iterations is None else "max_iterations"
         require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         require(0 <= self.warmup_factor <= 1, "warmup_factor", self.warmup_factor, "in [0, 1]")
@@ -224,7 +225,8 @@ class OneCycle(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.warmup == 0, "warmup", self.warmup, "0: a one-cycle schedule rises until `peak` instead")
+        instead = f"0: a one-cycle schedule rises until its peak instead: set 'schedule.peak={self.warmup}'"
+        require(self.warmup == 0, "warmup", self.warmup, instead)
         for name in ("start_factor", "final_factor"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         to_iterations(self.peak, 1, 1, "peak")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -157,6 +158,8 @@ def repeat(run: Run, state: State, journal: Journal, contents: dict, stop: StopR
 
 def distributed(model: nn.Module) -> DistributedDataParallel:
     """The model, the ranks' gradients averaged: those of the parameters that want one now."""
+    # of 1 x 1 kernels, whose two layouts are the same
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 

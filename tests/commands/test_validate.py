@@ -128,7 +128,7 @@ def test_a_wrong_image_folder_is_one_finding_that_names_the_right_one(monkeypatc
     (folder / "train").mkdir()
     code, report, printed = run(monkeypatch, capsys, folder)
     (finding,) = (f for f in report["findings"] if f["what"] == "image folder without any of the files")
-    where = f"they are in {folder / 'pictures'} or {folder / 'val'}: set data.train.images, data.val.images"
+    where = f"they are in {folder / 'pictures'} or {folder / 'val'}: set data.train.images=pictures or data"
     assert (
         code == 1
         and finding["count"] == 1

@@ -119,6 +119,14 @@ def test_voc_says_what_is_wrong(voc, capsys):
     assert "error: split 'nowhere'" in capsys.readouterr().err
 
 
+def test_voc_names_the_splits_that_there_are(voc, capsys):
+    (voc / "VOC2007" / "ImageSets" / "Main" / "test.txt").unlink()
+    assert main(["voc", str(voc)]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.endswith("name others as --train and --val; there are: VOC2007/trainval, VOC2012/trainval")
+    assert main(["voc", str(voc), "--train", "VOC2007/trainval", "--val", "VOC2012/trainval"]) == 0
+
+
 # -------------------------------------------------------------------------------------------------------- Cityscapes
 
 

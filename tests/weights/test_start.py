@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.error import URLError
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -127,6 +129,21 @@ def test_torchvision_s_weights_by_name(monkeypatch):
             started(composed(f"backbone@model.backbone={body}", f"model.backbone.weights={name}"))
     with pytest.raises(ConfigError, match=r"model\.backbone\.weights = 5: .* takes str \| None here"):
         composed("backbone@model.backbone=resnet18", "model.backbone.weights=5")
+
+
+def test_without_a_network_the_key_is_named_that_takes_the_file(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    body = "backbone@model.backbone=resnet18"
+    with pytest.raises(
+        ConfigError, match=r"^model\.backbone\.weights = .*no route.* get the file elsewhere and give its"
+    ):
+        started(composed(body, "model.backbone.weights=IMAGENET1K_V1"))
+    torch.save(resnet18().state_dict(), tmp_path / "resnet18-f37072fd.pth")
+    started(composed(body, f"model.backbone.weights={tmp_path / 'resnet18-f37072fd.pth'}"))
 
 
 def test_a_backbone_s_weights_are_not_read_where_others_fill_it(tmp_path):
