@@ -8,11 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from detector.ops.checks import require
 
 Length = int | float | str
+if TYPE_CHECKING:
+    BatchSize = int  # `engine.memory` puts a number there before anything is built
+else:
+    BatchSize = int | Literal["auto"]
 # keys of a run's config that do not change what it learns: where it lies, how it is executed, watched and measured, and
 # where its data come from. With the seed these may differ between runs of one method.
 UNLEARNT = ("name", "run_dir", "resume", "runtime", "evaluation", "data.prepare", "data.cache")
@@ -118,7 +122,7 @@ class Runtime:
 class Training:
     """What one step does."""
 
-    batch_size: int = 16  # images in one optimiser step, over all ranks and accumulation steps
+    batch_size: BatchSize = 16  # images in one optimiser step, over all ranks and accumulation steps
     accumulate: int = 1  # micro-batches in a step
     reference_batch: int | None = 16  # optimizer.lr is meant for this batch and scaled linearly; null: taken as it is
     clip_norm: float | None = None
@@ -131,6 +135,8 @@ class Training:
     freeze: list[str] = field(default_factory=list)  # parts of the model that do not learn: [backbone, rpn]
     thaw_at: Length | None = None  # when they begin to; null: never
     patience: int | None = None  # evaluations in a row that may bring nothing better; then the run ends
+    # factors on the loss of RoIs by the name of their class, others 1; auto: from how often a class occurs
+    class_weights: dict[str, float] | Literal["auto"] | None = None
 
     def __post_init__(self):
         for name in ("batch_size", "accumulate", "reference_batch", "patience"):
@@ -142,8 +148,10 @@ class Training:
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "above 0, or null")
         require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1), or null")
-        for name, value in self.lr_multipliers.items():
-            require(value >= 0, f"lr_multipliers.{name}", value, "at least 0")
+        for key in ("lr_multipliers", "class_weights"):
+            factors = getattr(self, key)
+            for name, value in factors.items() if isinstance(factors, Mapping) else ():
+                require(value >= 0, f"{key}.{name}", value, "at least 0")
         require(self.layer_decay is None or 0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "in (0, 1]")
         if self.thaw_at is not None:
             to_iterations(self.thaw_at, 1, 1, "thaw_at")
@@ -177,10 +185,12 @@ class Evaluation:
     # list
     max_detections: list[int] = field(default_factory=lambda: list(COCO_LIMITS))
     tiles: Tiles = field(default_factory=Tiles)
+    losses: bool = False  # the terms of the training's loss on the validation set too
 
     def __post_init__(self):
         if isinstance(self.tiles, Mapping):
             object.__setattr__(self, "tiles", Tiles(**self.tiles))
+        require(not (self.losses and self.tiles.size), "losses", self.losses, "false with tiles, which have no truth")
         if self.every is not None:
             to_iterations(self.every, 1, 1, "every")
         known = re.fullmatch(r"auto|(bbox|segm|keypoints)\.A[PR]\w*", self.metric)

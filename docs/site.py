@@ -33,6 +33,7 @@ PLACES = {
     "backbone": "model.backbone",
     "neck": "model.neck",
     "roi": "model.box_head.roi",
+    "class_loss": "model.box_head.class_loss",
     "heads/fit": "",
     "experiment": "",
     "heads": "",

@@ -6,25 +6,17 @@ Dimensions: M objects, L levels, S shapes of anchors at a place.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from detector.comparison.statistics import draws, match, metrics, resample
-from detector.config import build
-from detector.data import CocoDataset, collate
 from detector.data.annotations import Truth
-from detector.engine.journal import forget_peak, memory_mb
-from detector.ops.layers import to_preferred_layout
 from detector.rpn import AnchorGenerator
-from detector.runtime import autocast, free_memory, start_ranks
-from detector.structures import to_device
 
 REACHED = 0.5  # IoU from which an anchor is a good start for an object
 MOST = 3000  # objects that are looked at
@@ -141,57 +133,6 @@ def propose_edge(sides: np.ndarray, image_sizes: np.ndarray, edge: int) -> tuple
 
 
 # ---------------------------------------------------------------------------------------------------------------- speed
-
-
-class Step(NamedTuple):
-    """One training step, as it was measured."""
-
-    device: str
-    images: int
-    seconds: float
-    loading: float  # seconds to load an image, in one process
-    fixed: float  # MB for weights, gradients and the optimiser
-    per_image: float  # MB
-    free: float  # MB
-
-    def batch(self) -> int:
-        """How many images fit into four fifths of the memory: a power of two, or 1."""
-        fit = (0.8 * self.free - self.fixed) / max(self.per_image, 1)
-        return 2 ** int(math.log2(fit)) if fit >= 2 else 1
-
-    def epoch(self, length: int, workers: int) -> float:
-        """Seconds of an epoch of so many images."""
-        return length * max(self.seconds / self.images, self.loading / max(1, workers))
-
-
-def measure_step(cfg: DictConfig, dataset: CocoDataset, images: int = 2) -> Step:
-    """Train one step on the device of the run; on a GPU a second one, as the first one waits for its kernels."""
-    runtime = build(cfg.runtime, "runtime")
-    device = start_ranks(runtime).device
-    free = free_memory(device)[0] / 2**20  # before the model takes its part, which is counted as `fixed`
-    began = time.perf_counter()
-    samples = [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, images)]
-    loading = (time.perf_counter() - began) / images
-    size = None if cfg.data.pad_to is None else tuple(cfg.data.pad_to)
-    batch, targets = collate(samples, cfg.data.pad_multiple, size)
-    model = build(cfg.model, "model", num_classes=len(dataset.categories), pad_multiple=cfg.data.pad_multiple)
-    model = to_preferred_layout(model.to(device), device).train()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4 / 2**20
-    weights = sum(p.numel() for p in model.parameters()) * 4 / 2**20
-    fixed = weights + trained * (3 if "adam" in str(cfg.optimizer.get("_target_")).lower() else 2)
-    for _ in range(2 if device.type == "cuda" else 1):
-        model.zero_grad()
-        forget_peak(device)
-        before = memory_mb(device)
-        began = time.perf_counter()
-        with autocast(device, runtime.precision):
-            losses = model(to_device(batch, device), to_device(targets, device))
-        sum(losses.values()).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - began
-    per_image = max(0.0, memory_mb(device) - before - trained * (device.type != "cuda")) / images
-    return Step(str(device), images, seconds, loading, fixed, per_image, free)
 
 
 def span(seconds: float) -> str:

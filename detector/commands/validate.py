@@ -49,7 +49,7 @@ from detector.data.loader import build_transforms, split_files
 from detector.data.outlines import fill
 from detector.data.read_coco import Problems
 from detector.data.several import shown
-from detector.engine import setup
+from detector.engine import memory, setup
 from detector.evaluation.coco import for_backend
 from detector.evaluation.evaluator import ground_truth
 from detector.evaluation.tables import table
@@ -359,8 +359,8 @@ def look_at_noise(report: Report, truth: Truth) -> None:
 
 def look_at_a_step(report: Report, cfg: DictConfig, dataset: CocoDataset) -> None:
     """One step of the training, for the batch that fits and the time that an epoch takes."""
-    step = advice.measure_step(cfg, dataset)
-    workers, batch = cfg.runtime.workers, cfg.training.batch_size // cfg.training.accumulate
+    step = memory.measure_step(cfg, dataset)
+    workers, wanted = cfg.runtime.workers, cfg.training.batch_size
     epoch = advice.span(step.epoch(len(dataset), workers))
     report.statistics["one step"] = {
         f"images on {step.device}": step.images,
@@ -370,15 +370,17 @@ def look_at_a_step(report: Report, cfg: DictConfig, dataset: CocoDataset) -> Non
         "MB for the model": round(step.fixed),
     }
     report.advice.append(f"an epoch of {len(dataset)} images takes about {epoch} on {step.device}")
-    fits = step.batch()
-    memory = f"{step.per_image:.0f} MB for an image and {step.fixed:.0f} MB for the model, {step.free:.0f} MB are free"
+    if wanted == "auto":  # finds out by itself
+        return
+    batch, fits = wanted // cfg.training.accumulate, step.batch()
+    room = f"{step.per_image:.0f} MB for an image and {step.fixed:.0f} MB for the model, {step.free:.0f} MB are free"
     usual = cfg.training.reference_batch or cfg.training.batch_size
     if fits < batch:
         report.suggestions["training.batch_size"] = str(fits)
-        report.advice.append(f"training.batch_size={fits}, not {batch}: more do not fit ({memory})")
+        report.advice.append(f"training.batch_size={fits}, not {batch}: more do not fit ({room})")
     elif step.device.startswith("cuda") and (more := min(fits, usual, len(dataset))) >= 2 * batch:
         report.suggestions["training.batch_size"] = str(more)
-        report.advice.append(f"training.batch_size={more}, not {batch}: they fit ({memory}), and take less time")
+        report.advice.append(f"training.batch_size={more}, not {batch}: they fit ({room}), and take less time")
 
 
 def network_boxes(found: Annotations, transforms: Pipeline) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,7 @@ ELSEWHERE = {
     ),
     "backbone@model.backbone=resnet18": ("backbone", "model.backbone", "encoder", "arch"),
     "neck@model.neck=pafpn": ("neck", "model.neck"),
+    "class_loss@model.box_head.class_loss=focal": ("class_loss", "model.box_head.class_loss", "loss", "loss_cls"),
     "model.weights=...": ("weights", "pretrained", "pretrained_weights", "load_from", "checkpoint", "ckpt", "init"),
     "resume=...": ("resume_from", "auto_resume"),
     "data.root=...": ("dataset", "data_dir", "data_root", "path", "dir"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,16 +19,17 @@ from detector.evaluation.operating_point import kept_matches, main_kind, operati
 from detector.evaluation.tables import summary_table
 from detector.inference.draw import beside_truth
 from detector.inference.tiles import results_by_image
-from detector.runtime import StopRequest, eval_mode, return_freed_memory
+from detector.ops.losses import losses_of_one_rank
+from detector.runtime import StopRequest, autocast, eval_mode, return_freed_memory
 from detector.settings import Evaluation
 from detector.structures import Batch, Targets, to_device
 
 log = logging.getLogger(__name__)
 
 
-def measure(run: Run, state: State, batches: Iterable, journal: Journal, stop: StopRequest) -> bool:
-    """Evaluate the weights that are kept on the validation set, of which `batches` are, and record it. Is it the best
-    so far?
+def measure(run: Run, state: State, batches: Callable[[], Iterable], journal: Journal, stop: StopRequest) -> bool:
+    """Evaluate the weights that are kept on the validation set, which `batches()` goes through, and record it. Is it
+    the best so far?
 
     The last evaluation of a run leaves predictions.json and metrics.json in its folder. A stop request ends it: the
     checkpoint before it is kept, and a resumed run evaluates again.
@@ -48,7 +49,7 @@ def measure(run: Run, state: State, batches: Iterable, journal: Journal, stop: S
         )
     metrics, results = evaluate(
         state.trained,
-        stop.watch(batches),
+        stop.watch(batches()),
         run.val_set,
         run.world.device,
         precision=run.runtime.precision,
@@ -60,9 +61,10 @@ def measure(run: Run, state: State, batches: Iterable, journal: Journal, stop: S
         progress=run.runtime.verbosity != "quiet",
         detect=detect,
     )
+    losses = validation_losses(run, state, batches(), stop) if run.evaluation.losses else {}
     return_freed_memory()
     state.metrics, state.evaluated = metrics, state.iteration
-    journal.evaluation(state.iteration, metrics)
+    journal.evaluation(state.iteration, metrics, losses)
     if state.iteration < run.total:
         log.info("iteration %d:\n%s", state.iteration, summary_table(metrics, run.evaluation.max_detections))
     value = chosen(metrics, run.evaluation.metric)
@@ -87,6 +89,32 @@ def find_operating_point(
     except Exception:
         log.exception("no operating point: it could not be read off the matches")
         return {}
+
+
+@torch.no_grad()
+def validation_losses(run: Run, state: State, batches: Iterable, stop: StopRequest) -> dict[str, float]:
+    """The terms of the training's loss, and their sum "loss", on the validation set: means over its images.
+
+    Norms, dropout and what a loss counts are as in evaluation, proposals and sampled RoIs as in training, without
+    augmentation: nothing that the training depends on changes. A batch of a rank is normalised by itself, as ranks may
+    have different numbers of them.
+    """
+    model, device = state.trained, run.world.device
+    sums, images = dict[str, float](), 0
+    with eval_mode(model), losses_of_one_rank():
+        for name in ("", "rpn"):  # these two alone look whether losses are wanted
+            model.get_submodule(name).training = True
+        for batch, targets in stop.watch(batches):
+            with autocast(device, run.runtime.precision):
+                terms = model(to_device(batch, device), to_device(targets, device))
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.item() * len(batch.images)
+            images += len(batch.images)
+    shares = run.world.gather((sums, images))
+    count = sum(part for _, part in shares)
+    names = sorted({name for part, _ in shares for name in part})
+    means = {name: sum(part.get(name, 0.0) for part, _ in shares) / count for name in names}
+    return {"loss": sum(means.values())} | means
 
 
 def chosen(metrics: Mapping[str, Mapping[str, float]], name: str) -> float:

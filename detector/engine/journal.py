@@ -181,11 +181,19 @@ class Journal:
             *(100 * line["data_time"], left // 60, left % 60),
         )
 
-    def evaluation(self, iteration: int, metrics: Mapping[str, Mapping[str, float]]) -> None:
-        """Record an evaluation."""
+    def evaluation(
+        self, iteration: int, metrics: Mapping[str, Mapping[str, float]], losses: Mapping[str, float]
+    ) -> None:
+        """Record an evaluation; losses: on the validation set, if they were measured."""
         if not self.world.main:
             return
-        self.write({"iteration": iteration, "metrics": metrics})
+        self.write({"iteration": iteration, "metrics": metrics} | ({"losses": losses} if losses else {}))
+        if losses:
+            text = " ".join(f"{key.removeprefix('loss_')} {value:.3f}" for key, value in losses.items())
+            log.info("validation  %s", text)
+            if self.board:
+                for key, value in losses.items():
+                    self.board.add_scalar(f"validation/{key}", value, iteration)
         for kind, numbers in metrics.items():
             for key, value in numbers.items():
                 if self.board:

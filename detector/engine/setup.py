@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from detector.config import ConfigError, build, config_errors, overridden
-from detector.config.schema import FILES, needed_trust
-from detector.data import Loader, Pictures, build_dataset, build_loader, collate
+from detector.config.schema import FILES, near, needed_trust
+from detector.data import CocoDataset, Loader, Pictures, build_dataset, build_loader, collate
+from detector.data.annotations import ranges
 from detector.data.contents import changes, contents
 from detector.data.loader import split_files
 from detector.engine import run_folder
@@ -220,6 +223,28 @@ def fit(cfg: DictConfig, train_set: Any, val_set: Any, evaluation: Evaluation) -
     with config_errors("evaluation"):
         numbers = rehearse(model, val_set, evaluation.evaluator, None, evaluation.sigmas, **options)
     chosen(numbers, evaluation.metric)
+    if (wanted := cfg.training.class_weights) is not None:
+        if model.box_head is None:
+            raise ConfigError("training.class_weights: this model has no box_head, which tells classes apart")
+        named: Any = None if wanted == "auto" else OmegaConf.to_container(wanted)
+        OmegaConf.update(cfg, "model.box_head.class_weights", class_weights(train_set, named), force_add=True)
+
+
+def class_weights(dataset: CocoDataset, named: Mapping[str, float] | None) -> list[float]:
+    """The factor on the loss of each class 1..K: of those that are named, others 1; by default 1 / sqrt(objects), so
+    scaled that the mean over the objects is 1, and 1 for classes without any."""
+    names = list(dataset.categories)
+    if named is None:
+        found = dataset.annotations
+        kept = ranges(found.object_starts, dataset.rows)
+        labels = found.labels[kept][~found.crowd[kept]]
+        counts = np.bincount(labels, minlength=len(names) + 1)[1:]
+        scale = counts.sum() / max(1.0, np.sqrt(counts).sum())
+        return [round(float(scale / math.sqrt(count)), 4) if count else 1.0 for count in counts]
+    for name in named:
+        if name not in names:
+            raise ConfigError(f"training.class_weights.{name}: the data have no such class{near(name, names)}")
+    return [float(named.get(name, 1.0)) for name in names]
 
 
 def keep_enough(cfg: DictConfig, limit: int) -> None:

@@ -26,6 +26,7 @@ from detector.data.loader import readable
 from detector.engine import faults, run_folder, setup
 from detector.engine.evaluation import chosen, measure, show
 from detector.engine.journal import Journal, start_log
+from detector.engine.memory import choose_batch
 from detector.engine.optimizer import Schedule
 from detector.engine.state import Run, State
 from detector.runtime import StopRequest, autocast, random_state, seed_everything, start_ranks, stop_on_signal
@@ -43,6 +44,7 @@ def train(cfg: DictConfig, at_end: Callable[[Run, State], None] | None = None) -
     Exits with 128 + signal after SIGTERM, SIGINT or SIGUSR1, the state saved.
     """
     runtime: Runtime = build(cfg.runtime, "runtime")
+    batch = choose_batch(cfg, runtime)
     training: Training = build(cfg.training, "training")
     evaluation: Evaluation = build(cfg.evaluation, "evaluation")
     schedule: Schedule = build(cfg.schedule, "schedule")
@@ -56,6 +58,8 @@ def train(cfg: DictConfig, at_end: Callable[[Run, State], None] | None = None) -
         stack.enter_context(run_folder.unless_begun(folder, world))
         stop = stack.enter_context(stop_on_signal())
         start_log(folder, world, runtime.verbosity)
+        if batch:
+            log.info("%s", batch)
         seed_everything(cfg.seed)
 
         weights = start.read(cfg, overridden())
@@ -109,12 +113,13 @@ def repeat(run: Run, state: State, journal: Journal, contents: dict, stop: StopR
 
         alone = world.size == 1  # else this rank would wait for others that wait for it
         batches = readable(train_loader, folder / "last.pt", save if alone else None)
+        val_batches = partial(readable, val_loader, folder / "last.pt")
         while True:
             if state.evaluated < state.iteration and (
                 state.iteration == total or is_due(state.iteration, run.evaluate_every)
             ):
                 with journal.evaluating():
-                    save(best=measure(run, state, readable(val_loader, folder / "last.pt"), journal, stop))
+                    save(best=measure(run, state, val_batches, journal, stop))
                 if state.iteration == total or state.is_exhausted(run):
                     break
 

@@ -92,6 +92,8 @@ class BoxHead(nn.Module):
         batch_size_per_image, positive_fraction, positive_iou, negative_iou: RoIs that enter the loss.
         add_ground_truth: ground-truth boxes join the proposals in training.
         box_loss, beta: see losses.BoxLoss.
+        class_loss: factory `class_loss(num_classes)` of a module like losses.CrossEntropy.
+        class_weights: [K] factors on the loss of RoIs of each class; `training.class_weights` makes them. None: all 1.
         score_threshold, nms_threshold, detections_per_image: of inference.
         nms: 'hard' removes boxes, 'mmcv' too, in mmcv's order of equal scores; 'linear' and 'gaussian' soft-NMS (Bodla
             et al. 2017) lower their scores.
@@ -100,6 +102,8 @@ class BoxHead(nn.Module):
         min_size_last: after NMS, in which they take part, as in detectron2.
         clamp_shrinking: see BoxCoder.
     """
+
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -121,6 +125,8 @@ class BoxHead(nn.Module):
         add_ground_truth: bool = True,
         box_loss: str = "smooth_l1",
         beta: float = 1.0 / 9,
+        class_loss: Callable[..., nn.Module] = losses.CrossEntropy,
+        class_weights: Sequence[float] | None = None,
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
         detections_per_image: int = 100,
@@ -143,6 +149,11 @@ class BoxHead(nn.Module):
         self.predictor = BoxPredictor(self.trunk.out_channels, num_classes, class_agnostic)
         self.coder = BoxCoder(coder_weights, clamp_shrinking=clamp_shrinking)
         self.box_loss = losses.BoxLoss(self.coder, box_loss, beta)
+        self.class_loss = class_loss(num_classes)
+        if class_weights is not None and len(class_weights) != num_classes:
+            raise ValueError(f"class_weights={list(class_weights)}: expected {num_classes} numbers, one for each class")
+        factors = None if class_weights is None else torch.tensor([1.0, *class_weights])
+        self.register_buffer("class_weights", factors, persistent=False)  # [K + 1], background first
         self.batch_size_per_image, self.positive_fraction = batch_size_per_image, positive_fraction
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.add_ground_truth = add_ground_truth
@@ -185,8 +196,10 @@ class BoxHead(nn.Module):
         labels, weight, deltas = sampled.labels, sampled.weight, of_label(prediction.box_deltas, sampled.labels)
         count = losses.global_mean_count(weight.sum())
         gt_boxes, boxes = sampled.of_targets(targets.boxes), sampled.rois[:, 1:]
+        factors = weight if self.class_weights is None else weight * self.class_weights[labels]
+        classifier = self.class_loss(prediction.class_logits.float(), labels, weight)
         return {
-            "loss_classifier": losses.classification(prediction.class_logits, labels, weight, count),
+            "loss_classifier": (classifier * factors).sum() / count,
             "loss_box_reg": self.box_loss(deltas, gt_boxes, boxes, weight * (labels > 0), count),
         }
 

@@ -6,16 +6,36 @@ Dimensions: R rows (anchors, RoIs), K classes, M side of a predicted mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import complete_box_iou_loss, generalized_box_iou_loss
 
 from detector.ops.boxes import BoxCoder
+from detector.ops.checks import require
+
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+def several_ranks() -> bool:
+    """Whether counts are those of all ranks together."""
+    return dist.is_available() and dist.is_initialized() and not _ALONE.get()
+
+
+@contextlib.contextmanager
+def losses_of_one_rank() -> Iterator[None]:
+    """Losses in this context are normalised over this rank's batch alone: others may take no step meanwhile."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
 
 
 def global_mean_count(count: Tensor) -> Tensor:
@@ -25,7 +45,7 @@ def global_mean_count(count: Tensor) -> Tensor:
     of a single process that sees the whole batch.
     """
     count = count.detach().float()
-    if dist.is_available() and dist.is_initialized():
+    if several_ranks():
         count = count.clone()
         dist.all_reduce(count)
         count = count / dist.get_world_size()
@@ -38,9 +58,74 @@ def objectness(logits: Tensor, positive: Tensor, weight: Tensor, count: Tensor) 
     return (loss * weight).sum() / count
 
 
-def classification(logits: Tensor, labels: Tensor, weight: Tensor, count: Tensor) -> Tensor:
-    """Softmax cross-entropy of logits [R, K + 1] against labels [R], 0 = background."""
-    return (F.cross_entropy(logits.float(), labels, reduction="none") * weight).sum() / count
+class CrossEntropy(nn.Module):
+    """Softmax cross-entropy, per row [R], of class logits [R, K + 1] at labels [R], 0 = background."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+
+    def forward(self, logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, reduction="none")
+
+
+class Focal(nn.Module):
+    """Cross-entropy of which well-classified rows count little: (1 - p)^gamma * -log p (Lin et al. 2017, eq. 4).
+
+    p is the softmax's probability of the label, background among the classes, so that inference stays as it is; the
+    paper has a sigmoid for each class. Its alpha is `training.class_weights`.
+
+    Args:
+        gamma: 0 is the cross-entropy; else at least 1, below which certain rows have no gradient.
+    """
+
+    def __init__(self, num_classes: int, gamma: float = 2.0):
+        super().__init__()
+        require(gamma == 0 or gamma >= 1, "gamma", gamma, "0, or at least 1")
+        self.gamma = gamma
+
+    def forward(self, logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        return (-torch.expm1(-loss)) ** self.gamma * loss
+
+
+class Seesaw(nn.Module):
+    """Cross-entropy in which frequent classes push rare ones down less (Wang et al. 2021, eq. 4 to 7).
+
+    In the softmax of a row of class i the exponential of another class j is multiplied by
+        M = min(1, N_j / N_i)^p    mitigation: N rows of a class have been trained on so far, on all ranks
+        C = max(1, s_j / s_i)^q    compensation where j scores higher, s the plain softmax, a constant
+    Background takes no part: neither rows of it nor its logit are changed. The paper predicts objectness by a branch of
+    its own instead.
+
+    Args:
+        p, q: how strong both are; 0 switches one off.
+    """
+
+    seen: Tensor
+
+    def __init__(self, num_classes: int, p: float = 0.8, q: float = 2.0):
+        super().__init__()
+        require(p >= 0, "p", p, "at least 0")
+        require(q >= 0, "q", q, "at least 0")
+        self.p, self.q = p, q
+        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.int64))  # N of classes 1..K
+
+    def forward(self, logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+        """weight [R]: rows of weight 0 are not counted; in evaluation none is."""
+        classes = torch.arange(len(self.seen) + 1, device=labels.device)
+        if self.training:
+            rows = ((labels[:, None] == classes[1:]) & (weight[:, None] > 0)).sum(0)
+            if several_ranks():
+                dist.all_reduce(rows)
+            self.seen += rows
+        with torch.no_grad():
+            log_n = F.pad(self.seen.clamp(min=1).to(logits.dtype).log(), (1, 0))
+            mitigation = self.p * (log_n - log_n[labels][:, None]).clamp(max=0)
+            scores = F.log_softmax(logits, dim=1)
+            compensation = self.q * (scores - scores.gather(1, labels[:, None])).clamp(min=0)
+            foreground = (labels[:, None] > 0) & (classes > 0)
+            log_factor = torch.where(foreground, mitigation + compensation, 0.0)
+        return F.cross_entropy(logits + log_factor, labels, reduction="none")
 
 
 def smooth_l1(deltas: Tensor, target: Tensor, beta: float) -> Tensor:

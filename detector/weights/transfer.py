@@ -19,7 +19,8 @@ from detector.ops.text import few
 from detector.weights.categories import UNUSED
 from detector.weights.presets import has
 
-COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none and nothing depends on it
+# of batch norms, frozen ones have none and nothing depends on it; and of a run's own RoIs by class, in losses.Seesaw
+COUNTER = ("num_batches_tracked", "class_loss.seen")
 BODY = ("backbone.", "box_head.trunk.layer4.")  # what a classifier's weights fill: the latter in C4 models
 OFFSETS = ".conv2.offset."  # of deformable convolutions: no classifier has them
 PREDICTOR = r"(?:box|mask|keypoint)_head\.(?:stages\.\d+\.)?predictor\."  # what depends on classes and keypoints
@@ -191,7 +192,7 @@ def load_into(
     out.
     """
     wanted = model.state_dict()
-    state = placed(dict(state), wanted, strict)
+    state = placed({key: value for key, value in state.items() if not key.endswith(COUNTER[1])}, wanted, strict)
     found, classes = misfit(model, state), shared(state, wanted, theirs, ours)
     if is_body(state):
         missing = [key for key in found.missing if key.startswith(BODY) and OFFSETS not in key]

@@ -7,11 +7,9 @@ import pytest
 import torch
 
 from detector.commands import advice
-from detector.config import compose
-from detector.data import build_dataset, read_coco
+from detector.data import read_coco
 from detector.rpn import AnchorGenerator
 from tests.evaluation.test_coco import random_case
-from tests.tiny import OVERRIDES
 
 
 def boxes_of(shapes, size=(800, 1000), seed=0):
@@ -53,20 +51,8 @@ def test_size_of_images():
     assert advice.propose_edge(np.zeros(0), images, 800) is None
 
 
-def test_what_a_batch_takes():
-    step = advice.Step("cuda", 2, seconds=1.0, loading=0.2, fixed=1000, per_image=500, free=10_000)
-    assert step.batch() == 8 and step._replace(free=2000).batch() == 1
-    assert step.epoch(100, workers=2) == 50 and step.epoch(100, workers=0) == 50
-    assert step._replace(loading=2.0).epoch(100, workers=2) == 100
+def test_a_time_in_its_unit():
     assert advice.span(59) == "59 s" and advice.span(7200) == "2.0 h" and advice.span(150) == "2.5 min"
-
-
-def test_a_step_is_measured(shapes_tiny):
-    tiny = [*OVERRIDES, "runtime.device=cpu", "training.accumulate=2", "training.batch_size=4"]
-    cfg = compose("train", [*tiny, f"data.root={shapes_tiny}"])
-    step = advice.measure_step(cfg, build_dataset(cfg.data, "train", cfg.augment))
-    assert step.images == 2 and step.seconds > 0 and step.loading > 0 and 0 < step.fixed < 50 and step.per_image >= 0
-    assert step.free > 0
 
 
 def test_noise_shrinks_with_the_images():

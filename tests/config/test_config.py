@@ -55,6 +55,7 @@ OPTIONS = [
     for path in sorted((CONFIGS / group).glob("*.yaml"))
     if path.stem not in ("base", "custom", "roboflow", "yolo")
 ]
+OPTIONS += [f"class_loss@model.box_head.class_loss={path.stem}" for path in sorted(CONFIGS.glob("class_loss/*.yaml"))]
 
 
 @pytest.mark.parametrize("override", [f"experiment={name}" for name in EXPERIMENTS] + OPTIONS)

@@ -13,9 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from PIL import Image
 
 from detector import checkpoint as checkpoints
-from detector.commands import advice
 from detector.commands import main as program
-from detector.engine import setup
+from detector.engine import memory, setup
 from detector.engine import train as loop
 from detector.settings import Training
 from tests.conftest import ROOT
@@ -110,8 +109,8 @@ def test_as_typed(line, tmp_path, monkeypatch, capsys, state):
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     monkeypatch.setattr(loop, "train", only_prepared)
     monkeypatch.setattr("detector.commands.train.run_training", only_prepared)
-    step = advice.Step("cpu", 2, 1.0, 0.1, 500, 900, 8000)  # of a ResNet-50: some seconds
-    monkeypatch.setattr(advice, "measure_step", lambda *_: step)
+    step = memory.Step("cpu", 2, 1.0, 0.1, 500, 900, 8000)  # of a ResNet-50: some seconds
+    monkeypatch.setattr(memory, "measure_step", lambda *_: step)
     if words[1] in ("eval", "predict"):
         words += ["device=cpu"] + ["workers=0"] * (words[1] == "eval")
     monkeypatch.setattr(sys, "argv", words)

@@ -1,5 +1,7 @@
 """Losses against torch's and torchvision's, with padding and empty rows."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,91 @@ from tests.ops.test_boxes import random_boxes
 def test_classification_ignores_padding():
     logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
     weight = torch.tensor([1.0, 1, 1, 1, 0, 0])
-    found = losses.classification(logits, labels, weight, weight.sum())
+    found = (losses.CrossEntropy(3)(logits, labels, weight) * weight).sum() / weight.sum()
     torch.testing.assert_close(found, F.cross_entropy(logits[:4], labels[:4]))
+
+
+def rows_of_logits(rows: int = 12, classes: int = 4, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, classes + 1, generator=generator, dtype=torch.float64)
+    return logits, torch.randint(0, classes + 1, (rows,), generator=generator), torch.ones(rows)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 2.5])
+def test_focal_loss_is_equation_4(gamma):
+    logits, labels, weight = rows_of_logits()
+    loss = losses.Focal(4, gamma)
+    for row, label, found in zip(logits, labels, loss(logits, labels, weight)):
+        p = math.exp(row[label]) / sum(math.exp(value) for value in row)
+        assert float(found) == pytest.approx(-((1 - p) ** gamma) * math.log(p), rel=1e-9)
+    assert torch.autograd.gradcheck(lambda x: loss(x, labels, weight), logits.requires_grad_())
+    sure = torch.tensor([[0.0, 90.0]], requires_grad=True)
+    loss = losses.Focal(1, gamma)(sure, torch.tensor([1]), torch.ones(1)).sum()
+    loss.backward()
+    assert loss == 0 and sure.grad.isfinite().all()
+    with pytest.raises(ValueError, match=r"gamma = 0\.5: must be 0, or at least 1"):
+        losses.Focal(4, 0.5)
+
+
+def seesaw(row, label: int, seen, p: float, q: float) -> float:
+    """Wang et al. 2021, equations 4 to 7, with background as a class that takes no part."""
+    total = sum(math.exp(value) for value in row)
+    score = [math.exp(value) / total for value in row]
+    denominator = 0.0
+    for j, value in enumerate(row):
+        factor = 1.0
+        if label > 0 and j > 0:
+            n_i, n_j = max(1, seen[label - 1]), max(1, seen[j - 1])
+            mitigation = 1.0 if n_i <= n_j else (n_j / n_i) ** p
+            compensation = 1.0 if score[j] <= score[label] else (score[j] / score[label]) ** q
+            factor = mitigation * compensation
+        denominator += factor * math.exp(value)
+    return -math.log(math.exp(row[label]) / denominator)
+
+
+@pytest.mark.parametrize(("p", "q"), [(0.8, 2.0), (0.8, 0.0), (0.0, 2.0), (0.0, 0.0)])
+def test_seesaw_loss_is_that_of_the_paper(p, q):
+    logits, labels, weight = rows_of_logits()
+    loss = losses.Seesaw(4, p, q).eval()
+    loss.seen += torch.tensor([1000, 50, 3, 0])
+    found = loss(logits.requires_grad_(), labels, weight)
+    wanted = [seesaw(row, label, loss.seen.tolist(), p, q) for row, label in zip(logits.tolist(), labels.tolist())]
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
+    if q == 0:  # with compensation the scores, which are taken as constants, move too
+        assert torch.autograd.gradcheck(lambda x: loss(x, labels, weight), logits)
+        return
+    found.sum().backward()
+    with torch.no_grad():  # constant factors: softmax with them, less the label's one
+        scores = logits.softmax(1)
+        factors = torch.ones_like(scores)
+        for r, label in enumerate(labels.tolist()):
+            for j in range(1, 5) if label else ():
+                n_i, n_j = (max(1, int(loss.seen[k - 1])) for k in (label, j))
+                higher = max(1.0, float(scores[r, j] / scores[r, label]))
+                factors[r, j] = min(1.0, n_j / n_i) ** p * higher**q
+        gradient = factors * logits.exp() / (factors * logits.exp()).sum(1, keepdim=True)
+        gradient -= F.one_hot(labels, 5)
+    torch.testing.assert_close(logits.grad, gradient)
+
+
+def test_seesaw_counts_the_rows_that_are_trained_on(monkeypatch):
+    loss = losses.Seesaw(3)
+    labels = torch.tensor([0, 1, 1, 3, 3])
+    logits, weight = torch.zeros(5, 4), torch.tensor([1.0, 1, 1, 1, 0])
+    assert loss(logits, labels, weight).isfinite().all() and loss.seen.tolist() == [2, 0, 1]
+    loss.eval()(logits, labels, weight)
+    assert loss.seen.tolist() == [2, 0, 1]
+    monkeypatch.setattr(losses, "several_ranks", lambda: True)
+    monkeypatch.setattr(losses.dist, "all_reduce", lambda counts: counts.mul_(2))
+    loss.train()(logits, labels, weight)
+    assert loss.seen.tolist() == [6, 0, 3]
+
+
+@pytest.mark.parametrize("kind", [losses.CrossEntropy, losses.Focal, losses.Seesaw])
+def test_class_losses_without_rows_have_a_gradient(kind):
+    logits = torch.zeros(0, 4, requires_grad=True)
+    kind(3)(logits, torch.zeros(0, dtype=torch.int64), torch.zeros(0)).sum().backward()
+    assert logits.grad.shape == (0, 4)
 
 
 def test_objectness_equals_torch():
