@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from detector.heads.box import SampledRoIs
 from detector.heads.trunk import SharedTrunk
 from detector.ops import losses
+from detector.ops.boxes import area
 from detector.protocols import Backbone, BoxHead, DetectionHead, Neck
 from detector.rpn import RPN
 from detector.structures import Batch, Detections, RoIFeatures, Targets, each
@@ -217,10 +218,11 @@ class TwoStageDetector(nn.Module):
 
     @staticmethod
     def stats(roi_features: dict[str, tuple[RoIFeatures, SampledRoIs]], positives: SampledRoIs) -> dict[str, Tensor]:
-        """Offsets and modulation per head, sampled and positive RoIs per image: for logging."""
+        """Offsets, modulation and the sizes (sqrt of the area, px) of the RoIs per head, positive RoIs: for logging."""
         found = {"positives": positives.weight.sum()}
         for name, (roi, rows) in roi_features.items():
             for field in ("offsets", "modulation"):
                 if getattr(roi, field) is not None:
                     found[f"{name}/{field}"] = getattr(roi, field).detach()[rows.weight > 0]
+            found[f"{name}/roi_sizes"] = area(rows.rois[rows.weight > 0, 1:]).sqrt()
         return found

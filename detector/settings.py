@@ -19,7 +19,7 @@ else:
     BatchSize = int | Literal["auto"]
 # keys of a run's config that do not change what it learns: where it lies, how it is executed, watched and measured, and
 # where its data come from. With the seed these may differ between runs of one method.
-UNLEARNT = ("name", "run_dir", "resume", "runtime", "evaluation", "data.prepare", "data.cache")
+UNLEARNT = ("name", "run_dir", "resume", "runtime", "logger", "evaluation", "data.prepare", "data.cache")
 
 
 COCO_LIMITS = (1, 10, 100)  # detections of a class in an image that COCO's AP and AR count

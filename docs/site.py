@@ -89,7 +89,11 @@ def group_section(group: str, shown: set) -> list[str]:
         rows.append(f"| `{'' if group == 'heads/fit' else f'{group}='}{file.stem}` | {cell(sentence)} |")
     base = CONFIGS / group / "base.yaml"
     text = f"```yaml\n{base.read_text(encoding='utf-8').strip()}\n```\n" if base.exists() else ""
-    return [f"### {group}\n", "\n".join(rows) + "\n", text, *tables(files, PLACES.get(group, group), shown)]
+    if group == "logger":  # of which a run may have several
+        arguments = [part for file in files for part in tables([file], f"logger.{file.stem}", shown)]
+    else:
+        arguments = tables(files, PLACES.get(group, group), shown)
+    return [f"### {group}\n", "\n".join(rows) + "\n", text, *arguments]
 
 
 def tables(files: list[Path], place: str, shown: set) -> list[str]:

@@ -21,6 +21,7 @@ Keys that people change (detector train --cfg job shows all):
     optimizer.lr=0.01                   for 16 images in a step, scaled to batch_size
     schedule.max_epochs=24              or schedule.max_iterations
     evaluation.every=0.1                a share of the run, "2 epochs" or iterations
+    logger=[tensorboard,wandb]          and csv, mlflow: where numbers and pictures go
     runtime.precision=bf16              or fp16, fp32; runtime.device=cpu, runtime.workers=8
     seed=1                              run_dir, name: where the run lies; resume=none: start anew
 
@@ -67,6 +68,7 @@ def train(
     training: dict[str, Any],
     evaluation: dict[str, Any],
     runtime: dict[str, Any],
+    logger: dict[str, Any],
 ) -> float | None:
     """Run, or continue, the training that the nodes of configs/train.yaml describe; see `engine.train.train`.
 

@@ -56,6 +56,8 @@ ELSEWHERE = {
     "images=...": ("source", "input", "inputs", "img", "image", "files", "path", "dir"),
     "checkpoint=...": ("weights", "model.weights", "ckpt", "load_from"),
     "data.val.annotations=... data.val.images=...": ("annotations", "ann_file", "dataset", "data"),
+    "logger=[tensorboard,wandb]": ("wandb", "use_wandb"),
+    "logger=[tensorboard,mlflow]": ("mlflow", "use_mlflow"),
     "torchrun --nproc-per-node=... before the command": ("gpus", "num_gpus", "devices", "nproc", "world_size"),
 }
 EITHER = ("schedule.max_epochs", "schedule.max_iterations")  # exactly one has a value
@@ -98,7 +100,7 @@ def options_of_groups(folders: Sequence[Path]) -> dict[str, list[str]]:
 def list_options(config_name: str, arguments: Sequence[str]) -> str:
     """For --help: the groups that a program's config chooses from, with their options; "" if there are none."""
     name, folders = hydra_options(arguments)
-    slots = [slot.removeprefix("/") for slot in compose(name or config_name, folders=folders).hydra.runtime.choices]
+    slots = slots_of(compose(name or config_name, folders=folders))
     slots = [slot for slot in slots if not slot.startswith(("hydra/", "heads/fit", "roi@"))]
     groups, width = options_of_groups(folders), max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
     lines = [""]
@@ -138,7 +140,7 @@ def culprit(config_name: str, overrides: Sequence[str]) -> str | None:
                 others = f"{near(option, options)} There are: {', '.join(options)} (--config-dir DIR adds your own)"
                 return f"{override.key_or_group}={option}: configs/{override.key_or_group} has no {option!r}{others}"
     known = compose(config_name, folders=folders)
-    slots = [slot.removeprefix("/") for slot in known.hydra.runtime.choices if not slot.startswith("hydra/")]
+    slots = [slot for slot in slots_of(known) if not slot.startswith("hydra/")]
     for text, override in chosen:
         slot = text.lstrip("+~").partition("=")[0]
         keys = [
@@ -152,7 +154,7 @@ def culprit(config_name: str, overrides: Sequence[str]) -> str | None:
             meant = elsewhere(slot, slots, text.partition("=")[2], known)
             meant = f"{meant}." if meant else near(slot, slots)
             return f"{text}: no {slot!r} in this configuration{meant} There are: {', '.join(slots)}"
-    single = [text for text, _ in chosen if "," not in text]
+    single = [text for text, override in chosen if not override.is_sweep_override()]
     known = compose(config_name, single, folders)
     names = leaves(known) + slots
     for text, override in values:
@@ -160,6 +162,9 @@ def culprit(config_name: str, overrides: Sequence[str]) -> str | None:
         if override.is_add() or key.startswith("hydra"):
             continue
         if key not in names:
+            of_logger = re.match(rf"logger\.({'|'.join(groups['logger'])})\.", key)
+            if of_logger and f"logger.{of_logger[1]}" not in names:
+                return f"{text}: {of_logger[1]} is not among the loggers; add logger=[tensorboard,{of_logger[1]}]"
             if key.rpartition(".")[2] in arguments_of(known, key.rpartition(".")[0]):
                 refused = refusal(compose(config_name, [*single, f"+{text}"], folders), key.rpartition(".")[0])
                 return f"{text}: {refused or f'{key} has no value yet; add one with +{text}'}"
@@ -179,6 +184,11 @@ def refusal(cfg: DictConfig, path: str) -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def slots_of(cfg: DictConfig) -> list[str]:
+    """The places of a composed config that an option of a group fills. Those that take several Hydra does not list."""
+    return [slot.removeprefix("/") for slot in cfg.hydra.runtime.choices] + ["logger"] * ("logger" in cfg)
 
 
 def elsewhere(key: str, names: Sequence[str], value: str = "...", known: DictConfig | None = None) -> str:

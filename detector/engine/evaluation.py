@@ -127,8 +127,8 @@ def chosen(metrics: Mapping[str, Mapping[str, float]], name: str) -> float:
 
 
 def show(run: Run, state: State, examples: tuple[Batch, Targets], journal: Journal) -> None:
-    """Pictures for TensorBoard: what the model finds now in the same few images, beside the truth."""
-    if journal.board is None:
+    """Pictures for the loggers: what the model finds now in the same few images, beside the truth."""
+    if not journal.loggers:
         return
     batch, targets = examples
     with eval_mode(state.trained), torch.inference_mode():
@@ -138,4 +138,5 @@ def show(run: Run, state: State, examples: tuple[Batch, Targets], journal: Journ
         picture = beside_truth(
             batch, targets, detections, run.train_set.categories, index, pictures=run.train_set.pictures
         )
-        journal.board.add_image(f"predictions/{index}", picture, state.iteration, dataformats="HWC")
+        for logger in journal.loggers:
+            logger.picture(f"predictions/{index}", picture, state.iteration)

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or plain lines, log.jsonl, TensorBoard, train.log. Only rank 0 writes.
+"""What a run tells: a progress bar or plain lines, log.jsonl, train.log, loggers. Only rank 0 writes.
 
 Losses are summed on the device; the host waits for them only when a line is due.
 """
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from detector.engine.loggers import Logger, start_loggers
 from detector.engine.state import Run
 from detector.runtime import World
 
@@ -75,7 +76,8 @@ class Journal:
         self.before = 0.0  # seconds that earlier parts of the run took
         self.evaluation_took = 0.0  # seconds of the last one
         self.first = self.clocked = start
-        self.board = self.bar = None
+        self.bar = None
+        self.loggers: list[Logger] = []
         forget_peak(self.world.device)
         if not self.world.main:
             return
@@ -85,10 +87,9 @@ class Journal:
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         silent = not sys.stderr.isatty() or run.runtime.verbosity == "quiet"
         self.bar = tqdm(total=self.total, initial=start, disable=silent, dynamic_ncols=True, unit="it")
-        if run.runtime.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-            self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=start + 1)
+        self.loggers = start_loggers(run.cfg, run.folder, start)
+        for logger in self.loggers:
+            logger.config(run.config)
 
     def is_due(self, iteration: int) -> bool:
         """Whether a line is written after this step."""
@@ -140,28 +141,34 @@ class Journal:
             if key.endswith("offsets") and value.numel():
                 line[f"{key}_mean_abs"], line[f"{key}_max_abs"] = value.abs().mean().item(), value.abs().max().item()
                 line[f"{key}_mean_norm"] = value.norm(dim=1).mean().item()  # of the vectors (dx, dy)
-            elif value.numel() == 1:
+            elif value.dim() == 0:
                 line[key] = value.item()
         self.sums, self.count, self.waited, self.clock, self.clocked = {}, 0, 0.0, now, iteration
         if self.world.main:
             self.write(line)
             self.say(line, now)
         every = self.run.runtime.histograms_every
-        if self.board and iteration // every > (iteration - steps) // every:
+        if self.loggers and iteration // every > (iteration - steps) // every:
             for key, value in stats.items():
-                if key.endswith("offsets") and value.numel():
-                    self.board.add_histogram(key, value.detach().float().cpu(), iteration)
+                if value.dim() and value.numel():
+                    values = value.detach().float().cpu()
+                    for logger in self.loggers:
+                        logger.histogram(key, values, iteration)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """One line into log.jsonl, its numbers to TensorBoard."""
+        """One line into log.jsonl, its numbers to the loggers."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if self.board:
-            for key, value in line.items():
-                if isinstance(value, (int, float)) and key != "iteration":
-                    part = "loss" if key.startswith("loss") else "offsets" if "offsets" in key else "run"
-                    self.board.add_scalar(f"{part}/{key}", value, line["iteration"])
-            self.board.flush()
+        values = {}
+        for key, value in line.items():
+            if isinstance(value, (int, float)) and key != "iteration":
+                part = "loss" if key.startswith("loss") else "offsets" if "offsets" in key else "run"
+                values[f"{part}/{key}"] = value
+        self.scalars(values, line["iteration"])
+
+    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
+        for logger in self.loggers if values else ():
+            logger.scalars(values, iteration)
 
     def say(self, line: Mapping[str, Any], now: float) -> None:
         """The line in short: on the bar, or as text where there is no terminal."""
@@ -191,13 +198,17 @@ class Journal:
         if losses:
             text = " ".join(f"{key.removeprefix('loss_')} {value:.3f}" for key, value in losses.items())
             log.info("validation  %s", text)
-            if self.board:
-                for key, value in losses.items():
-                    self.board.add_scalar(f"validation/{key}", value, iteration)
-        for kind, numbers in metrics.items():
-            for key, value in numbers.items():
-                if self.board:
-                    self.board.add_scalar(f"{kind}/{key}", value, iteration)
+        values = {f"{kind}/{key}": value for kind, numbers in metrics.items() for key, value in numbers.items()}
+        measured = {tag: value for tag, value in values.items() if value != -1}  # COCO's -1: there is nothing of it
+        self.scalars(measured | {f"validation/{key}": value for key, value in losses.items()}, iteration)
+
+    def results(self, metrics: Mapping[str, Mapping[str, float]], checkpoint: Path) -> None:
+        """The run is finished."""
+        measured = {
+            kind: {key: value for key, value in numbers.items() if value != -1} for kind, numbers in metrics.items()
+        }
+        for logger in self.loggers:
+            logger.results(measured, checkpoint)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -219,8 +230,8 @@ class Journal:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.board:
-            self.board.close()
+        for logger in self.loggers:
+            logger.close()
 
 
 def parsed(line: str) -> dict[str, Any]:

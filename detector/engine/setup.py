@@ -22,6 +22,7 @@ from detector.data.loader import split_files
 from detector.engine import run_folder
 from detector.engine.evaluation import chosen
 from detector.engine.freezing import frozen_parts
+from detector.engine.loggers import chosen_loggers
 from detector.engine.optimizer import build_optimizer, trained_by
 from detector.engine.state import Run, State
 from detector.evaluation.fit import check_training, rehearse
@@ -51,6 +52,7 @@ def preflight(cfg: DictConfig, training: Training) -> None:
             raise ConfigError(f"data.{split}.annotations: {gone} does not exist; {hint}{beside}")
     with config_errors("data"):
         Pictures.of(cfg.data)
+    chosen_loggers(cfg)
     if cfg.seed < 0:
         raise ConfigError(f"seed = {cfg.seed}: must be at least 0")
     model = skeleton(cfg)
@@ -279,13 +281,14 @@ def loaders(run: Run, iteration: int) -> tuple[Loader, Loader, tuple[Batch, Targ
 def finish(run: Run, state: State) -> None:
     """The table, and where to look."""
     own = ",".join(needed_trust(run.config))
+    board = "tensorboard" in chosen_loggers(run.cfg)
+    curves = f"curves       tensorboard --logdir {run.folder / 'tensorboard'}\n" if board else ""
     trust = own and (f" 'trust=[{own}]'" if "," in own else f" trust={own}")
     log.info(
         "finished after %d iterations, the best at %d\n%s\n%s\n"
-        "run          %s  (last.pt, best.pt, metrics.json, log.jsonl)\n"
-        "curves       tensorboard --logdir %s\n"
+        "run          %s  (last.pt, best.pt, metrics.json, log.jsonl)\n%s"
         "predictions  detector predict checkpoint=%s images=PATH%s",
         *(state.iteration, state.best["iteration"], summary_table(state.metrics, run.evaluation.max_detections)),
         f"\n{describe(state.operating_point)}\n" if state.operating_point else "",
-        *(run.folder, run.folder / "tensorboard", run.folder / "best.pt", trust),
+        *(run.folder, curves, run.folder / "best.pt", trust),
     )

@@ -86,6 +86,7 @@ def train(cfg: DictConfig, at_end: Callable[[Run, State], None] | None = None) -
         del weights
         repeat(run, state, journal, contents, stop)
         if world.main:
+            journal.results(state.metrics, folder / "best.pt")
             setup.finish(run, state)
             if at_end:
                 at_end(run, state)
@@ -150,7 +151,8 @@ def repeat(run: Run, state: State, journal: Journal, contents: dict, stop: StopR
             state.iteration += 1
 
             journal.step(state.iteration, state.iteration / run.per_epoch, lr, stats)
-            if is_due(state.iteration, runtime.pictures_every):
+            last = state.iteration == total and runtime.pictures_every is not None  # of short runs the only ones
+            if last or is_due(state.iteration, runtime.pictures_every):
                 with journal.paused():
                     show(run, state, examples, journal)
             due = is_due(state.iteration, run.save_every) or is_due(state.iteration, run.evaluate_every)

@@ -256,15 +256,30 @@ def beside_truth(
         )
     points = None if detections.keypoints is None else _array(detections.keypoints[index][keep])
     truth_points = None if targets.keypoints is None else _array(targets.keypoints[index][real])
-    truth = draw(
-        *(image, _array(targets.boxes[index][real]), _array(targets.labels[index][real]), categories),
-        masks=truth_masks,
-        keypoints=truth_points,
-    )
+    crowd = targets.valid[index] & targets.crowd[index]
+    marked = _shaded(image, targets, index, crowd)
+    known = _array(targets.boxes[index][real]), _array(targets.labels[index][real])
+    truth = draw(marked, *known, categories, masks=truth_masks, keypoints=truth_points)
     found = draw(image, boxes, labels, categories, scores, masks, points)
-    return panel(
-        [found, truth], [f"predicted ({len(boxes)}, score ≥ {threshold:g})", f"ground truth ({int(real.sum())})"]
-    )
+    regions = f", {int(crowd.sum())} crowd regions hatched" if crowd.any() else ""
+    titles = [f"predicted ({len(boxes)}, score ≥ {threshold:g})", f"ground truth ({int(real.sum())}{regions})"]
+    return panel([found, truth], titles)
+
+
+def _shaded(image: np.ndarray, targets: Targets, index: int, crowd: Tensor) -> np.ndarray:
+    """The image with a hatching on its crowd regions [G] bool, in which nothing counts: on their masks, else boxes."""
+    boxes = _array(targets.boxes[index][crowd])
+    regions = np.zeros((len(boxes), *image.shape[:2]), bool)
+    if targets.masks is not None and len(boxes):
+        windows = _array(targets.mask_windows[index][crowd])
+        regions = paste_windows(_array(targets.masks[index][crowd]), windows, *image.shape[:2])
+    for region, (x1, y1, x2, y2) in zip(regions, boxes.round().astype(int)):
+        if not region.any():
+            region[max(y1, 0) : y2, max(x1, 0) : x2] = True
+    rows, columns = np.indices(image.shape[:2])
+    period = max(6, max(image.shape[:2]) // 60)
+    lines = regions.any(0) & ((rows + columns) % period < max(2, period // 3))
+    return np.where(lines[..., None], np.uint8(PAPER), image)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
