@@ -24,6 +24,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from detector.config.trials import TRIALS
+
 STATES = ("finished before", "done", "resumed", "stopped", "failed", "lost")
 
 
@@ -54,6 +56,7 @@ class Multirun(Callback):
 
     def open(self, folder: str | Path) -> None:
         """Begin, with the records in a new folder below `folder`; `report` removes it."""
+        TRIALS.clear()
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.records = Path(tempfile.mkdtemp(prefix="jobs-", dir=folder)).absolute()
 

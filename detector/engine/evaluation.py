@@ -11,6 +11,7 @@ import torch
 
 from detector.checkpoint import write_json
 from detector.config import ConfigError
+from detector.config.trials import is_hopeless
 from detector.data.annotations import Truth
 from detector.engine.journal import Journal
 from detector.engine.state import Run, State
@@ -73,6 +74,9 @@ def measure(run: Run, state: State, batches: Callable[[], Iterable], journal: Jo
         state.best = {"metric": run.evaluation.metric, "value": value, "iteration": state.iteration}
         if run.world.main and run.cfg.model.get("box_head"):
             state.operating_point = find_operating_point(ground_truth(run.val_set), results, metrics, run.evaluation)
+    state.hopeless = state.iteration < run.total and any(run.world.gather(is_hopeless(value, state.iteration)))
+    if state.hopeless:
+        log.info("the sweep gives this trial up after iteration %d", state.iteration)
     if state.is_exhausted(run) and state.iteration < run.total and run.world.main:
         write_json(run.folder / "predictions.json", results)
         write_json(run.folder / "metrics.json", metrics, indent=1)

@@ -100,6 +100,7 @@ class State:
     best: dict[str, Any] = field(default_factory=dict)  # metric, value, iteration
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # of the last evaluation
     operating_point: dict[str, Any] = field(default_factory=dict)  # of the best evaluation so far; rank 0 alone has it
+    hopeless: bool = False  # given up by the sweep that the run is a trial of
     parameters: list[Tensor] = field(init=False)  # what the optimiser trains, frozen or not
 
     def __post_init__(self) -> None:
@@ -135,9 +136,11 @@ class State:
         return self.ema.model if self.ema else self.model
 
     def is_exhausted(self, run: Run) -> bool:
-        """Whether the last `training.patience` evaluations brought nothing better, which ends a run early."""
+        """Whether the last `training.patience` evaluations brought nothing better, or a sweep wants no more of it: this
+        ends a run early."""
         waited = self.evaluated - self.best.get("iteration", self.evaluated)
-        return run.training.patience is not None and waited >= run.training.patience * run.evaluate_every
+        tired = run.training.patience is not None and waited >= run.training.patience * run.evaluate_every
+        return self.hopeless or tired
 
     def state_dict(self) -> dict[str, Any]:
         state = {name: getattr(self, name).state_dict() for name in MODULES}

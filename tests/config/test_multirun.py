@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import signal
 import sys
 
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from detector import runtime
 from detector.commands import evaluate
-from detector.config import build
+from detector.config import as_program, build
 from detector.config.multirun import Job, Multirun
+from detector.config.trials import is_hopeless
 from detector.engine.journal import forget_peak, memory_mb
 from tests.runs import TINY, Program, curve
 
@@ -160,3 +164,48 @@ def test_methods_see_the_same_samples_in_the_same_order(run, tmp_path):
         assert a["loss_mask"] == pytest.approx(b["loss_mask"], rel=1e-5)
     other = curve(run(*still, "seed=1", f"run_dir={tmp_path / 'other'}"))
     assert other[1]["loss_objectness"] != curves["align"][1]["loss_objectness"]
+
+
+def test_optuna_searches_and_prunes(tmp_path, monkeypatch, capsys):
+    """Trials whose metric is below the median of the finished ones at the same iteration end there."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    ended: dict[float, int] = {}
+
+    def trial(**settings) -> float:
+        lr = settings["optimizer"]["lr"]
+        value = 0.0
+        for iteration in (1, 2, 3):
+            value = 0.1 * iteration - abs(math.log10(lr) + 3)
+            ended[lr] = iteration
+            if is_hopeless(value, iteration):
+                break
+        return value
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    sweep = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=9", "hydra.sweeper.sampler.seed=1"]
+    space = "optimizer.lr=tag(log,interval(1e-5,1e-1))"
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *sweep, "hydra.sweep.dir=sweep", space])
+    as_program("train", trial, "")()
+    capsys.readouterr()
+    assert len(ended) == 9 and set(list(ended.values())[:5]) == {3}  # the median is that of five trials at least
+    assert 1 in ended.values() and list(ended.values())[5:].count(3) > 0
+    found = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+    best = min(ended, key=lambda lr: abs(math.log10(lr) + 3))
+    assert found.best_params["optimizer.lr"] == best and ended[best] == 3
+    assert not is_hopeless(0.0, 4)  # no job of a sweep
+
+
+def test_a_trial_that_is_given_up_ends_with_its_results(run, monkeypatch):
+    told = []
+
+    def is_worse(value: float, iteration: int) -> bool:
+        told.append(iteration)
+        return iteration == 4
+
+    monkeypatch.setattr("detector.engine.evaluation.is_hopeless", is_worse)
+    folder = run("evaluation.every=2")
+    assert told == [2, 4] and list(curve(folder)) == [1, 2, 3, 4]
+    assert {"bbox", "segm"} <= set(json.loads((folder / "metrics.json").read_text()))
+    assert "gives this trial up after iteration 4" in (folder / "train.log").read_text()
