@@ -108,11 +108,13 @@ class Journal:
     def state_dict(self) -> dict[str, Any]:
         """The sums since the last line, so that a resumed run's next line is that of the undisturbed one."""
         sums = {key: self.world.mean(value).cpu() for key, value in self.sums.items()}
-        return {"sums": sums, "count": self.count, "elapsed": self.elapsed()}
+        took = {"elapsed": self.elapsed(), "evaluation_took": self.evaluation_took}
+        return {"sums": sums, "count": self.count, **took}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sums = {key: value.to(self.world.device) for key, value in state["sums"].items()}
         self.count, self.before = state["count"], state.get("elapsed", 0.0)
+        self.evaluation_took = state.get("evaluation_took", 0.0)
 
     def elapsed(self) -> float:
         """Seconds that the run has taken, evaluations and earlier parts of it included, the time in between not."""
@@ -178,15 +180,19 @@ class Journal:
             self.bar.set_postfix_str(f"{text} lr {line['lr']:.2g}", refresh=False)
             return
         iteration = line["iteration"]
-        every = self.run.evaluate_every
-        evaluations = -(-self.total // every) - iteration // every
-        left = (now - self.began) / max(1, iteration - self.first) * (self.total - iteration)
-        left += evaluations * self.evaluation_took
+        left = self.left(iteration, now, line["images_per_second"])
         log.info(
             "%d/%d  %s  lr %.3g  %.1f images/s  data %d%%  %d:%02d left",
             *(iteration, self.total, text, line["lr"], line["images_per_second"]),
             *(100 * line["data_time"], left // 60, left % 60),
         )
+
+    def left(self, iteration: int, now: float, images_per_second: float) -> float:
+        """Seconds until the end, evaluations included: before the first, as if an image took it as long as a step's."""
+        every = self.run.evaluate_every
+        evaluations = -(-self.total // every) - iteration // every
+        each = self.evaluation_took or len(self.run.val_set) / images_per_second
+        return (now - self.began) / max(1, iteration - self.first) * (self.total - iteration) + evaluations * each
 
     def evaluation(
         self, iteration: int, metrics: Mapping[str, Mapping[str, float]], losses: Mapping[str, float]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from detector import checkpoint
 from detector.config import RunError
+from detector.engine import journal as journal_module
 from detector.engine import train
 from detector.evaluation import evaluator
 from tests.runs import curve
@@ -57,6 +59,14 @@ def test_the_time_left_has_the_evaluations_in_it(run, monkeypatch):
     folder = run("schedule.max_iterations=4", "evaluation.every=2")
     left = re.findall(r"(\d)/4  loss.* (\d+):\d\d left", words(folder))
     assert left == [("1", "20"), ("2", "10"), ("3", "10"), ("4", "0")]
+
+
+def test_the_time_left_before_the_first_evaluation_guesses_how_long_it_takes():
+    run = SimpleNamespace(evaluate_every=2, val_set=range(1200))
+    journal = SimpleNamespace(run=run, total=4, began=0.0, first=0, evaluation_took=0.0)
+    assert journal_module.Journal.left(journal, 1, now=1.0, images_per_second=2.0) == 3 + 2 * 600
+    journal.evaluation_took = 10.0
+    assert journal_module.Journal.left(journal, 2, now=2.0, images_per_second=2.0) == 2 + 10
 
 
 def test_evaluations_tell_how_far_they_are(run, monkeypatch):
