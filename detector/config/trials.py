@@ -1,4 +1,4 @@
-"""Trials of `hydra/sweeper=optuna`: what training tells of a trial while it runs, and whether it is worth going on.
+"""Trials of `hydra/sweeper=optuna_pruning`: what training tells of one while it runs, and whether it is worth going on.
 
 Hydra's plugin gives a trial to `custom_search_space` before its job starts, and has no other way to it. Jobs in this
 process find theirs by their number; those of a cluster's launcher have none, and run to their end.

@@ -184,7 +184,7 @@ def test_optuna_searches_and_prunes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
-    sweep = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=9", "hydra.sweeper.sampler.seed=1"]
+    sweep = ["hydra/sweeper=optuna_pruning", "hydra.sweeper.n_trials=9", "hydra.sweeper.sampler.seed=1"]
     space = "optimizer.lr=tag(log,interval(1e-5,1e-1))"
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", *sweep, "hydra.sweep.dir=sweep", space])
     as_program("train", trial, "")()
