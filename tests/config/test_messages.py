@@ -48,7 +48,7 @@ def test_every_setting_that_a_message_names_exists():
                 if "." in key and key.partition(".")[0] in sections:
                     found += 1
                     assert key in known, where
-                if key in groups and key not in ("model", "data") and value[0] not in "{%.":
+                if key in groups and key not in ("model", "data") and value[0] not in "{%.[":
                     assert value in groups[key], where
     assert found > 30
 
