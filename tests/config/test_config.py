@@ -120,7 +120,7 @@ def test_words_of_other_frameworks():
         overrides = {text for line in shown for text in line.removeprefix("; here that is ").split(" or ")}
         offered |= overrides
         rounds: list[dict[str, str]] = [{}]  # of overrides of different keys
-        for text in {text for one in overrides if not one.startswith("torchrun") for text in one.split()}:
+        for text in sorted({text for one in overrides if not one.startswith("torchrun") for text in one.split()}):
             key, _, value = text.replace("...", "1").partition("=")
             if all(key in together for together in rounds):
                 rounds.append({})
