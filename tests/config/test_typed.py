@@ -38,6 +38,8 @@ PROGRAMS = {  # its module, and the keys that are paths
 }
 CODE = ("augment.", "model.", "optimizer.", "roi.", "runtime.", "schedule.", "training.")  # arguments of constructors
 NO_PATHS = {  # settings that are texts, or may be, and no paths: a new one stands here or in PATHS
+    "operating_point",  # f1, or a wished precision or recall
+    "threshold",  # best, per_class
     *(
         "baseline",
         "data.intensity",
