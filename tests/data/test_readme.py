@@ -72,7 +72,7 @@ def predictions() -> None:
     save("predictions/predictions.json", found)
 
 
-def only_prepared(cfg) -> None:
+def only_prepared(cfg, **_) -> None:
     """What a training does before its first step."""
     setup.preflight(cfg, Training())
     train_set, val_set = setup.datasets(cfg)
