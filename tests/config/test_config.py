@@ -114,19 +114,20 @@ def test_words_of_other_frameworks():
     offered = set()
     for program, chosen in (("train", ["experiment=none"]), ("eval", []), ("predict", [])):
         names = leaves(suggest.compose(program, chosen))
+        keys = set(names)
         slots = ["backbone@model.backbone", "neck@model.neck", "class_loss@model.box_head.class_loss"]
         names += slots if program == "train" else []
         shown = {elsewhere(word, names) for words in ELSEWHERE.values() for word in words} - {""}
         overrides = {text for line in shown for text in line.removeprefix("; here that is ").split(" or ")}
         offered |= overrides
-        rounds: list[dict[str, str]] = [{}]  # of overrides of different keys
-        for text in sorted({text for one in overrides if not one.startswith("torchrun") for text in one.split()}):
-            key, _, value = text.replace("...", "1").partition("=")
-            if all(key in together for together in rounds):
-                rounds.append({})
-            next(together for together in rounds if key not in together)[key] = value
-        for together in rounds:
-            suggest.compose(program, [*chosen, *("=".join(pair) for pair in together.items())])
+        together: dict[str, str] = {}  # overrides of different keys; a choice, which brings keys of its own, stands alone
+        for override in sorted(one for one in overrides if not one.startswith("torchrun")):
+            pairs = dict(text.replace("...", "1").split("=", 1) for text in override.split())
+            if pairs.keys() <= keys and together.keys().isdisjoint(pairs):
+                together |= pairs
+            else:
+                suggest.compose(program, [*chosen, *map("=".join, pairs.items())])
+        suggest.compose(program, [*chosen, *map("=".join, together.items())])
     assert set(ELSEWHERE) <= offered
 
 
