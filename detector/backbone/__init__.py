@@ -1,3 +1,3 @@
-from detector.backbone.necks import FPN, PAFPN, SingleLevel
+from detector.backbone.necks import FPN, PAFPN, BiFPN, SingleLevel
 from detector.backbone.resnet import ResNet
 from detector.backbone.timm import TimmBackbone

@@ -3,6 +3,7 @@
     FPN          a top-down path (Lin et al. 2017)
     PAFPN        and a second, bottom-up path after it (PANet, Liu et al. 2018, section 3.1):
                      n_2 = p_2        n_{i+1} = conv(conv_stride_2(n_i) + p_{i+1})
+    BiFPN        several times both paths, with learned weights (EfficientDet, Tan et al. 2020, section 3)
     SingleLevel  no pyramid: one map, as in Faster R-CNN before FPN ("C4" and dilated "DC5" models)
 
 Dimensions: N images, L levels, C channels.
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detector.ops.layers import conv_block, conv_layout, init_uniform
+from detector.ops.layers import conv_block, conv_layout, init_uniform, module_list, norm_layer
 
 
 class FPN(nn.Module):
@@ -99,6 +101,99 @@ class PAFPN(FPN):
         for i, downsample in enumerate(self.downsample):
             levels[i + 1] = levels[i + 1] + downsample(levels[i])
         return [levels[0], *(conv(level) for conv, level in zip(self.bottom_up, levels[1:]))]
+
+
+class Fusion(nn.Module):
+    """conv(SiLU(sum_i w_i x_i / (eps + sum_i w_i))) of equally large maps, w_i >= 0 learned: "fast normalized fusion",
+    and a depthwise separable convolution with a norm."""
+
+    def __init__(self, inputs: int, channels: int, norm: str):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(inputs))
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.pointwise = nn.Conv2d(channels, channels, 1, bias=False)
+        self.norm = norm_layer(norm)(channels)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """[N, C, H, W] of maps [N, C, H, W], one per input."""
+        weight = F.relu(self.weight)
+        weight = weight / (weight.sum() + 1e-4)
+        mixed = sum(w * x for w, x in zip(weight, maps))
+        return self.norm(self.pointwise(self.depthwise(F.silu(mixed))))
+
+
+class BothWays(nn.Module):
+    """One layer of BiFPN on levels P, finest first; the coarsest and the finest have no node of their own between:
+
+    t_i = fuse(p_i, enlarged t_{i+1})          n_i = fuse(p_i, t_i, pooled n_{i-1}),  the last one without t
+    """
+
+    def __init__(self, levels: int, channels: int, norm: str):
+        super().__init__()
+        self.down = module_list(Fusion(2, channels, norm) for _ in range(levels - 1))
+        self.up = module_list(Fusion(3 if i < levels - 2 else 2, channels, norm) for i in range(levels - 1))
+
+    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Levels [N, C, Hl, Wl] of levels of these sizes."""
+        between = list(levels)
+        for i in range(len(levels) - 2, -1, -1):
+            enlarged = F.interpolate(between[i + 1], size=levels[i].shape[-2:], mode="nearest")
+            between[i] = self.down[i]([levels[i], enlarged])
+        found = between[:1]
+        for i, fuse in enumerate(self.up, 1):
+            both = [levels[i], between[i]] if i < len(levels) - 1 else [levels[i]]
+            found.append(fuse([*both, pooled(found[-1])]))
+        return found
+
+
+def pooled(level: Tensor) -> Tensor:
+    """The next coarser level: maxima of 3 x 3 cells at stride 2."""
+    return F.max_pool2d(level, 3, stride=2, padding=1)
+
+
+class BiFPN(nn.Module):
+    """1 x 1 convolutions to C channels, and `repeats` times both paths over all levels.
+
+    Args:
+        in_channels, strides: of the backbone's maps, finest first; each stride twice the one before.
+        out_channels: C of every level.
+        norm: norm by name after each convolution. Without one the repeated sums diverge.
+        repeats: how often. EfficientDet-D0 to D7 have 3 to 8.
+        top: 'max_pool' takes one more level into the pyramid, for the RPN's largest anchors; 'none' adds nothing.
+
+    Attributes: as FPN's.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        strides: Sequence[int],
+        out_channels: int = 256,
+        norm: str = "batch_norm",
+        repeats: int = 3,
+        top: str = "max_pool",
+    ):
+        super().__init__()
+        if top not in ("max_pool", "none"):
+            raise ValueError(f"top={top!r}: expected 'max_pool' or 'none'")
+        if repeats < 1:
+            raise ValueError(f"repeats={repeats}: expected at least 1")
+        if norm is None:
+            raise ValueError("norm=None: BiFPN needs one, such as 'batch_norm' or 'group_norm'")
+        self.strides = list(strides) if top == "none" else [*strides, 2 * strides[-1]]
+        if len(self.strides) < 2:
+            raise ValueError(f"strides={list(strides)}, top={top!r}: a pyramid has at least two levels")
+        self.lateral = nn.ModuleList(conv_block(c, out_channels, 1, norm, relu=False) for c in in_channels)
+        self.layers = nn.Sequential(*(BothWays(len(self.strides), out_channels, norm) for _ in range(repeats)))
+        self.top, self.out_channels, self.roi_levels = top, out_channels, len(strides)
+        init_uniform(self)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Levels [N, C, Hl, Wl], finest first, of the backbone's maps."""
+        levels = [lateral(x) for lateral, x in zip(self.lateral, maps)]
+        if self.top == "max_pool":
+            levels.append(pooled(levels[-1]))
+        return self.layers(levels)
 
 
 class SingleLevel(nn.Module):

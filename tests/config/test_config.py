@@ -120,7 +120,7 @@ def test_words_of_other_frameworks():
         shown = {elsewhere(word, names) for words in ELSEWHERE.values() for word in words} - {""}
         overrides = {text for line in shown for text in line.removeprefix("; here that is ").split(" or ")}
         offered |= overrides
-        together: dict[str, str] = {}  # overrides of different keys; a choice, which brings keys of its own, stands alone
+        together: dict[str, str] = {}  # of different keys; a choice, which brings keys of its own, stands alone
         for override in sorted(one for one in overrides if not one.startswith("torchrun")):
             pairs = dict(text.replace("...", "1").split("=", 1) for text in override.split())
             if pairs.keys() <= keys and together.keys().isdisjoint(pairs):
