@@ -8,19 +8,16 @@ detector train roi@model.mask_head.roi=warp      ... in one head
 detector train -m roi=pool,align seed=0,1        four runs, one after the other
 torchrun --nproc-per-node=2 -m detector train    on two GPUs, or two CPU processes
 detector train --config-dir my_configs roi=mine  options of your own beside those below
-detector train --cfg job                         show the configuration
 
 Keys that people change (detector train --cfg job shows all):
     data.root=FOLDER                    where the data set is
-    model.weights=FILE                  start from a checkpoint, ours or another framework's, or from a published one:
-                                        detectron2:mask_rcnn_R_50_FPN_3x (detector weights list), hf://owner/repo,
-                                        https://...; a published one chooses the model too
+    model.weights=FILE                  ours, another framework's or, choosing the model too, a published one (detector
+                                        weights list): detectron2:mask_rcnn_R_50_FPN_3x, hf://owner/repo, https://...
     model.rpn.anchor_sizes=[[8],...]    for objects of other sizes, one list for each level
     training.batch_size=8               images in a step, over all GPUs
     training.freeze=[backbone,rpn]      parts that do not learn; training.thaw_at=0.5: for half of the run
     optimizer.lr=0.01                   for 16 images in a step, scaled to batch_size
-    schedule.max_epochs=24              or schedule.max_iterations
-    evaluation.every=0.1                a share of the run, "2 epochs" or iterations
+    schedule.max_epochs=24              or schedule.max_iterations; evaluation.every=0.1: ten times in the run
     logger=[tensorboard,wandb]          and csv, mlflow: where numbers and pictures go
     runtime.precision=bf16              or fp16, fp32; runtime.device=cpu, runtime.workers=8
     seed=1                              run_dir, name: where the run lies; resume=none: start anew

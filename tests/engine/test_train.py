@@ -216,9 +216,9 @@ def test_multirun_gives_every_job_its_folder(shapes_tiny, tmp_path):
     )
     assert jobs.end() == 0, jobs.output
     assert "Traceback" not in jobs.output
-    folders = sorted(path.name for path in (tmp_path / "runs" / "sweep").iterdir() if path.is_dir())
+    folders = sorted((tmp_path / "runs").glob("sweep-*/"))
     assert len(folders) == 2
-    states = [checkpoint.load(tmp_path / "runs" / "sweep" / folder / "last.pt") for folder in folders]
+    states = [checkpoint.load(folder / "last.pt") for folder in folders]
     assert {state["config"]["seed"] for state in states} == {0, 1}
 
 

@@ -118,9 +118,9 @@ def mirror(shared, tmp_path, monkeypatch):
 def test_a_name_alone_starts_a_run(mirror, call, monkeypatch, caplog, capsys):
     """`experiment=finetune model.weights=NAME`: the model, its settings, all tensors; ImageNet's are not downloaded."""
     caught = []
-    monkeypatch.setattr(train, "run_training", lambda cfg: sys.exit(caught.append(cfg)))
+    monkeypatch.setattr(train, "run_training", lambda cfg, **_: sys.exit(caught.append(cfg)))
     name = "detectron2:mask_rcnn_R_50_FPN_1x"
-    assert call(train.main, "experiment=finetune", f"model.weights={name}") == (None, "", "")
+    assert call(train.main, "experiment=finetune", f"model.weights={name}") == (0, "", "")
     cfg = caught[0]
     assert cfg.weights.reset_heads and cfg.model.mask_head and cfg.model.backbone.weights == "IMAGENET1K_V1"
     start = build(cfg.weights, "weights")
