@@ -24,6 +24,7 @@ ORDER = (  # from the top; those of one line stand side by side, and may not imp
     ("config",),
     ("runtime",),
     ("settings",),
+    ("threads",),
     ("checkpoint",),
     ("ops",),
     ("protocols",),

@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from detector.ops.checks import ConfigError
 from detector.settings import Runtime
+from detector.threads import cores
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ def start_ranks(runtime: Runtime) -> World:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if runtime.threads:
-        torch.set_num_threads(runtime.threads)
+    if runtime.threads or cores() < torch.get_num_threads():  # torch knows nothing of a container's quota
+        torch.set_num_threads(runtime.threads or cores())
     if device.type == "cpu":
         keep_freed_memory()
     torch.backends.cudnn.benchmark = not runtime.deterministic
