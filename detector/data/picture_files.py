@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from abc import ABC, abstractmethod
 from functools import cache
 from math import ceil, prod
 from pathlib import Path
@@ -24,7 +25,7 @@ ARRAYS, DICOM = (".npy",), (".dcm", ".dicom")
 NEED = "pip install 'two-stage-detector[pictures]'"
 
 
-class PictureFile:
+class PictureFile(ABC):
     """The header of a picture, and what reads its pixels.
 
     Attributes:
@@ -47,9 +48,9 @@ class PictureFile:
         """The numbers of channels that can be made of it: grey is three alike, colours give a grey."""
         return {self.channels} | ({1, 3} if self.color else {3} if self.channels == 1 else set())
 
+    @abstractmethod
     def pixels(self, channels: int) -> np.ndarray:
         """[H, W, C] of `dtype`, upright; C is what the file has, or `channels` where the format itself knows how."""
-        raise NotImplementedError
 
     def region(self, rows: slice, columns: slice, channels: int) -> np.ndarray:
         """The same of some rows and columns."""
@@ -59,7 +60,7 @@ class PictureFile:
         """Pixels, and the numbers that are black and white in them, as the file itself wants to be seen."""
         return pixels, self.window
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # arrays hold nothing open
         """End the use of the file."""
 
 
