@@ -12,7 +12,7 @@ def cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of version 2, of version 1
         try:
-            quota, period = " ".join((groups / name).read_text() for name in names).split()
+            quota, period = " ".join((groups / name).read_text(encoding="ascii") for name in names).split()
         except (OSError, ValueError):
             continue
         if quota not in ("max", "-1"):
