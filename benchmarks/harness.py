@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -55,19 +56,24 @@ def interleave(
 
 
 def apart(
-    builders: Mapping[str, Callable[[], Callable[[], Any]]], repeats: int, device: str = "cpu"
+    builders: Mapping[str, Callable[[], Callable[[], Any]]],
+    repeats: int,
+    device: str = "cpu",
+    environments: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, Any], dict[str, float]]:
     """As `interleave`, each contender in a process of its own, with its own settings of memory and threads.
 
-    A builder, picklable, is called there and gives the unit of work. Returns the seconds of the counted turns, what
-    the first turn returned, and the peak memory in MiB: of the GPU's allocator, or of the process.
+    A builder, picklable, is called there and gives the unit of work; environments: variables that some contenders have.
+    Returns the seconds of the counted turns, what the first turn returned, and the peak memory in MiB: of the GPU's
+    allocator, or of the process.
     """
     context = multiprocessing.get_context("spawn")
     seconds: dict[str, list[float]] = {name: [] for name in builders}
     first, memory, ends = {}, {}, {}
     for name, build in builders.items():
         ends[name], theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs, build, device), daemon=True).start()
+        with patch.dict(os.environ, (environments or {}).get(name, {})):
+            context.Process(target=_serve, args=(theirs, build, device), daemon=True).start()
         theirs.close()  # so that the end of the process ends the wait for it
     for turn in range(repeats + 1):
         for name, end in ends.items():

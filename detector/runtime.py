@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from detector.ops.checks import ConfigError
 from detector.settings import Runtime
-from detector.threads import cores
+from detector.threads import cores, share_cores
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def start_ranks(runtime: Runtime) -> World:
         torch.set_num_threads(runtime.threads or cores())
     if device.type == "cpu":
         keep_freed_memory()
+        share_cores()
     torch.backends.cudnn.benchmark = not runtime.deterministic
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

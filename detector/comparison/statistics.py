@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from hotcoco import mask as rle_tools
 from pycocotools import mask as polygon_tools
-from scipy import stats
+from scipy import special
 
 from detector.evaluation.boundary import with_boundaries
 from detector.evaluation.coco import FIELD, check_annotations, check_predictions, for_backend
@@ -290,6 +290,6 @@ def difference(
     groups = [b - a] if paired and len(a) == len(b) else [a, b]
     errors = [group.std(ddof=1) / np.sqrt(len(group)) for group in groups]
     level = (1 + confidence) / 2
-    widths = [stats.t.ppf(level, len(group) - 1) * error for group, error in zip(groups, errors)]
-    margin = float(np.linalg.norm([stats.norm.ppf(level) * image_error, *widths]))
+    widths = [special.stdtrit(len(group) - 1, level) * error for group, error in zip(groups, errors)]
+    margin = float(np.linalg.norm([special.ndtri(level) * image_error, *widths]))
     return Difference(delta, delta - margin, delta + margin, image_error, float(np.linalg.norm(errors)))

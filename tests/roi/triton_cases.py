@@ -54,7 +54,8 @@ def boxes(*rows):
     return torch.tensor([[float(v) for v in row] for row in rows], device=DEVICE)
 
 
-ROIS = boxes((0, 5, 3, 21, 22), (1, 30.5, 8, 47, 19), (1, 2, 2, 55, 41), (0, -9, 10, 20, 60))
+# Small RoIs: the interpreter takes a millisecond for each cell that a program walks over.
+ROIS = boxes((0, 5, 3, 14, 16), (1, 30.5, 8, 44, 17), (1, 2, 2, 31, 35), (0, -9, 10, 20, 60))
 LEVELS = torch.tensor([0, 0, 1, 2], device=DEVICE)
 ODD_ROIS = boxes(
     (0, 10, 10, 10, 10), (1, 30, 25, 12, 6), (0, -40, -40, -30, -30), (1, 100, 100, 140, 130), (0, -50, -70, 300, 200)
@@ -161,14 +162,14 @@ def test_bag_of_nothing_is_zero_and_has_zero_gradients(bags, entries):
 
 
 def test_deterministic_bag_sums_in_fixed_point(deterministic):
-    table, weights = random(4, 20), random(40, 5)
-    indices = torch.randint(0, 4, (40, 5), device=DEVICE)  # fifty terms per cell
+    table, weights = random(4, 20), random(16, 5)
+    indices = torch.randint(0, 4, (16, 5), device=DEVICE)  # twenty terms per cell
     out, expected = weighted_bag_cuda(table, indices, weights), plain_bag(table, indices, weights)
     grad = torch.randn(out.shape, device=DEVICE)
     ours, theirs = gradients(out, (table,), grad)[0], gradients(expected, (table,), grad)[0]
     close(ours, theirs)
-    for row in torch.randperm(40).split(13):  # any order of the bags gives the same bits
-        order = torch.cat([row.to(DEVICE), torch.tensor([i for i in range(40) if i not in row], device=DEVICE)])
+    for row in torch.randperm(16).split(8):  # any order of the bags gives the same bits
+        order = torch.cat([row.to(DEVICE), torch.tensor([i for i in range(16) if i not in row], device=DEVICE)])
         again = gradients(weighted_bag_cuda(table, indices[order], weights[order]), (table,), grad[order])[0]
         assert torch.equal(again, ours)
 
@@ -207,16 +208,19 @@ def test_max_bag_sends_the_gradient_to_the_first_winner(dtype):
 # --- RoI Align ---
 
 
-@pytest.mark.parametrize("sampling_ratio, aligned", [(1, True), (2, True), (2, False), (0, True), (0, False)])
-def test_align_is_its_equation_and_torchvision(sampling_ratio, aligned):
+@pytest.mark.parametrize(
+    "sampling_ratio, aligned, size",
+    [(1, True, (2, 3)), (2, True, (2, 2)), (2, False, (2, 2)), (0, True, (2, 2)), (0, False, (2, 2))],
+)
+def test_align_is_its_equation_and_torchvision(sampling_ratio, aligned, size):
     features = maps()
-    out = roi_align_fused(features, ROIS, LEVELS, STRIDES, (2, 3), sampling_ratio, aligned)
-    expected = plain_align(features, ROIS, LEVELS, (2, 3), sampling_ratio, aligned)
+    out = roi_align_fused(features, ROIS, LEVELS, STRIDES, size, sampling_ratio, aligned)
+    expected = plain_align(features, ROIS, LEVELS, size, sampling_ratio, aligned)
     close(out, expected)
     close_gradients(out, expected, features)
     for level, feature in enumerate(features):
         rows = level == LEVELS
-        close(out[rows], align_of_torchvision(feature, ROIS[rows], level, (2, 3), sampling_ratio, aligned))
+        close(out[rows], align_of_torchvision(feature, ROIS[rows], level, size, sampling_ratio, aligned))
 
 
 def align_of_torchvision(feature, rois, level, size, sampling_ratio, aligned):
@@ -315,7 +319,7 @@ def test_deterministic_align_sums_in_fixed_point(deterministic):
 
 @pytest.mark.parametrize(
     "sampling_ratio, granularity, modulated",
-    [(2, "bin", False), (2, "bin", True), (2, "point", False), (2, "point", True), (0, "bin", True)],
+    [(2, "bin", False), (2, "point", True), (0, "bin", True)],
 )
 def test_deformable_is_its_equation_with_gradients_to_offsets_and_modulation(sampling_ratio, granularity, modulated):
     features, rois, levels = maps(), ROIS[:3], LEVELS[:3]
