@@ -7,8 +7,10 @@ detector predict checkpoint=... 'images=[a.png,b.png]' draw=false
 detector predict checkpoint=... images=photos boxes=false scores=false       what the pictures show
 detector predict checkpoint=... images=photos model.box_head.detections_per_image=300
 detector predict checkpoint=... images=photos trust=my_package       a model with parts of your own
+detector predict checkpoint=... input=clip.mp4       a video; or a camera (0), an address, a folder of frames
+detector predict checkpoint=... input=clip.mp4 every=2 start=10 stop=20    seconds, or frames: stop=600f
 
-Writes annotated pictures and predictions.json (COCO's format, with scores). In Python:
+Writes annotated pictures, of a video another one, and predictions.json (COCO's format, with scores). In Python:
 
     detector.load(checkpoint).predict(image)
 
@@ -17,12 +19,11 @@ Exit codes: 0 done (unreadable files are named), 1 none of the files was readabl
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,76 +33,34 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from detector.checkpoint import write_json
+from detector.commands.predict_video import Look, Shown, predict_videos
+from detector.commands.sources import DRAWN, find_images, sources_of
 from detector.config import ConfigError, RunError, as_program, config_errors, make_folder
-from detector.data import ARRAYS, Pictures, image_suffixes
+from detector.data import Pictures
 from detector.evaluation.operating_point import check_threshold
 from detector.inference.draw import draw as draw_objects
 from detector.inference.load import load, merge
 from detector.inference.result import Result, with_area
 from detector.inference.tiles import Masks, find, tiles_of
+from detector.inference.video import USUAL_RATE, Span, is_video
 from detector.runtime import start_ranks
 from detector.settings import Runtime
 from detector.structures import Detections
 
 log = logging.getLogger(__name__)
 DRAWN_SIDE = 2000  # px: large pictures that are seen tile by tile are drawn no larger
-DRAWN = ("Software", "two-stage-detector: predict")  # stands in every picture that is drawn here
-
-
-def find_images(sources: str | Sequence[str]) -> list[Path]:
-    """The image files that files, folders (with what is below them) and patterns name, each once, in order.
-
-    What a folder or a pattern has beside them is left out, with a warning that counts it: files of other kinds, arrays
-    beside a picture of the same name, and pictures that predict.py has drawn itself.
-
-    Raises ConfigError for a source that names nothing.
-    """
-    found: dict[Path, None] = {}
-    for source in [sources] if isinstance(sources, str) else sources:
-        path, others = Path(source), []
-        if path.is_dir():
-            every = sorted(p for p in path.rglob("*") if p.is_file())
-            pictures = {p.with_suffix("") for p in every if p.suffix.lower() in image_suffixes()}
-            files = [
-                p for p in every if is_picture(p) and (p.suffix not in ARRAYS or p.with_suffix("") not in pictures)
-            ]
-            others = sorted({*every} - {*files})
-        else:
-            files = (
-                [path] if path.is_file() else sorted(p for p in map(Path, glob(source, recursive=True)) if p.is_file())
-            )
-        paths = [p for p in files if p == path or not is_drawing(p)]
-        counts = Counter(p.suffix.lower() or "without a suffix" for p in others)
-        counts["pictures that predict.py drew"] = len(files) - len(paths)
-        kinds = [f"{count} {kind}" for kind, count in counts.most_common() if count]
-        if not paths:
-            beside = f" (but {', '.join(kinds)})" if kinds else ""
-            raise ConfigError(f"images: {source!r} is no file, no folder with images, and matches nothing{beside}")
-        if kinds:
-            log.warning("%s: left out are %s", source, ", ".join(kinds))
-        found |= dict.fromkeys(paths)
-    return list(found)
-
-
-def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in image_suffixes() or path.suffix.lower() in ARRAYS
-
-
-def is_drawing(path: Path) -> bool:
-    """Whether `predict_files` has made this picture, whose name is then that of an image and .png."""
-    if path.suffix != ".png" or not is_picture(Path(path.stem)):
-        return False
-    try:
-        with Image.open(path) as picture:
-            return picture.info.get(DRAWN[0]) == DRAWN[1]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return False  # what is wrong with it will be said
 
 
 def predict_files(
     checkpoint: str,
-    images: str | list[str],
+    images: str | list[str] | None = None,
     *,
+    input: str | list[str] | None = None,
+    every: int = 1,
+    start: float | str | None = None,
+    stop: float | str | None = None,
+    rate: float = USUAL_RATE,
+    codec: str = "mp4v",
     output: str = "predictions",
     threshold: float | str | dict[str, float] = "best",
     draw: bool = True,
@@ -128,7 +87,17 @@ def predict_files(
     tile by tile.
     """
     check_threshold(threshold)
-    paths = find_images(images)
+    if (images is None) == (input is None):
+        raise ConfigError("give images=..., or input=..., a video: one of both")
+    named = [images] if isinstance(images, str) else images
+    if named and all(is_video(name) for name in named):
+        images, input = None, images
+    span = Span(start, stop, every).checked()
+    if not 0 < rate < 1000:
+        raise ConfigError(f"rate = {rate}: must be frames a second")
+    if input is None and span != Span():
+        raise ConfigError("every, start and stop are of videos: input=... names one")
+    paths = [] if images is None else find_images(images)
     with config_errors("device"):
         world = start_ranks(Runtime(device=device))
     detector = load(checkpoint, world.device, model, trust)
@@ -150,6 +119,16 @@ def predict_files(
         pictures = Pictures.of(merge(detector.config.get("data") or {}, settings))
     with config_errors("tiles"):
         wanted = tiles_of(detector.config, tiles or {})
+    if input is not None:
+        if each:
+            raise ConfigError("data.page = 'each': the pages of a file are no video; images=... takes them all")
+        sources = sources_of(input, pictures, rate)
+        settings = {"checkpoint": known_by(checkpoint), "threshold": np.asarray(least).tolist(), "paste": paste}
+        settings |= {"precision": precision, "tiles": dataclasses.asdict(wanted), "data": data, "model": model}
+        options = {"threshold": threshold, "paste": paste, "precision": precision, "tiles": dataclasses.asdict(wanted)}
+        look = Look(detector, pictures, batch_size, settings, options)
+        shown = Shown(draw, labels, scores, boxes, masks, codec)
+        return predict_videos(sources, make_folder(output, "output"), look, shown, span)
     shared = Path(os.path.commonpath([p.absolute().parent for p in paths]))
     folder, read, annotations, failed, full, several = make_folder(output, "output"), [], [], [], 0, 0
     about = PngInfo()
@@ -254,6 +233,11 @@ def predict_files(
     if not read:
         raise RunError(f"none of the {len(failed)} files could be read")
     return len(failed)
+
+
+def known_by(checkpoint: str) -> list[Any]:
+    """What tells a checkpoint from another one of the same name."""
+    return [str(checkpoint), os.path.getsize(checkpoint), round(os.path.getmtime(checkpoint), 3)]
 
 
 main = as_program("predict", predict_files, __doc__)

@@ -30,7 +30,7 @@ TRAINING = ["data.root", "data.cache", *SPLITS, "model.weights", "model.backbone
 PROGRAMS = {  # its module, and the keys that are paths
     "train": ("train", TRAINING),
     "eval": ("evaluate", ["checkpoint", "output", *SPLITS[2:]]),
-    "predict": ("predict", ["checkpoint", "images", "output"]),
+    "predict": ("predict", ["checkpoint", "images", "input", "output"]),
     "compare": ("compare", ["runs", "output"]),
     "explorer": ("explore", ["checkpoint", "image", "output"]),
     "features": ("features", ["checkpoint", "annotations", "images", "output"]),
@@ -40,6 +40,7 @@ CODE = ("augment.", "model.", "optimizer.", "roi.", "runtime.", "schedule.", "tr
 NO_PATHS = {  # settings that are texts, or may be, and no paths: a new one stands here or in PATHS
     "operating_point",  # f1, or a wished precision or recall
     "threshold",  # best, per_class
+    *("start", "stop", "codec"),  # of a video
     *(
         "baseline",
         "data.intensity",
