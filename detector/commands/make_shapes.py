@@ -1,6 +1,7 @@
 """Generate the shapes data set: COCO annotations whose categories can only be told apart by shape.
 
     detector shapes --out data/shapes
+    detector shapes --kind figures --out data/figures      jointed figures with keypoints, told apart by posture
 
 Colour, texture, size and orientation of an object are drawn from the same distributions for every category. Objects
 hide one another and are cut by the image's border; what is annotated is the visible part. The same options give the
@@ -22,14 +23,17 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from detector.commands import figures
 from detector.data.outlines import Outlines, fill, ring_area, trace_rings
 from detector.ops.text import readable_streams
 
 # COCO's own category ids have gaps, so these have too.
 CATEGORIES = {1: "ellipse", 2: "triangle", 4: "rectangle", 5: "star", 8: "ring"}
+NAMES = {"shapes": CATEGORIES, "figures": figures.CATEGORIES}
 SMALLEST, LARGEST = 0.065, 0.7  # longer side of an object, as a share of the image's side
 MIN_VISIBLE = 0.6  # share of an object that neither the border nor later objects hide
 MIN_CONTRAST = 0.3  # distance of an object's mean colour from the background's, RGB in 0..1
+SHORTEST, TALLEST = 0.1, 0.85  # height of a figure, likewise
 EMPTY_SHARE, CROWD_SHARE, RLE_SHARE = 0.03, 0.02, 0.1
 
 
@@ -61,11 +65,14 @@ def fitted(rings: list[np.ndarray], longer_side: float, centre: np.ndarray) -> l
     return [(ring - (low + high) / 2) * (longer_side / (high - low).max()) + centre for ring in rings]
 
 
-def coverage(rings: list[np.ndarray], corner: np.ndarray, side: int) -> np.ndarray:
-    """Share of each pixel [side, side] from `corner` on that lies inside the rings (even-odd), for smooth edges."""
+def coverage(rings: list[np.ndarray], corner: np.ndarray, side: int, parts: bool = False) -> np.ndarray:
+    """Share of each pixel [side, side] from `corner` on that lies inside the rings, for smooth edges: inside an odd
+    number of them, or of `parts` inside any."""
     starts = np.cumsum([0, *map(len, rings)])
-    outlines = Outlines(np.concatenate(rings), starts, np.zeros(len(rings), int), np.ones(1, bool))
-    fine = fill(outlines, np.concatenate([corner, corner + side])[None], 4 * side)[0]
+    owners = np.arange(len(rings)) if parts else np.zeros(len(rings), int)
+    objects = owners[-1] + 1
+    outlines = Outlines(np.concatenate(rings), starts, owners, np.ones(objects, bool))
+    fine = fill(outlines, np.tile(np.concatenate([corner, corner + side]), (objects, 1)), 4 * side).any(0)
     return cv2.resize(fine * np.float32(1), (side, side), interpolation=cv2.INTER_AREA)
 
 
@@ -93,10 +100,11 @@ class Object:
     colour: np.ndarray
     mask: np.ndarray  # [size, size] bool, inside the image
     visible: np.ndarray  # what later objects leave of it
+    keypoints: np.ndarray | None = None  # [K, 2], of a figure, whose rings are parts that overlap
 
 
 def draw(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Object]]:
-    """One image [size, size, 3] uint8 and its objects."""
+    """One image [size, size, 3] uint8 of shapes and its objects."""
     ground = rng.uniform(0.15, 0.85, 3)
     image = texture(size, ground, rng)
     objects: list[Object] = []
@@ -117,6 +125,25 @@ def draw(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Object]]
     return to_uint8(image), objects
 
 
+def draw_figures(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Object]]:
+    """One image [size, size, 3] uint8 of figures and its objects."""
+    ground = rng.uniform(0.15, 0.85, 3)
+    image = texture(size, ground, rng)
+    objects: list[Object] = []
+    if rng.random() < EMPTY_SHARE:
+        return to_uint8(image), objects
+    heights = size * np.exp(rng.uniform(math.log(SHORTEST), math.log(TALLEST), 1 + rng.poisson(4)))
+    for height in sorted(heights, reverse=True):
+        category = int(rng.choice(list(figures.CATEGORIES)))
+        parts, points = figures.figure(figures.CATEGORIES[category], rng)
+        for _ in range(10):
+            centre = rng.uniform(0, size, 2)
+            placed = [part * height + centre for part in parts]
+            if paint(image, placed, category, False, objects, ground, rng, points * height + centre):
+                break
+    return to_uint8(image), objects
+
+
 def paint(
     image: np.ndarray,
     rings: list[np.ndarray],
@@ -125,19 +152,25 @@ def paint(
     objects: list[Object],
     ground: np.ndarray,
     rng: np.random.Generator,
+    keypoints: np.ndarray | None = None,
 ) -> bool:
     """Put an object in front of the others, unless it or one of them would be hidden too much."""
     points = np.concatenate(rings)
-    low = np.floor(points.min(0)).clip(0).astype(int)
-    high = np.ceil(points.max(0)).clip(max=len(image)).astype(int)
+    first, last = np.floor(points.min(0)).astype(int), np.ceil(points.max(0)).astype(int)
+    low, high = first.clip(0), last.clip(max=len(image))
     if (low >= high).any():
         return False
     region, side = np.s_[low[1] : high[1], low[0] : high[0]], int((high - low).max())
     cut = np.s_[: high[1] - low[1], : high[0] - low[0]]
-    alpha = coverage(rings, low, side)[cut]
+    if keypoints is None:
+        alpha = coverage(rings, low, side)[cut]
+        area = sum(abs(ring_area(ring)) * (1 if i == 0 or crowd else -1) for i, ring in enumerate(rings))
+    else:
+        whole = coverage(rings, first, int((last - first).max()), parts=True)
+        alpha = whole[low[1] - first[1] : high[1] - first[1], low[0] - first[0] : high[0] - first[0]]
+        area = float(whole.sum())
     mask = np.zeros(image.shape[:2], bool)
     mask[region] = alpha >= 0.5
-    area = sum(abs(ring_area(ring)) * (1 if i == 0 or crowd else -1) for i, ring in enumerate(rings))
     if mask.sum() < (0.3 if crowd else MIN_VISIBLE) * area:
         return False
     if any((seen.visible & ~mask).sum() < MIN_VISIBLE * seen.area for seen in objects):
@@ -149,7 +182,7 @@ def paint(
     image[region] += alpha[..., None] * (texture(side, colour, rng)[cut] - image[region])
     for seen in objects:
         seen.visible &= ~mask
-    objects.append(Object(category, crowd, rings, area, colour, mask, mask.copy()))
+    objects.append(Object(category, crowd, rings, area, colour, mask, mask.copy(), keypoints))
     return True
 
 
@@ -162,7 +195,7 @@ def annotation(item: Object, size: int, rng: np.random.Generator) -> dict:
     visible, rings = item.visible, item.rings
     points = np.concatenate(rings)
     has_hole = len(rings) > 1
-    if (visible != item.mask).any() or points.min() < 0 or points.max() > size:
+    if item.keypoints is not None or (visible != item.mask).any() or points.min() < 0 or points.max() > size:
         rings = trace_rings(visible)
         has_hole = min(map(ring_area, rings)) < 0
     rle = coco_mask.encode(np.asfortranarray(visible, np.uint8))
@@ -173,18 +206,32 @@ def annotation(item: Object, size: int, rng: np.random.Generator) -> dict:
         segmentation = {"size": [size, size], "counts": rle["counts"].decode()}
     else:
         segmentation = [ring.astype(float).round(2).ravel().tolist() for ring in rings]
-    return {
+    record = {
         "category_id": item.category,
         "bbox": coco_mask.toBbox(rle).tolist(),
         "area": int(visible.sum()),
         "iscrowd": int(item.crowd),
         "segmentation": segmentation,
     }
+    if item.keypoints is not None:
+        places = labelled(item.keypoints, visible)
+        record |= {"keypoints": places.ravel().tolist(), "num_keypoints": int((places[:, 2] > 0).sum())}
+        record["visible_share"] = round(min(1, visible.sum() / item.area), 3)
+    return record
 
 
-def write_image(index: int, split: int, folder: Path, size: int, seed: int) -> list[dict]:
+def labelled(keypoints: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """[K, 3] as COCO has them: x, y and 2 where the object is visible there, 1 where it is hidden, 0, 0, 0 outside."""
+    column, row = np.floor(keypoints).astype(int).T
+    inside = (row >= 0) & (row < visible.shape[0]) & (column >= 0) & (column < visible.shape[1])
+    near = cv2.dilate(visible.astype(np.uint8), np.ones((3, 3), np.uint8))  # a thin part may miss its own pixel
+    seen = near[row.clip(0, visible.shape[0] - 1), column.clip(0, visible.shape[1] - 1)]
+    return np.column_stack([keypoints.round(2), 1 + seen]) * inside[:, None]
+
+
+def write_image(index: int, split: int, folder: Path, size: int, seed: int, kind: str) -> list[dict]:
     rng = np.random.default_rng((seed, split, index))
-    image, objects = draw(size, rng)
+    image, objects = (draw_figures if kind == "figures" else draw)(size, rng)
     cv2.imwrite(str(folder / f"{index:06d}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 95])
     return [annotation(item, size, rng) for item in objects]
 
@@ -194,9 +241,17 @@ def single_threaded() -> None:
 
 
 def make_shapes(
-    out: Path, train: int = 1200, val: int = 250, size: int = 176, seed: int = 0, processes: int | None = None
+    out: Path,
+    train: int = 1200,
+    val: int = 250,
+    size: int = 176,
+    seed: int = 0,
+    processes: int | None = None,
+    kind: str = "shapes",
 ) -> None:
-    """Write out/{train,val}/*.jpg and out/annotations/instances_{train,val}.json."""
+    """Write out/{train,val}/*.jpg and out/annotations/instances_{train,val}.json. kind: one of NAMES."""
+    if kind not in NAMES:
+        raise ValueError(f"kind={kind!r}: expected one of {', '.join(NAMES)}")
     if min(train, val) < 1:
         raise ValueError(f"train={train}, val={val}: each split needs at least one image")
     if size < 64:
@@ -206,28 +261,40 @@ def make_shapes(
         for split, (name, count) in enumerate({"train": train, "val": val}.items()):
             folder = out / name
             folder.mkdir(exist_ok=True)
-            work = partial(write_image, split=split, folder=folder, size=size, seed=seed)
+            work = partial(write_image, split=split, folder=folder, size=size, seed=seed, kind=kind)
             found = pool.map(work, range(count), chunksize=16)
             images = [{"id": i + 1, "file_name": f"{i:06d}.jpg", "width": size, "height": size} for i in range(count)]
             records = [dict(record, image_id=i + 1) for i, records in enumerate(found) for record in records]
             coco = {
-                "info": {"description": f"shapes: train={train} val={val} size={size} seed={seed}"},
+                "info": {"description": f"{kind}: train={train} val={val} size={size} seed={seed}"},
                 "images": images,
                 "annotations": [dict(record, id=i + 1) for i, record in enumerate(records)],
-                "categories": [{"id": i, "name": name, "supercategory": "shape"} for i, name in CATEGORIES.items()],
+                "categories": categories(kind),
             }
             (out / "annotations" / f"instances_{name}.json").write_text(json.dumps(coco), encoding="utf-8")
             print(f"{name}: {count} images, {len(records)} objects in {folder}")
 
 
+def categories(kind: str) -> list[dict]:
+    """COCO's records of them."""
+    records = [{"id": i, "name": name, "supercategory": kind.rstrip("s")} for i, name in NAMES[kind].items()]
+    if kind == "figures":
+        names = figures.KEYPOINTS
+        bones = [[names.index(end) + 1 for end in bone] for bone in figures.BONES]
+        records = [{**record, "keypoints": names, "skeleton": bones} for record in records]
+    return records
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("data/shapes"), help="folder to write to")
+    parser.add_argument("--kind", choices=list(NAMES), default="shapes", help="what to draw")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: data/KIND)")
     parser.add_argument("--train", type=int, default=1500, help="number of training images")
     parser.add_argument("--val", type=int, default=250, help="number of validation images")
     parser.add_argument("--size", type=int, default=160, help="side of the square images in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, help="default: one per core")
     options = vars(parser.parse_args())
+    options["out"] = options["out"] or Path("data") / options["kind"]
     readable_streams()
     make_shapes(**options)

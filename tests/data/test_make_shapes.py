@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
+from detector.commands import figures
 from detector.commands.make_shapes import make_shapes
 from detector.data import CocoDataset
+from detector.data.dataset import mirrored_keypoints
 
 
 def contents(folder):
@@ -24,7 +26,7 @@ def test_the_same_whatever_the_number_of_processes(tmp_path):
     assert len(contents(tmp_path / "a")) == 25
 
 
-@pytest.mark.parametrize("option", ["train", "val", "size"])
+@pytest.mark.parametrize("option", ["train", "val", "size", "kind"])
 def test_wrong_options(tmp_path, option):
     with pytest.raises(ValueError, match=f"{option}=0"):
         make_shapes(tmp_path, **{option: 0})
@@ -91,3 +93,69 @@ def test_json_is_plain_coco(sample):
     coco = json.loads((sample / "annotations" / "instances_val.json").read_text())
     assert set(coco) == {"info", "images", "annotations", "categories"}
     assert set(coco["annotations"][0]) == {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"}
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    out = tmp_path_factory.mktemp("figures")
+    make_shapes(out, train=60, val=1, size=128, kind="figures")
+    return COCO(out / "annotations" / "instances_train.json")
+
+
+def test_keypoints_lie_on_what_is_seen_of_a_figure(people):
+    """2 where the figure is visible, 1 where something else is in front of it, 0 outside of the image."""
+    seen, agree = np.zeros(3, int), []
+    for a in people.dataset["annotations"]:
+        mask = np.pad(people.annToMask(a).astype(bool), 1)
+        points = np.array(a["keypoints"]).reshape(11, 3)
+        assert a["num_keypoints"] == (points[:, 2] > 0).sum() and 0.6 <= a["visible_share"] <= 1
+        for x, y, state in points:
+            seen[int(state)] += 1
+            if state == 0:
+                assert x == y == 0
+                continue
+            assert 0 <= x < 128 and 0 <= y < 128
+            agree.append(mask[int(y) : int(y) + 3, int(x) : int(x) + 3].any() == (state == 2))
+    assert (seen > 5).all() and np.mean(agree) > 0.98  # outlines are polygons, up to half a pixel beside the pixels
+
+
+def test_figures_are_told_apart_by_posture_and_proportion():
+    """By rules of thumb over the keypoints that hold for every figure of a category and for few of another."""
+    rng = np.random.default_rng(0)
+    rules = {
+        "waving": lambda p: (p["left_hand"][1] < p["neck"][1]) & (p["right_hand"][1] < p["neck"][1]),
+        "sitting": lambda p: np.sign(p["left_knee"][0] - p["hip"][0]) == np.sign(p["right_knee"][0] - p["hip"][0]),
+        "long_legged": lambda p: reach(p, "hip", "knee", "foot") > 2.2 * np.linalg.norm(p["hip"] - p["neck"]),
+        "long_armed": lambda p: np.linalg.norm(p["left_hand"] - p["left_elbow"]) > 0.2,
+    }
+    for name in figures.CATEGORIES.values():
+        for _ in range(50):
+            points = dict(zip(figures.KEYPOINTS, upright(figures.figure(name, rng)[1])))
+            told = {rule for rule, holds in rules.items() if holds(points)}
+            assert told == ({name} & set(rules)), name
+
+
+def reach(points, *names):
+    """The length of the left limb."""
+    places = [points[names[0]], *(points[f"left_{name}"] for name in names[1:])]
+    return sum(np.linalg.norm(b - a) for a, b in zip(places, places[1:]))
+
+
+def upright(points):
+    """The figure turned so that its torso is vertical."""
+    x, y = points[figures.KEYPOINTS.index("hip")] - points[figures.KEYPOINTS.index("neck")]
+    angle = np.arctan2(x, y)
+    return points @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+
+
+def test_figures_read_without_a_warning_and_mirror_by_name(tmp_path, caplog):
+    make_shapes(tmp_path, train=2, val=1, size=96, kind="figures")
+    data = CocoDataset(
+        tmp_path / "train", tmp_path / "annotations" / "instances_train.json", masks=False, keypoints=True
+    )
+    assert data.categories == list(figures.CATEGORIES.values()) and not caplog.records
+    swapped = mirrored_keypoints(figures.KEYPOINTS)
+    assert [figures.KEYPOINTS[i] for i in swapped[:5]] == ["head", "neck", "hip", "right_elbow", "left_elbow"]
