@@ -23,6 +23,7 @@ UNLEARNT = ("name", "run_dir", "resume", "runtime", "logger", "evaluation", "dat
 
 
 COCO_LIMITS = (1, 10, 100)  # detections of a class in an image that COCO's AP and AR count
+LVIS_LIMIT = 300  # detections of an image, whatever their class, that LVIS's AP counts
 
 
 def check_limits(limits: Sequence[int], name: str = "max_detections") -> tuple[int, ...]:

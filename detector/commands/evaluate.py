@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -144,29 +144,41 @@ def evaluate_checkpoint(
         truth = without_classes(ground_truth(dataset)) if proposals_only else ground_truth(dataset)
         if len(dataset.annotation_files) > 1:  # images and categories of predictions.json have the numbers of this
             write_json(folder / "annotations.json", ground_truth(dataset).to_coco())
-        summary, classes = summary_table(metrics, limits), class_table(metrics, truth)
-        (folder / "table.txt").write_text(f"{summary}\n\n{classes}\n", encoding="utf-8")
-        print(f"\n{summary}\n\n{class_table(metrics, truth, SHOWN_CLASSES)}\n")
-        points = None
+        summary, written, points = summary_table(metrics, limits), ["metrics.json", "predictions.json"], None
+        print(f"\n{summary}\n")
+        (folder / "table.txt").write_text(f"{summary}\n", encoding="utf-8")
+        with optional("table of classes"):
+            (folder / "table.txt").write_text(f"{summary}\n\n{class_table(metrics, truth)}\n", encoding="utf-8")
+            print(f"{class_table(metrics, truth, SHOWN_CLASSES)}\n")
         if not proposals_only:
-            kind = main_kind(metrics)
-            point = find_operating_point(kept_matches(truth, results, kind, limits[-1]), kind, criterion)
-            write_json(folder / OPERATING_POINT, {"iteration": detector.iteration, **point})
-            print(describe(point))
-            points = point["classes"]
-        (folder / "classes.csv").write_text(class_csv(metrics, truth, points), encoding="utf-8")
-        report = None
+            with optional("operating point"):
+                kind = main_kind(metrics)
+                point = find_operating_point(kept_matches(truth, results, kind, limits[-1]), kind, criterion)
+                write_json(folder / OPERATING_POINT, {"iteration": detector.iteration, **point})
+                print(describe(point))
+                points = point["classes"]
+        with optional("classes.csv"):
+            (folder / "classes.csv").write_text(class_csv(metrics, truth, points), encoding="utf-8")
+            written.append("classes.csv")
         if points and {"bbox", "segm"} & set(metrics):
             found = Evaluated(
                 *(str(checkpoint), truth, results, metrics, point, limits, dataset.folders, dataset.pictures),
                 *(Path(checkpoint).parent / "log.jsonl", detector.config),
             )
-            report = write_run_report(found, folder / "report.html")
-        written = f"metrics.json, predictions.json, classes.csv{', report.html' if report else ''}"
-        print(f"{len(dataset)} images, {len(results)} detections; {folder}: {written}")
+            written += ["report.html"] if write_run_report(found, folder / "report.html") else []
+        print(f"{len(dataset)} images, {len(results)} detections; {folder}: {', '.join(written)}")
     if world.size > 1:
         dist.destroy_process_group()
     return metrics
+
+
+@contextlib.contextmanager
+def optional(what: str) -> Iterator[None]:
+    """A failure in here is a warning: what was measured is written and shown by then, and is not lost."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("no %s: %s: %s", what, type(error).__name__, error, exc_info=log.isEnabledFor(logging.DEBUG))
 
 
 def refuse_other_results(folder: Path, key: str) -> None:

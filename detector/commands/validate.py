@@ -56,6 +56,7 @@ from detector.evaluation.tables import table
 from detector.inference.draw import draw
 from detector.ops.text import one_line, readable_streams
 from detector.roi import RoIExtractor, assign_levels
+from detector.settings import LVIS_LIMIT
 from detector.weights.zoo import implied
 
 COUNTED = ("objects", "images")
@@ -236,7 +237,8 @@ def named(found: Images, row: int) -> str:
 
 def look_at_crowds(report: Report, cfg: DictConfig, sets: Mapping[str, Annotations]) -> None:
     """Images with more objects than the box head keeps or AP counts, and the settings that reach all."""
-    kept, counted = OmegaConf.select(cfg, KEPT), cfg.evaluation.max_detections[-1]
+    federated = any(found.truth is not None and found.truth.federated for found in sets.values())
+    kept, counted = OmegaConf.select(cfg, KEPT), LVIS_LIMIT if federated else cfg.evaluation.max_detections[-1]
     most, of_class, crowded = 0, 0, {}
     for split, found in sets.items():
         images_of = np.repeat(np.arange(len(found)), np.diff(found.object_starts))[~found.crowd]
@@ -248,7 +250,7 @@ def look_at_crowds(report: Report, cfg: DictConfig, sets: Mapping[str, Annotatio
     enough = 100 * math.ceil(1.5 * most / 100)  # what is found twice or wrongly takes places, too
     if kept is not None and most > kept:
         report.suggestions[KEPT] = str(enough)
-    if of_class > counted:
+    if of_class > counted and not federated:
         report.suggestions["evaluation.max_detections"] = f"[1,10,{enough}]"
     advice = " ".join(f"{key}={value}" for key, value in report.suggestions.items())
     for split, images in crowded.items() if advice else ():
@@ -340,6 +342,9 @@ def propose_sizes(
         report.advice.append(f"the anchors {where}: as well as others would")
 
 
+FEW_TO_DRAW = 10  # objects, of fewer of which draws say nothing
+
+
 def look_at_noise(report: Report, truth: Truth) -> None:
     """Whether the validation set is large enough for its AP to say something."""
     objects = int((~truth.crowd).sum())
@@ -347,11 +352,14 @@ def look_at_noise(report: Report, truth: Truth) -> None:
         return
     if (found := advice.noise(truth)) is not None:
         value, low, high = (100 * number for number in found)
+        told = (
+            f"a detector of AP {value:.0f} is measured as {low:.0f} to {high:.0f} (95 %), {high - low:.0f} points wide"
+        )
+        width = f": {told}" if objects >= FEW_TO_DRAW else ""
         report.add(
             "warning",
             "val",
-            f"AP on {len(truth)} images with {objects} objects is mostly chance: a detector of AP {value:.0f} is "
-            f"measured as {low:.0f} to {high:.0f} (95 %), {high - low:.0f} points wide. Give it {advice.FEW_IMAGES} "
+            f"AP on {len(truth)} images with {objects} objects is mostly chance{width}. Give it {advice.FEW_IMAGES} "
             f"images and {advice.FEW_OBJECTS} objects: detector convert split",
             [f"{len(truth)} images, {objects} objects"],
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from abc import ABC, abstractmethod
-from functools import cache
+from functools import cache, cached_property
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -133,9 +133,9 @@ class PillowFile(PictureFile):
     def offers(self) -> set[int]:
         return {1, 3, self.channels}
 
-    @property
+    @cached_property
     def pages(self) -> int:
-        return getattr(self.picture, "n_frames", 1)
+        return getattr(self.picture, "n_frames", 1)  # which Pillow counts while the file is open
 
     def close(self) -> None:
         self.picture.close()

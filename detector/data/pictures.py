@@ -61,7 +61,10 @@ class Pictures:
     def __post_init__(self):
         channels, page, shown = self.channels, self.page, self.shown
         require(type(channels) is int and 1 <= channels <= MOST, "data.channels", channels, f"from 1 to {MOST}")
-        require(page is None or (type(page) is int and page >= 1), "data.page", page, "at least 1, or null: the first")
+        wanted = (
+            "at least 1, or null: the first; `predict` takes each, in data sets a file_name is like stack.tif#page=2"
+        )
+        require(page is None or (type(page) is int and page >= 1), "data.page", page, wanted)
         if shown is not None:
             fits = len(shown) == 3 and all(1 <= number <= channels for number in shown)
             require(fits, "data.shown", list(shown), f"three numbers from 1 to data.channels={channels}, or null")
@@ -107,6 +110,7 @@ class Pictures:
     def check(self, path: str | os.PathLike, page: int | None = None) -> PictureFile:
         """The header of a picture. Raises as `read`, but for what only its pixels show."""
         with self._opened(path, page, whole=False) as file:
+            _ = file.pages  # counted before it is closed
             return file
 
     @contextlib.contextmanager

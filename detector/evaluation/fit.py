@@ -15,7 +15,7 @@ from detector.evaluation.coco import coco_sigmas
 from detector.evaluation.evaluator import ground_truth, measurable, measure
 from detector.evaluation.proposals import proposal_recall, without_classes
 from detector.ops.checks import ConfigError
-from detector.settings import COCO_LIMITS
+from detector.settings import COCO_LIMITS, LVIS_LIMIT
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ def rehearse(
             )
     if sigmas is not None:
         check_sigmas(sigmas, names if "keypoints" in kinds else [], f"{where}sigmas")
+    check_counted(max_detections, kinds, truth.federated, f"{where}max_detections")
     metrics = measure(truth, [], kinds, evaluator, False, sigmas, max_detections)
     if proposals_only and "bbox" in metrics:
         metrics["bbox"] |= proposal_recall(truth, [])
@@ -128,6 +129,25 @@ def check_iou_types(iou_types: Sequence[str], predicted: set[str], kinds: Sequen
         if need not in kinds:
             who = f"no object of {file} has" if need in predicted else "the model does not predict"
             raise ConfigError(f"{given}: {kind!r} needs {NAMES[need]}, which {who}; {choices}")
+
+
+def check_counted(limits: Sequence[int], kinds: Sequence[str], federated: bool, key: str) -> None:
+    """Raise ConfigError for other `limits` than COCO's where an AP is measured that has its own: of LVIS's data always,
+    of VOC's if nothing else is measured."""
+    if tuple(limits) == COCO_LIMITS:
+        return
+    given, usual = f"{key} = {list(limits)}", f"{key}={list(COCO_LIMITS)}".replace(" ", "")
+    if federated and {"bbox", "segm"} & set(kinds):
+        raise ConfigError(
+            f"{given}: the data have LVIS's lists, and LVIS's AP counts the best {LVIS_LIMIT} detections of an image, "
+            f"whatever their class; {usual} leaves it so, model.box_head.detections_per_image={LVIS_LIMIT} lets the "
+            "model give as many"
+        )
+    if set(kinds) == {"voc"}:
+        raise ConfigError(
+            f"{given}: VOC's AP counts all that the model gives; {usual} leaves it so, "
+            f"model.box_head.detections_per_image={limits[-1]} lets the model give as many"
+        )
 
 
 def check_sigmas(sigmas: Sequence[float], names: Sequence[str], key: str) -> None:

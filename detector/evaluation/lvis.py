@@ -13,6 +13,7 @@ import numpy as np
 
 from detector.data.annotations import Truth
 from detector.evaluation.coco import check_annotations, check_predictions, for_backend
+from detector.settings import LVIS_LIMIT
 
 
 def lvis_metrics(
@@ -36,7 +37,7 @@ def lvis_metrics(
         raise ValueError("annotations: every image needs LVIS's 'neg_category_ids'; for COCO's AP use coco_metrics")
     truth, results = for_backend(checked, check_predictions(predictions, checked, iou_type), iou_type)
     ground_truth = COCO(truth)
-    evaluator = LVISeval(ground_truth, LVISResults(ground_truth, results, 300), iou_type)
+    evaluator = LVISeval(ground_truth, LVISResults(ground_truth, results, LVIS_LIMIT), iou_type)
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summary_lines()

@@ -22,7 +22,7 @@ import numpy as np
 from detector.evaluation.coco import check_annotations, check_predictions, for_backend
 from detector.evaluation.tables import TITLES
 from detector.ops.checks import ConfigError
-from detector.settings import COCO_LIMITS
+from detector.settings import COCO_LIMITS, LVIS_LIMIT
 
 OPERATING_POINT = "operating_point.json"  # beside the results of `detector eval`
 IOU = 0.5
@@ -55,7 +55,7 @@ def kept_matches(annotations, predictions, iou_type: str = "bbox", limit: int = 
     truth, results = for_backend(checked, check_predictions(predictions, checked, iou_type), iou_type)
     ground_truth = COCO(truth)
     if checked.federated:
-        evaluator = LVISeval(ground_truth, LVISResults(ground_truth, results, 300), iou_type)
+        evaluator = LVISeval(ground_truth, LVISResults(ground_truth, results, LVIS_LIMIT), iou_type)
     else:
         evaluator = COCOeval(ground_truth, ground_truth.load_res(results), iou_type)
         evaluator.params.maxDets = [limit]

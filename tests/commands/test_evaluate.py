@@ -45,6 +45,19 @@ def test_evaluation_of_a_checkpoint(checkpoint, shapes_tiny, tmp_path, capsys):
     assert other == metrics
 
 
+def test_nothing_measured_is_lost_where_what_follows_fails(checkpoint, capsys, caplog, monkeypatch):
+    module = sys.modules[evaluate_checkpoint.__module__]
+    for name in ("class_table", "find_operating_point", "class_csv"):
+        monkeypatch.setattr(module, name, lambda *_: 1 / 0)
+    metrics = evaluate_checkpoint(**arguments("eval", options(checkpoint)))
+    folder = checkpoint.parent / "eval_run"
+    assert json.loads((folder / "metrics.json").read_text()) == metrics and (folder / "about.json").is_file()
+    printed = capsys.readouterr().out
+    assert (folder / "table.txt").read_text().strip() in printed and "metrics.json, predictions.json\n" in printed
+    for what in ("table of classes", "operating point", "classes.csv"):
+        assert f"no {what}: ZeroDivisionError: division by zero" in caplog.text
+
+
 def test_proposals_are_of_no_class(shapes_tiny, tmp_path):
     """A model without a box head: one class, 'object', in tables and in what it predicts."""
     save(untrained(configured("model=rpn", f"data.root={shapes_tiny}")), tmp_path / "rpn.pt")

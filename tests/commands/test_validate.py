@@ -61,6 +61,7 @@ def test_sound_data(monkeypatch, capsys, folder):
     assert code == 0
     expected = ("hotcoco", "anchor", "is mostly chance")  # of two images
     assert not [f for f in report["findings"] if not any(text in f["what"] for text in expected)]
+    assert not any("points wide" in f["what"] for f in report["findings"])  # which two objects cannot tell
     train = report["statistics"]["train"]
     assert train["images"] == 2 and train["objects"] == 2 and train["images without objects"] == 1
     assert train["per category"] == {"dog": {"objects": 1, "images": 1}, "cat": {"objects": 1, "images": 1}}
@@ -121,6 +122,12 @@ def test_what_a_crowded_set_needs(monkeypatch, capsys, folder):
     assert next(f for f in report["findings"] if "100 objects" in f["what"])["examples"] == ["image 7, a.png: 122"]
     _, report, _ = run(monkeypatch, capsys, folder, *advice.split())
     assert not [f for f in report["findings"] if "objects, the most" in f["what"]]
+    lists = {"neg_category_ids": [], "not_exhaustive_category_ids": []}  # LVIS's AP has a limit of its own
+    for split in ("train", "val"):
+        change(folder, split, lambda coco: [image.update(lists) for image in coco["images"]])
+    _, report, _ = run(monkeypatch, capsys, folder)
+    (what,) = (f["what"] for f in report["findings"] if "objects, the most" in f["what"])
+    assert what.endswith("122: model.box_head.detections_per_image=200")
 
 
 def test_a_wrong_image_folder_is_one_finding_that_names_the_right_one(monkeypatch, capsys, folder):

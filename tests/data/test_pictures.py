@@ -156,6 +156,9 @@ def test_pages(tmp_path):
     frames = [Image.new("RGB", (9, 8), (value, 0, 0)) for value in (10, 20)]
     frames[0].save(tmp_path / "b.tif", save_all=True, append_images=frames[1:])
     assert [int(Pictures(page=page).read(tmp_path / "b.tif")[0, 0, 0]) for page in (None, 1, 2)] == [10, 10, 20]
+    tifffile.imwrite(tmp_path / "c.tif", np.zeros((4, 40, 60, 3), np.uint8), photometric="rgb")
+    Image.new("L", (9, 9)).save(tmp_path / "d.gif", save_all=True, append_images=[Image.new("L", (9, 9), 99)])
+    assert [Pictures().check(tmp_path / name).pages for name in ("b.tif", "c.tif", "d.gif")] == [2, 4, 2]
     assert split_page("x/a.tif#page=2") == ("x/a.tif", 2)
     for name in ("a.tif", "#page=2", "a.tif#page=0", "a.tif#page=x", "a#b.tif"):
         assert split_page(name) == (name, None)
@@ -279,6 +282,7 @@ def test_damaged_files_are_named(tmp_path, deep):
         ({"channels": 0}, r"data\.channels = 0: must be from 1 to 16"),
         ({"channels": 17}, r"data\.channels = 17"),
         ({"page": 0}, r"data\.page = 0: must be at least 1"),
+        ({"page": "each"}, r"data\.page = 'each': .*`predict` takes each, in data sets .* stack\.tif#page=2"),
         ({"shown": [1, 2, 4]}, r"data\.shown = \[1, 2, 4\]: must be three numbers from 1 to data\.channels=3"),
         ({"shown": [1, 2]}, r"data\.shown"),
         ({"intensity": "full"}, r"data\.intensity = 'full': must be \[low, high\], .*percentiles, type, file"),

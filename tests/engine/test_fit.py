@@ -11,6 +11,7 @@ import pytest
 from detector.config import ConfigError
 from detector.engine import setup
 from detector.engine import train as loop
+from detector.evaluation.fit import rehearse
 from detector.settings import Evaluation
 from tests.data.coco_files import FIVE, five_points
 
@@ -133,3 +134,27 @@ def test_as_many_detections_are_kept_as_are_counted(config, run, caplog, monkeyp
     assert "AR300" in json.loads((folder / "metrics.json").read_text())["bbox"]
     with pytest.raises(ConfigError, match="max_detections"):
         run(*SHORT, "evaluation.max_detections=[10,1]")
+
+
+def test_limits_that_an_ap_has_by_its_definition_are_not_set(config, shapes_tiny, tmp_path, monkeypatch):
+    """LVIS's AP counts 300 of an image, VOC's all: another number is refused, and what is advised works."""
+    data = shutil.copytree(shapes_tiny, tmp_path / "lvis")
+    for file in (data / "annotations").glob("*.json"):
+        content = json.loads(file.read_text())
+        for image in content["images"]:
+            image |= {"neg_category_ids": [1, 2, 4, 5, 8], "not_exhaustive_category_ids": []}
+        file.write_text(json.dumps(content))
+    cfg = config(f"data.root={data}")
+    sets, usual = setup.datasets(cfg), Evaluation()
+    with pytest.raises(ConfigError, match=r"^evaluation\.max_detections = \[1, 10, 500\]: .*LVIS's AP counts") as found:
+        setup.fit(cfg, *sets, Evaluation(max_detections=[1, 10, 500]))
+    advised = dict(re.findall(r"([\w.]+)=(\S+)", str(found.value)))
+    assert json.loads(advised["evaluation.max_detections"]) == list(usual.max_detections)
+    cfg = config(
+        f"data.root={data}", f"model.box_head.detections_per_image={advised['model.box_head.detections_per_image']}"
+    )
+    setup.fit(cfg, *sets, usual)
+    model, val_set = setup.skeleton(cfg), sets[1]
+    with pytest.raises(ConfigError, match=r"^max_detections = \[5\]: VOC's AP counts all"):
+        rehearse(model, setup.datasets(config())[1], iou_types=["voc"], max_detections=[5])
+    assert rehearse(model, val_set, iou_types=["voc"])["voc"]["AP50"] == 0

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from hotcoco import COCO
 from hotcoco import mask as rle_tools
@@ -14,10 +15,13 @@ from PIL import Image
 
 import detector
 from detector import checkpoint as checkpoints
+from detector.commands.evaluate import evaluate_checkpoint
 from detector.commands.predict import find_images, predict_files
 from detector.config import ConfigError, RunError
 from detector.data import read_image
+from detector.engine.train import train
 from detector.inference.load import merge, validation_transforms
+from tests.runs import TINY, checked
 from tests.untrained import arguments
 
 
@@ -255,3 +259,65 @@ def test_predict_files(checkpoint, photo, tmp_path, capsys):
     assert 0 < abs(halved[0]["score"] - annotations[0]["score"]) < 0.02
     with pytest.raises(RunError, match="none of the 1 files could be read"):
         predict_files(**arguments("predict", [*options[:1], f"images={folder}/cut.jpg", *options[2:]]))
+
+
+@pytest.mark.parametrize("tiles", [[], ["tiles.size=64"]], ids=["whole", "tiles"])
+def test_every_page_of_a_file_is_an_image(checkpoint, shapes_tiny, tmp_path, tiles, capsys, caplog):
+    """With data.page=each; one page with its number, the first one otherwise, which is said. A file name that ends with
+    a page makes it an image of a data set, whose evaluation finds the same."""
+    files = sorted((shapes_tiny / "val").iterdir())[:3]
+    (tmp_path / "in").mkdir()
+    tifffile.imwrite(tmp_path / "in" / "stack.tif", np.stack([read_image(file) for file in files]), photometric="rgb")
+    Image.fromarray(read_image(files[0])).save(tmp_path / "in" / "single.png")
+
+    def found(name: str, *options: str) -> dict:
+        options = (
+            f"checkpoint={checkpoint}",
+            f"images={tmp_path / 'in'}",
+            f"output={tmp_path / name}",
+            *options,
+            *tiles,
+        )
+        assert predict_files(**arguments("predict", [*options, "threshold=0", "device=cpu"])) == 0
+        return json.loads((tmp_path / name / "predictions.json").read_text())
+
+    def of_image(content: dict, number: int) -> list[tuple]:
+        return [(e["score"], *e["bbox"]) for e in content["annotations"] if e["image_id"] == number]
+
+    each = found("each", "data.page=each")
+    names = [image["file_name"].rpartition("/")[2] for image in each["images"]]
+    assert names == ["single.png", "stack.tif#page=1", "stack.tif#page=2", "stack.tif#page=3"]
+    drawn = {path.name for path in (tmp_path / "each").glob("*.png")}
+    assert drawn == {"single.png.png", *(f"stack_page{page}.tif.png" for page in (1, 2, 3))}
+    assert "have several pages" not in caplog.text
+    assert of_image(each, 1) == of_image(each, 2) != of_image(each, 3) != of_image(each, 4)
+    first = found("first", "draw=false")
+    assert of_image(first, 2) == of_image(each, 2) and "1 files have several pages, of which the first" in caplog.text
+    (tmp_path / "in" / "single.png").unlink()
+    second = found("second", "data.page=2", "draw=false")
+    assert of_image(second, 1) == of_image(each, 3)
+
+    if tiles:
+        return
+    truth = json.loads((shapes_tiny / "annotations" / "instances_val.json").read_text())
+    ids = [next(image["id"] for image in truth["images"] if image["file_name"] == file.name) for file in files]
+    truth["images"] = [
+        {"id": id_, "file_name": f"stack.tif#page={page}", "width": 96, "height": 96} for page, id_ in enumerate(ids, 1)
+    ]
+    truth["annotations"] = [entry for entry in truth["annotations"] if entry["image_id"] in ids]
+    (tmp_path / "in" / "pages.json").write_text(json.dumps(truth))
+    data = [f"data.root={tmp_path / 'in'}", "data.val.images=.", "data.val.annotations=pages.json"]
+    evaluate_checkpoint(
+        **arguments(
+            "eval",
+            [f"checkpoint={checkpoint}", f"output={tmp_path / 'eval'}", "device=cpu", "workers=0", *data, *tiles],
+        )
+    )
+    results = {"annotations": json.loads((tmp_path / "eval" / "predictions.json").read_text())}
+    for page, id_ in enumerate(ids, 1):
+        assert [v[0] for v in of_image(results, id_)] == [v[0] for v in of_image(each, page + 1)]
+    both = [*data, "data.train.images=.", "data.train.annotations=pages.json"]
+    with pytest.raises(ConfigError, match=r"data\.page = 'each': .*in data sets a file_name is like stack"):
+        train(checked(*TINY, *both, f"run_dir={tmp_path / 'run'}", "data.page=each"))
+    train(checked(*TINY, *both, f"run_dir={tmp_path / 'run'}", "schedule.max_iterations=1", "schedule.warmup=0"))
+    assert (tmp_path / "run" / "metrics.json").is_file()
