@@ -60,7 +60,7 @@ def test_killed_at_random_moments(run, config, tmp_path, number):
     while 0 not in codes:
         process = forks().Process(target=train, args=(cfg,))
         process.start()
-        if len(codes) < 5:
+        if len(codes) < 4:
             time.sleep(draw.uniform(0.1, 1.5))
             os.kill(process.pid, number)
         process.join(120)
