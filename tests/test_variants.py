@@ -16,7 +16,12 @@ GROUPS = ("model", "backbone", "neck")
 NAMES = {group: sorted(file.stem for file in (CONFIGS / group).glob("*.yaml")) for group in GROUPS}
 # A backbone or neck that needs another model than Faster R-CNN with FPN.
 MODEL_FOR = {"resnet50_c4": "faster_rcnn_c4", "resnet50_dc5": "faster_rcnn_dc5", "single": "faster_rcnn_dc5"}
-TIMM = {"timm": ["model.backbone.name=resnet18"], "convnext_tiny": [], "swin_tiny": []}
+VIT = ["backbone@model.backbone=vit", "neck@model.neck=simple_pyramid"]
+TIMM = {
+    "timm": ["model.backbone.name=resnet18"],
+    **{name: [] for name in ("convnext_tiny", "swin_tiny", "mask_rcnn_vitdet", "cascade_mask_rcnn_vitdet")},
+    **{"vit": VIT, "simple_pyramid": VIT},
+}
 SMALL = {  # keys that are made small where a config has them
     "backbone.width": 32,
     "neck.out_channels": 32,
@@ -50,6 +55,8 @@ def small(cfg):
     OmegaConf.set_struct(cfg, False)
     if "ResNet" not in cfg.backbone._target_:
         cfg.backbone.drop_path_rate = 0.0
+    if "ViT" in cfg.backbone._target_:
+        cfg.backbone.name, cfg.backbone.depth = "test_vit", 4
     for path, value in SMALL.items():
         parent, _, key = path.rpartition(".")
         node = OmegaConf.select(cfg, parent)

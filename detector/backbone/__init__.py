@@ -1,3 +1,4 @@
-from detector.backbone.necks import FPN, PAFPN, BiFPN, SingleLevel
+from detector.backbone.necks import FPN, PAFPN, BiFPN, SimplePyramid, SingleLevel
 from detector.backbone.resnet import ResNet
 from detector.backbone.timm import TimmBackbone
+from detector.backbone.vit import ViT

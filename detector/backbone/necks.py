@@ -1,10 +1,11 @@
 """Necks: from the backbone's maps to the levels that RPN and heads read.
 
-    FPN          a top-down path (Lin et al. 2017)
-    PAFPN        and a second, bottom-up path after it (PANet, Liu et al. 2018, section 3.1):
-                     n_2 = p_2        n_{i+1} = conv(conv_stride_2(n_i) + p_{i+1})
-    BiFPN        several times both paths, with learned weights (EfficientDet, Tan et al. 2020, section 3)
-    SingleLevel  no pyramid: one map, as in Faster R-CNN before FPN ("C4" and dilated "DC5" models)
+    FPN            a top-down path (Lin et al. 2017)
+    PAFPN          and a second, bottom-up path after it (PANet, Liu et al. 2018, section 3.1):
+                       n_2 = p_2        n_{i+1} = conv(conv_stride_2(n_i) + p_{i+1})
+    BiFPN          several times both paths, with learned weights (EfficientDet, Tan et al. 2020, section 3)
+    SimplePyramid  all levels of the one map of a plain ViT, each by itself (ViTDet, Li et al. 2022, section 3)
+    SingleLevel    no pyramid: one map, as in Faster R-CNN before FPN ("C4" and dilated "DC5" models)
 
 Dimensions: N images, L levels, C channels.
 """
@@ -194,6 +195,74 @@ class BiFPN(nn.Module):
         if self.top == "max_pool":
             levels.append(pooled(levels[-1]))
         return self.layers(levels)
+
+
+class SimplePyramid(nn.Module):
+    """Levels of one map: enlarged by deconvolutions, as it is, and halved by max pooling; of each a 1 x 1 and a 3 x 3
+    convolution with a norm, without a ReLU.
+
+    Args:
+        in_channels, strides: of the backbone's one map.
+        out_channels: C of every level.
+        norm: norm by name after the convolutions, and between the two deconvolutions.
+        levels: strides of the levels, finest first: a quarter of the map's, half of it, its own, twice it, or some of
+            these.
+        top: 'max_pool' takes every second cell of the last level for one more, for the RPN's largest anchors; 'none'
+            adds nothing.
+
+    Attributes: as FPN's.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        strides: Sequence[int],
+        out_channels: int = 256,
+        norm: str = "layer_norm",
+        levels: Sequence[int] = (4, 8, 16, 32),
+        top: str = "max_pool",
+    ):
+        super().__init__()
+        if top not in ("max_pool", "none"):
+            raise ValueError(f"top={top!r}: expected 'max_pool' or 'none'")
+        if len(strides) != 1:
+            raise ValueError(
+                f"strides={list(strides)}: a simple pyramid is made of one map, such as backbone@model.backbone=vit's; "
+                "for several take neck@model.neck=fpn"
+            )
+        wide, has = in_channels[0], strides[0]
+        if not levels or [*levels] != [s for s in (has // 4, has // 2, has, 2 * has) if s in levels]:
+            raise ValueError(f"levels={list(levels)}: of {has // 4}, {has // 2}, {has}, {2 * has}, finest first, some")
+        self.scale, channels = nn.ModuleList(), []
+        for stride in levels:
+            layers, last = rescaled(wide, 4 * has // stride, norm)
+            self.scale.append(layers)
+            channels.append(last)
+        self.lateral = nn.ModuleList(conv_block(c, out_channels, 1, norm, relu=False) for c in channels)
+        self.output = nn.ModuleList(conv_block(out_channels, out_channels, 3, norm, relu=False) for _ in channels)
+        self.top, self.out_channels, self.roi_levels = top, out_channels, len(levels)
+        self.strides = list(levels) if top == "none" else [*levels, 2 * levels[-1]]
+        init_uniform(self)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Levels [N, C, Hl, Wl], finest first, of the backbone's map."""
+        (x,) = maps
+        levels = [
+            output(conv_layout(lateral(scale(x))))
+            for scale, lateral, output in zip(self.scale, self.lateral, self.output)
+        ]
+        return levels if self.top == "none" else [*levels, levels[-1][:, :, ::2, ::2]]
+
+
+def rescaled(channels: int, quarters: int, norm: str) -> tuple[nn.Sequential, int]:
+    """Layers that make a map of `quarters` / 4 times the sides, and how many channels it has."""
+    if quarters <= 4:
+        return nn.Sequential(*[nn.MaxPool2d(2)] * (quarters == 2)), channels
+    layers: list[nn.Module] = [nn.ConvTranspose2d(channels, channels // 2, 2, stride=2)]
+    if quarters == 16:
+        layers += [norm_layer(norm)(channels // 2), nn.GELU()]
+        layers.append(nn.ConvTranspose2d(channels // 2, channels // 4, 2, stride=2))
+    return nn.Sequential(*layers), 4 * channels // quarters
 
 
 class SingleLevel(nn.Module):

@@ -5,6 +5,7 @@ Dimensions: N images, C channels.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -12,6 +13,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def known_model(name: str) -> None:
+    """Raise ValueError for a name that timm does not have, and where timm is missing."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError("the timm backbones need timm: pip install 'two-stage-detector[timm]'") from error
+    if not timm.is_model(name):
+        family = timm.list_models(f"{name.split('.')[0].split('_')[0]}*")
+        close = ", ".join(difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5) or family[:5])
+        raise ValueError(f"timm has no model {name!r}" + (f"; it has {close}" if close else ""))
+    model, _, tag = name.partition(".")
+    tags = [known.partition(".")[2] for known in timm.list_models(f"{model}.*", pretrained=True)]
+    if tag and tag not in tags:
+        raise ValueError(f"timm publishes no weights {tag!r} of {model}: it has {', '.join(tags) or 'none'}")
+
+
+def created(name: str, **settings: Any) -> Any:
+    """timm's model of that name."""
+    import timm
+
+    return timm.create_model(name, **settings)
 
 
 class TimmBackbone(nn.Module):
@@ -38,13 +62,7 @@ class TimmBackbone(nn.Module):
         in_channels: int = 3,
     ):
         super().__init__()
-        try:
-            import timm
-        except ImportError as error:
-            raise ValueError("the timm backbones need timm: pip install 'two-stage-detector[timm]'") from error
-        if not timm.is_model(name):
-            close = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5])
-            raise ValueError(f"timm has no model {name!r}" + (f"; it has {close}" if close else ""))
+        known_model(name)
         settings: dict[str, Any] = {"features_only": True}
         if in_channels != 3:
             settings["in_chans"] = in_channels
@@ -52,11 +70,13 @@ class TimmBackbone(nn.Module):
             settings["drop_path_rate"] = drop_path_rate
         if "swin" in name:
             settings |= {"strict_img_size": False, **({"img_size": image_size} if image_size else {})}
-        reductions = timm.create_model(name, features_only=True).feature_info.reduction()
+        reductions = created(name, features_only=True).feature_info.reduction()
         if missing := [stride for stride in strides if stride not in reductions]:
-            raise ValueError(f"strides={list(strides)}: {name} has maps at strides {reductions}, not {missing}")
+            one = len(set(reductions)) == 1
+            hint = "; if it is a plain ViT: backbone@model.backbone=vit neck@model.neck=simple_pyramid" if one else ""
+            raise ValueError(f"strides={list(strides)}: {name} has maps at strides {reductions}, not {missing}{hint}")
         settings["out_indices"] = [reductions.index(s) for s in strides]
-        self.name, self.in_channels, self.create = name, in_channels, partial(timm.create_model, name, **settings)
+        self.name, self.in_channels, self.create = name, in_channels, partial(created, name, **settings)
         self.model = self.create()
         self.out_channels, self.strides = self.model.feature_info.channels(), list(strides)
         self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"

@@ -50,7 +50,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, training:
                 continue
             scale = functools.reduce(lambda x, key: x * training.lr_multipliers[key], matching, 1.0)
             scale *= factors.get(".".join(parts), 1.0)
-            is_norm = isinstance(module, NORMS)
+            is_norm = isinstance(module, NORMS) or name == "pos_embed"  # of ViTs, which no recipe decays alone
             plain = (is_norm and not training.decay_norms) or (
                 name == "bias" and not is_norm and not training.decay_biases
             )

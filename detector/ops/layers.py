@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FrozenBatchNorm2d
 
 from detector.ops import winograd
@@ -48,6 +49,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch_norm": nn.BatchNorm2d,
     "sync_batch_norm": nn.SyncBatchNorm,
     "group_norm": partial(nn.GroupNorm, 32),
+    "layer_norm": partial(LayerNorm2d, eps=1e-6),  # over the channels of each cell
 }
 
 

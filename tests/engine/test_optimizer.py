@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from detector.backbone import TimmBackbone
+from detector.backbone import TimmBackbone, ViT
 from detector.config import ConfigError
 from detector.engine.optimizer import EMA, build_optimizer, parameter_groups
 from detector.roi import DeformableRoIPool
@@ -133,3 +133,21 @@ def test_layer_decay_is_timms(name, strides):
         model, parameter_groups(model, 1.0, 0.05, Training(layer_decay=0.7, lr_multipliers={"backbone": 0.1}))
     )
     assert all(slower[key][0] == pytest.approx(lr * (0.1 if key[0] == "b" else 1)) for key, (lr, _) in found.items())
+
+
+@pytest.mark.parametrize(("depth", "decay"), [(3, 0.7), (6, 0.9)])
+def test_layer_decay_is_vitdets(depth, decay):
+    """Their rule: decay ^ (blocks + 1 - layer), where the embeddings are layer 0, block i layer i + 1, the rest last.
+    Position embeddings have no weight decay."""
+    pytest.importorskip("timm")
+    with torch.device("meta"):
+        body = ViT("test_vit", depth=depth, tokens=False, relative_positions=96)
+        model = nn.ModuleDict({"backbone": body, "neck": nn.Linear(4, 4)})
+    found = by_name(model, parameter_groups(model, 1.0, 0.1, Training(layer_decay=decay, decay_biases=True)))
+    for name, (lr, weight_decay) in found.items():
+        layer = depth + 1
+        if name.startswith("backbone"):
+            layer = int(name.split(".")[3]) + 1 if ".blocks." in name else 0
+        assert lr == pytest.approx(decay ** (depth + 1 - layer)), name
+        assert weight_decay == (0.0 if ".norm" in name or "pos_embed" in name else 0.1), name
+    assert f"backbone.model.blocks.{depth - 1}.attn.rel_pos_h" in found and len(found) > 10 * depth

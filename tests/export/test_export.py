@@ -9,10 +9,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from torch.export import Dim
 
 import detector
 from detector import checkpoint as checkpoints
-from detector.backbone import FPN, PAFPN, ResNet, SingleLevel
+from detector.backbone import FPN, PAFPN, BiFPN, ResNet, SimplePyramid, SingleLevel, ViT
 from detector.backbone.resnet import DeformConv2d
 from detector.commands.weights import main
 from detector.config import ConfigError, build, compose
@@ -43,6 +44,7 @@ from detector.roi import (
 from detector.roi.base import make_op
 from detector.rpn import RPN
 from detector.runtime import autocast
+from detector.structures import Batch
 from tests.tiny import random_batch, tiny_model
 from tests.untrained import SMALL
 
@@ -65,7 +67,7 @@ def lively(model):
     return model.eval()
 
 
-def two_levels(stages=(2, 3), neck=None, box=None, top=None, heads=None, **settings):
+def two_levels(stages=(2, 3), neck=None, box=None, top=None, heads=None, backbone=None, **settings):
     """A model that exports in seconds: two levels, or what `stages` and `neck` make of them. `heads`: further ones."""
     torch.manual_seed(1)
     common = {"canonical_level": 3, "canonical_size": 32}
@@ -73,7 +75,7 @@ def two_levels(stages=(2, 3), neck=None, box=None, top=None, heads=None, **setti
     box_head = settings.pop("box_head", BoxHead)
     model = TwoStageDetector(
         3,
-        ResNet(10, width=8, norm="batch_norm", frozen_stages=0, stages=stages),
+        backbone or ResNet(10, width=8, norm="batch_norm", frozen_stages=0, stages=stages),
         neck or partial(FPN, out_channels=16, top="none"),
         partial(RPN, anchor_sizes=[[24]], **RPN_TOP | (top or {})),
         box_head and partial(box_head, **box),
@@ -189,6 +191,42 @@ def test_one_program_serves_every_size(tmp_path):
         assert min(same_detections(model, run, *case) for case in [*CASES, ((32, 64), (30, 64))]) > 0
     with pytest.raises(RuntimeError):  # an image that is larger than its canvas
         reloaded(program, tmp_path)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([65, 64]))
+
+
+class Maps(torch.nn.Module):
+    """Backbone and neck alone, as `Exportable` runs them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, image_size):
+        sizes, none = image_size[None], torch.zeros(1, dtype=torch.int64)
+        return tuple(self.model.features(Batch(images, sizes, sizes, none, none)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "bifpn"])
+def test_backbone_and_neck_serve_every_size(name, tmp_path):
+    """A ViT whose windows do not divide the map, with one global block and tables for a larger map; BiFPN."""
+    runtime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed: no onnxruntime")
+    neck, body = partial(BiFPN, out_channels=16, repeats=1, top="none"), None
+    if name == "vit":
+        pytest.importorskip("timm")
+        body = ViT("test_vit", depth=2, window=3, global_blocks=[1], tokens=False, relative_positions=160)
+        neck = partial(SimplePyramid, out_channels=16, levels=[16, 32], top="none")
+    maps = Maps(two_levels(backbone=body, neck=neck, box_head=None)).requires_grad_(False)
+    batch = random_batch(images=1, size=(160, 192))[0]
+    sides = {2: 32 * Dim("rows", min=1), 3: 32 * Dim("columns", min=1)}
+    program = torch.export.export(maps, (batch.images, torch.tensor([150, 190])), dynamic_shapes=(sides, {}))
+    save_onnx(program, ["fine", "coarse"], tmp_path / "model.onnx")
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    for canvas, content in CASES:
+        images, size = random_batch(images=1, size=canvas)[0].images, torch.tensor(content)
+        expected = maps(images, size)
+        for run in (program.module(), lambda *both: session.run(None, inputs_of(*both))):
+            for level, wanted in zip(run(images, size), expected, strict=True):
+                torch.testing.assert_close(torch.as_tensor(level), wanted, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.slow
