@@ -26,7 +26,7 @@ from detector.ops.boxes import (
     take,
 )
 from detector.ops.checks import check_choice, check_counts, check_fractions
-from detector.ops.sampling import IGNORED, check_thresholds, match, sample
+from detector.ops.sampling import IGNORED, Matches, check_thresholds, match, sample
 from detector.protocols import Trunk
 from detector.roi import RoIExtractor, RoIOp, make_op
 from detector.structures import (
@@ -63,19 +63,20 @@ class BoxPrediction(NamedTuple):
 
 
 class BoxPredictor(nn.Module):
-    """Two linear layers on the trunk's output [R, in_channels]."""
+    """Two linear layers on the trunk's output [R, in_channels], that of the boxes on [R, box_channels] where given."""
 
-    def __init__(self, in_channels: int, num_classes: int, class_agnostic: bool):
+    def __init__(self, in_channels: int, num_classes: int, class_agnostic: bool, box_channels: int | None = None):
         super().__init__()
         self.class_logits = nn.Linear(in_channels, num_classes + 1)
-        self.box_deltas = nn.Linear(in_channels, 4 if class_agnostic else 4 * num_classes)
+        self.box_deltas = nn.Linear(box_channels or in_channels, 4 if class_agnostic else 4 * num_classes)
         nn.init.normal_(self.class_logits.weight, std=0.01)
         nn.init.normal_(self.box_deltas.weight, std=0.001)
         nn.init.zeros_(self.class_logits.bias)
         nn.init.zeros_(self.box_deltas.bias)
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return self.class_logits(hidden), self.box_deltas(hidden).unflatten(1, (-1, 4))
+    def forward(self, hidden: Tensor, of_boxes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        deltas = self.box_deltas(hidden if of_boxes is None else of_boxes)
+        return self.class_logits(hidden), deltas.unflatten(1, (-1, 4))
 
 
 class BoxHead(nn.Module):
@@ -181,7 +182,7 @@ class BoxHead(nn.Module):
             # Behind the proposals: the order of the draw must not depend on how far the ground truth is padded.
             boxes = torch.cat([boxes, targets.boxes], dim=1)
             valid = torch.cat([valid, targets.valid & ~targets.crowd], dim=1)
-        matches = match(boxes, targets, self.negative_iou, self.positive_iou)
+        matches = self.match(boxes, valid, targets)
         verdict = torch.where(valid, matches.verdict, IGNORED)
         drawn = sample(verdict, batch.sample_keys, self.batch_size_per_image, self.positive_fraction, stage=1)
         matched_idxs = take(matches.matched_idxs, drawn.indices)
@@ -190,6 +191,10 @@ class BoxHead(nn.Module):
         most = int(self.batch_size_per_image * self.positive_fraction)  # positives come first
         positives = flatten_valid(drawn.positive[:, :most], *(t[:, :most] for t in rows))
         return SampledRoIs(*flatten_valid(drawn.valid, *rows)), SampledRoIs(*positives)
+
+    def match(self, boxes: Tensor, valid: Tensor, targets: Targets) -> Matches:
+        """Boxes [N, P], those that are `valid`, to the ground truth."""
+        return match(boxes, targets, self.negative_iou, self.positive_iou)
 
     def losses(self, prediction: BoxPrediction, sampled: SampledRoIs, targets: Targets) -> dict[str, Tensor]:
         """loss_classifier and loss_box_reg of the predictions for `sampled`."""

@@ -169,6 +169,6 @@ def relabel(sampled: SampledRoIs, rois: Tensor, targets: Targets, iou: float) ->
     """The same rows after refinement to rois [R, 5]: matched anew, at another threshold."""
     image = rois[:, 0].long()
     own = Targets(targets.boxes[image], targets.labels[image], targets.valid[image], targets.crowd[image])
-    matched_idxs, verdict = (t[:, 0] for t in match(rois[:, None, 1:], own, iou, iou))  # a row is its own image here
+    matched_idxs, verdict, _ = (t[:, 0] for t in match(rois[:, None, 1:], own, iou, iou))  # a row is its own image here
     labels = own.labels.gather(1, matched_idxs[:, None])[:, 0] * (verdict == POSITIVE)
     return SampledRoIs(sampled.weight * (verdict != IGNORED), rois, labels, matched_idxs)

@@ -44,12 +44,16 @@ def global_mean_count(count: Tensor) -> Tensor:
     A loss summed over this rank's samples and divided by it gives, once the ranks' gradients are averaged, the gradient
     of a single process that sees the whole batch.
     """
-    count = count.detach().float()
+    return global_mean(count.detach().float()).clamp(min=1)
+
+
+def global_mean(value: Tensor) -> Tensor:
+    """Mean over the ranks of a float tensor that has no gradient."""
     if several_ranks():
-        count = count.clone()
-        dist.all_reduce(count)
-        count = count / dist.get_world_size()
-    return count.clamp(min=1)
+        value = value.clone()
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value
 
 
 def objectness(logits: Tensor, positive: Tensor, weight: Tensor, count: Tensor) -> Tensor:
@@ -128,10 +132,11 @@ class Seesaw(nn.Module):
         return F.cross_entropy(logits + log_factor, labels, reduction="none")
 
 
-def smooth_l1(deltas: Tensor, target: Tensor, beta: float) -> Tensor:
-    """Smooth L1 per row [R] of deltas [R, 4] (Fast R-CNN, Girshick 2015, eq. 3); beta = 0 is L1."""
+def smooth_l1(deltas: Tensor, target: Tensor, beta: float | Tensor) -> Tensor:
+    """Smooth L1 per row [R] of deltas [R, 4] (Fast R-CNN, Girshick 2015, eq. 3); beta = 0 is L1, as a tensor it must be
+    positive."""
     difference = (deltas.float() - target).abs()
-    if beta == 0:
+    if not isinstance(beta, Tensor) and beta == 0:
         return difference.sum(dim=-1)
     return torch.where(difference < beta, 0.5 * difference**2 / beta, difference - 0.5 * beta).sum(dim=-1)
 

@@ -24,6 +24,7 @@ POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 class Matches(NamedTuple):
     matched_idxs: Tensor  # [N, A] index of the best ground-truth box, whatever the verdict
     verdict: Tensor  # [N, A] int8: POSITIVE, NEGATIVE or IGNORED
+    iou: Tensor  # [N, A] with that box, -1 without any
 
 
 def check_thresholds(negative_iou: float, positive_iou: float) -> None:
@@ -37,8 +38,8 @@ def check_thresholds(negative_iou: float, positive_iou: float) -> None:
 def match(
     boxes: Tensor,
     targets: Targets,
-    low: float,
-    high: float,
+    low: float | Tensor,
+    high: float | Tensor,
     low_quality: bool = False,
     crowd_threshold: float = 0.7,
 ) -> Matches:
@@ -65,7 +66,7 @@ def match(
     in_crowd = torch.where(targets.valid[:, :, None] & crowd, quality, -1.0).amax(dim=1) >= crowd_threshold
 
     verdict = torch.where(positive, POSITIVE, torch.where((best < low) & ~in_crowd, NEGATIVE, IGNORED))
-    return Matches(matched_idxs, verdict.to(torch.int8))
+    return Matches(matched_idxs, verdict.to(torch.int8), best)
 
 
 # SplitMix64 (Steele, Lea and Flood 2014), its constants as signed 64-bit integers.
