@@ -12,6 +12,8 @@ COMMANDS = {  # the module whose `main` the word runs, with which arguments befo
     "eval": ("commands.evaluate", [], "COCO's metrics of a checkpoint on a data set"),
     "predict": ("commands.predict", [], "detections in images, as pictures and as COCO's JSON"),
     "compare": ("commands.compare", [], "which of several runs is better, by how much, and how sure that is"),
+    "bench": ("commands.bench", [], "how fast a model is here, way by way, and what takes the time"),
+    "quantize": ("commands.quantize", [], "a checkpoint as ONNX in 8 bits, if that costs little AP"),
     "explore": ("commands.explore", [], "an HTML page that shows what each RoI method reads in an image"),
     "features": ("commands.features", [], "what a model makes of the boxes in a COCO file, as arrays in a .npz"),
     "validate": ("commands.validate", [], "look over a data set before time is spent on it"),

@@ -35,7 +35,9 @@ PATHS = {
         "data.root",
         "image",
         "model.backbone.weights",
+        "int8",
         "model.weights",
+        "onnx",
         "resume",
     ),
 }

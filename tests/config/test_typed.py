@@ -32,6 +32,8 @@ PROGRAMS = {  # its module, and the keys that are paths
     "eval": ("evaluate", ["checkpoint", "output", *SPLITS[2:]]),
     "predict": ("predict", ["checkpoint", "images", "input", "output"]),
     "compare": ("compare", ["runs", "output"]),
+    "bench": ("bench", ["checkpoint", "images", "onnx", "int8", "output"]),
+    "quantize": ("quantize", ["checkpoint", "output", "onnx", "data.root", *SPLITS]),
     "explorer": ("explore", ["checkpoint", "image", "output"]),
     "features": ("features", ["checkpoint", "annotations", "images", "output"]),
     "validate": ("validate", TRAINING),
@@ -41,6 +43,7 @@ NO_PATHS = {  # settings that are texts, or may be, and no paths: a new one stan
     "operating_point",  # f1, or a wished precision or recall
     "threshold",  # best, per_class
     *("start", "stop", "codec"),  # of a video
+    *("size", "ways"),  # of a bench
     *(
         "baseline",
         "data.intensity",
@@ -209,7 +212,7 @@ def test_sweeps_over_paths(tmp_path, received):
 
 def test_every_text_setting_is_a_path_or_known_to_be_none():
     """So that a new key that holds a path is not forgotten."""
-    for program in ("train", "eval", "predict", "compare", "explorer", "features"):
+    for program in ("train", "eval", "predict", "compare", "explorer", "features", "bench", "quantize"):
         cfg = compose(program)
         tree = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]))
         unknown = {key for key in texts(tree) if key not in PATHS | NO_PATHS and not key.startswith(CODE)}
