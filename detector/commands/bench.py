@@ -281,7 +281,7 @@ def agreement(reference: Sequence[Result], found: Sequence[Result]) -> float:
     for one, other in zip(reference, found):
         count += len(one.boxes)
         if len(one.boxes) and len(other.boxes):
-            same = (pairwise_iou(one.boxes, other.boxes) >= 0.5) & (one.labels[:, None] == other.labels)
+            same = (pairwise_iou(one.boxes[None], other.boxes[None])[0] >= 0.5) & (one.labels[:, None] == other.labels)
             met += int(same.any(1).sum())
     return round(met / count, 4) if count else 1.0
 
