@@ -14,7 +14,8 @@ install: $(READY)  ## virtual environment with the project and its tested versio
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,timm,export,cluster,pictures]' -c constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,timm,export,cluster,pictures,tracks]' -c constraints.txt
+	-$(PY) -m pip install --quiet --disable-pip-version-check --no-deps trackers -c constraints.txt
 	@touch $@
 
 demo: $(READY) data/shapes/annotations/instances_val.json  ## train, evaluate and draw on generated shapes

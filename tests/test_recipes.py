@@ -25,7 +25,7 @@ from detector.engine.optimizer import build_optimizer
 from tests.test_variants import random_input, small
 
 NOT_FOR_COCO = (
-    *("none", "small", "coco", "finetune", "finetune_small"),
+    *("none", "small", "coco", "finetune", "finetune_small", "realtime"),
     *("quickstart", "mask_rcnn_nuclei", "faster_rcnn_bccd", "keypoint_figures"),
     *(file.stem for file in (CONFIGS / "experiment").glob("ablation_*.yaml")),
 )

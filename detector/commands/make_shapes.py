@@ -2,6 +2,7 @@
 
     detector shapes --out data/shapes
     detector shapes --kind figures --out data/figures      jointed figures with keypoints, told apart by posture
+    detector shapes --video --out data/moving    videos, in which shapes cross and hide one another; --help says more
 
 Colour, texture, size and orientation of an object are drawn from the same distributions for every category. Objects
 hide one another and are cut by the image's border; what is annotated is the visible part. The same options give the
@@ -15,6 +16,7 @@ import json
 import math
 import multiprocessing
 import os
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -286,6 +288,10 @@ def categories(kind: str) -> list[dict]:
 
 
 def main() -> None:
+    if "--video" in sys.argv[1:]:
+        from detector.commands.moving import main as videos
+
+        return videos()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=list(NAMES), default="shapes", help="what to draw")
     parser.add_argument("--out", type=Path, help="folder to write to (default: data/KIND)")

@@ -8,6 +8,7 @@ detector predict checkpoint=... images=photos boxes=false scores=false       wha
 detector predict checkpoint=... images=photos model.box_head.detections_per_image=300
 detector predict checkpoint=... images=photos trust=my_package       a model with parts of your own
 detector predict checkpoint=... input=clip.mp4       a video; or a camera (0), an address, a folder of frames
+detector predict checkpoint=... input=clip.mp4 track=bytetrack             objects with ids that stay
 detector predict checkpoint=... input=clip.mp4 every=2 start=10 stop=20    seconds, or frames: stop=600f
 
 Writes annotated pictures, of a video another one, and predictions.json (COCO's format, with scores). In Python:
@@ -33,7 +34,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from detector.checkpoint import write_json
-from detector.commands.predict_video import Look, Shown, predict_videos
+from detector.commands.predict_video import Follow, Look, Shown, predict_videos
 from detector.commands.sources import DRAWN, find_images, sources_of
 from detector.config import ConfigError, RunError, as_program, config_errors, make_folder
 from detector.data import Pictures
@@ -42,6 +43,7 @@ from detector.inference.draw import draw as draw_objects
 from detector.inference.load import load, merge
 from detector.inference.result import Result, with_area
 from detector.inference.tiles import Masks, find, tiles_of
+from detector.inference.tracks import LEAST, Tracking, check_tracker
 from detector.inference.video import USUAL_RATE, Span, is_video
 from detector.runtime import start_ranks
 from detector.settings import Runtime
@@ -61,6 +63,8 @@ def predict_files(
     stop: float | str | None = None,
     rate: float = USUAL_RATE,
     codec: str = "mp4v",
+    track: str | None = None,
+    tracking: dict[str, Any] | None = None,
     output: str = "predictions",
     threshold: float | str | dict[str, float] = "best",
     draw: bool = True,
@@ -95,8 +99,12 @@ def predict_files(
     span = Span(start, stop, every).checked()
     if not 0 < rate < 1000:
         raise ConfigError(f"rate = {rate}: must be frames a second")
-    if input is None and span != Span():
-        raise ConfigError("every, start and stop are of videos: input=... names one")
+    if input is None and (span != Span() or track):
+        raise ConfigError("every, start, stop and track are of videos: input=... names one")
+    with config_errors("tracking"):
+        tracks = Tracking(**{key: value for key, value in (tracking or {}).items() if value is not None})
+    if track:
+        check_tracker(track)
     paths = [] if images is None else find_images(images)
     with config_errors("device"):
         world = start_ranks(Runtime(device=device))
@@ -125,10 +133,16 @@ def predict_files(
         sources = sources_of(input, pictures, rate)
         settings = {"checkpoint": known_by(checkpoint), "threshold": np.asarray(least).tolist(), "paste": paste}
         settings |= {"precision": precision, "tiles": dataclasses.asdict(wanted), "data": data, "model": model}
-        options = {"threshold": threshold, "paste": paste, "precision": precision, "tiles": dataclasses.asdict(wanted)}
+        follow, seen = None, threshold
+        if track:
+            follow = Follow(track, least, tracks)
+            settings |= {"track": track, "tracking": dataclasses.asdict(tracks)}
+            if track == "bytetrack":  # it goes on with tracks by what it would not begin them with
+                seen = min(LEAST, float(np.min(least)))
+        options = {"threshold": seen, "paste": paste, "precision": precision, "tiles": dataclasses.asdict(wanted)}
         look = Look(detector, pictures, batch_size, settings, options)
         shown = Shown(draw, labels, scores, boxes, masks, codec)
-        return predict_videos(sources, make_folder(output, "output"), look, shown, span)
+        return predict_videos(sources, make_folder(output, "output"), look, shown, span, follow)
     shared = Path(os.path.commonpath([p.absolute().parent for p in paths]))
     folder, read, annotations, failed, full, several = make_folder(output, "output"), [], [], [], 0, 0
     about = PngInfo()

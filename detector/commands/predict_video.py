@@ -19,6 +19,7 @@ from detector.data import Pictures
 from detector.inference.draw import draw as draw_objects
 from detector.inference.predict import Detector
 from detector.inference.result import Result
+from detector.inference.tracks import NONE, Tracking, Tracks, Trails, appearance, packed, unpacked
 from detector.inference.video import (
     Ahead,
     Behind,
@@ -31,6 +32,7 @@ from detector.inference.video import (
     check_codec,
     entries_of,
     write_coco,
+    write_mot,
 )
 from detector.structures import Detections
 
@@ -54,6 +56,15 @@ class Look:
         return self.detector.predict(arrays, batch_size=self.batch_size, **self.options) if arrays else []
 
 
+@dataclass(frozen=True)
+class Follow:
+    """How objects are followed: see inference/tracks.py."""
+
+    name: str
+    least: float | np.ndarray  # score from which on a detection begins a track
+    settings: Tracking
+
+
 @dataclass
 class Shown:
     """What the annotated video shows."""
@@ -66,7 +77,9 @@ class Shown:
     codec: str = "mp4v"
 
 
-def predict_videos(sources: Sequence[Video | Pages], folder: Path, look: Look, shown: Shown, span: Span) -> int:
+def predict_videos(
+    sources: Sequence[Video | Pages], folder: Path, look: Look, shown: Shown, span: Span, follow: Follow | None = None
+) -> int:
     """Detect in videos, one after another; returns how many frames could not be read. Each has its own folder where
     there are several."""
     span.checked()
@@ -82,11 +95,13 @@ def predict_videos(sources: Sequence[Video | Pages], folder: Path, look: Look, s
             taken.add(name)
             own = folder / name
             own.mkdir(exist_ok=True)
-        failed += _one(source, own, look, shown, span)
+        failed += _one(source, own, look, shown, span, follow)
     return failed
 
 
-def _one(source: Video | Pages, folder: Path, look: Look, shown: Shown, span: Span) -> int:
+def _one(
+    source: Video | Pages, folder: Path, look: Look, shown: Shown, span: Span, follow: Follow | None = None
+) -> int:
     about = {**source.fingerprint(), "start": span.start, "stop": span.stop, "every": span.every, **look.about}
     journal = Journal(folder / JOURNAL, about, append=source.live)
     known, total = journal.done, span.count(source.count, source.rate)
@@ -105,7 +120,9 @@ def _one(source: Video | Pages, folder: Path, look: Look, shown: Shown, span: Sp
                 break
             target = folder / f"{VIDEO}_{number}"
         writer = Writer(target.with_suffix(".x"), shown.codec, source.rate / span.every, keeps=source.live)
-    work = Work(look, shown, writer, journal, folder, first)
+    rate = source.rate / span.every
+    tracks = Tracks(follow.name, rate, follow.least, follow.settings) if follow else None
+    work = Work(look, shown, writer, journal, first, tracks)
     started, stopped = time.monotonic(), False
     recorded = entries_of(journal.file) if known else iter(())
     skip = 0 if shown.draw else known
@@ -117,6 +134,7 @@ def _one(source: Video | Pages, folder: Path, look: Look, shown: Shown, span: Sp
         for frame, entry in zip(islice(frames, known), recorded):
             if frame.index != entry["frame"]:
                 raise RunError(f"{journal.file} does not belong to {source.name}: remove it to begin anew")
+            work.follow(entry)
             behind.put((frame, entry, False))
             bar.update()
         while batch := list(islice(frames, look.batch_size)):
@@ -140,6 +158,9 @@ def _report(source, folder, look, work, drawn, dropped, stopped, seconds) -> int
     detector = look.detector
     categories = [{"id": i, "name": name} for i, name in zip(detector.category_ids, detector.categories)]
     frames, objects = write_coco(folder / JOURNAL, folder / "predictions.json", source.name, categories)
+    if work.tracks:
+        count = write_mot(folder / JOURNAL, folder / "tracks.txt")
+        print(f"{count} tracks")
     rate = f", {work.new / seconds:.1f} frames/s" if work.new and seconds else ""
     print(f"{objects} objects in {frames} frames{rate}; see {folder}")
     if drawn:
@@ -165,8 +186,18 @@ def _report(source, folder, look, work, drawn, dropped, stopped, seconds) -> int
 class Work:
     """What is done with a frame."""
 
-    def __init__(self, look: Look, shown: Shown, writer: Writer | None, journal: Journal, folder: Path, first: int):
+    def __init__(
+        self,
+        look: Look,
+        shown: Shown,
+        writer: Writer | None,
+        journal: Journal,
+        first: int,
+        tracks: Tracks | None = None,
+    ):
         self.look, self.shown, self.writer, self.journal, self.first = look, shown, writer, journal, first
+        self.tracks = tracks
+        self.trails = Trails(round(tracks.settings.trail * tracks.rate)) if tracks else None
         self.labels = {number: label for label, number in enumerate(look.detector.category_ids, 1)}
         self.new, self.failed, self.before = 0, [], None
 
@@ -180,7 +211,26 @@ class Work:
                 yield entry | {"problem": frame.problem}
                 continue
             height, width = frame.image.shape[:2]
-            yield entry | {"height": height, "width": width, "objects": [*map(_rounded, next(found).to_coco(0))]}
+            objects = [*map(_rounded, next(found).to_coco(0))]
+            entry |= {"height": height, "width": width, "objects": objects}
+            if self.tracks and self.tracks.settings.appearance and objects:
+                boxes = self.arrays(entry).boxes
+                regions = self.look.detector.region_features(self.look.pictures.of_array(frame.image), boxes)
+                for one, vector in zip(objects, appearance(regions.features.numpy())):
+                    one["vector"] = packed(vector)
+            self.follow(entry)
+            yield entry
+
+    def follow(self, entry: dict[str, Any]) -> None:
+        """Give the objects of the next frame their ids. Those of a journal get the ids that they had."""
+        if self.tracks is None or entry.get("problem"):
+            return
+        found, objects = self.arrays(entry), entry["objects"]
+        vectors = None
+        if self.tracks.settings.appearance:
+            vectors = np.array([unpacked(one["vector"]) for one in objects]) if objects else np.zeros((0, 1))
+        for one, number in zip(objects, self.tracks.update(found.boxes, found.scores, found.labels, vectors)):
+            one["track_id"] = number
 
     def finish(self, item: tuple[Frame, dict[str, Any], bool]) -> None:
         """Draw a frame, write it, and note what was found in it if that is new."""
@@ -198,7 +248,13 @@ class Work:
             self.before = picture
 
     def drawn(self, image: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
-        found, shown = self.arrays(entry), self.shown
+        shown, ids, trails = self.shown, None, None
+        if self.tracks:
+            entry = {**entry, "objects": [one for one in entry["objects"] if one["track_id"] != NONE]}
+            ids = [one["track_id"] for one in entry["objects"]]
+        found = self.arrays(entry)
+        if self.tracks and self.tracks.settings.trail:
+            trails = self.trails.after(found.boxes, ids)
         return draw_objects(
             *(self.look.pictures.rgb(self.look.pictures.of_array(image)), found.boxes, found.labels),
             self.look.detector.categories,
@@ -207,6 +263,8 @@ class Work:
             found.keypoints,
             with_boxes=shown.boxes,
             with_labels=shown.labels,
+            ids=ids,
+            trails=trails,
         )
 
     def arrays(self, entry: Mapping[str, Any]) -> Detections:

@@ -87,6 +87,13 @@ def sources_of(given: str | Sequence[str], pictures: Pictures, rate: float) -> l
         raise ConfigError(f"input: {videos[0]!r} is a video, {other!r} is none: give videos, or the frames of one")
     if not videos and len(names) == 1 and Path(names[0]).is_file() and not is_picture(Path(names[0])):
         videos = names  # of a suffix that nobody knows: OpenCV may
+    if not videos and all(Path(name).is_dir() for name in names):
+        folders = [folder for name in names for folder in _folders(Path(name))]
+        if len(folders) > 1:
+            return [
+                Pages(name, sorted(find_images(str(folder), "input"), key=in_order), pictures, rate)
+                for name, folder in folders
+            ]
     if not videos:
         paths = find_images(names, "input")
         if len(names) == 1:
@@ -104,6 +111,14 @@ def sources_of(given: str | Sequence[str], pictures: Pictures, rate: float) -> l
     if not found:
         raise ConfigError(f"input: none of the {len(videos)} videos can be read")
     return found
+
+
+def _folders(root: Path) -> list[tuple[str, Path]]:
+    """(name, folder) of each folder of frames: `root` itself, or where it holds no picture those in it that do."""
+    if any(is_picture(path) for path in root.iterdir()):
+        return [(root.name, root)]
+    held = sorted({path.parent for path in root.rglob("*") if path.is_file() and is_picture(path)}, key=in_order)
+    return [(folder.parent.name if folder.name == "img1" else folder.name, folder) for folder in held]
 
 
 def _is_camera(name: str) -> bool:

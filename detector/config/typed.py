@@ -22,7 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
-LISTS = ("images", "input", "runs")  # keys that take several paths
+LISTS = ("images", "input", "runs", "found")  # keys that take several paths
 WRITTEN = ("output", "run_dir")
 IN_ROOT = tuple(f"data.{split}.{key}" for split in ("train", "val") for key in ("images", "annotations"))
 # of all programs
@@ -39,6 +39,7 @@ PATHS = {
         "model.weights",
         "onnx",
         "resume",
+        "truth",
     ),
 }
 

@@ -6,6 +6,7 @@
     detector convert cityscapes data/cityscapes
     detector convert lvis data/coco
     detector convert yolo my_data
+    detector convert mot MOT17 --train train --val train
 
 write ROOT/annotations/FORMAT_train.json and FORMAT_val.json; the pictures stay where they are.
 
@@ -47,7 +48,7 @@ SPLITS = {"voc": (["VOC2007/trainval", "VOC2012/trainval"], ["VOC2007/test"])}
 def convert(kind: str, root: str | Path, splits: Sequence[str], notes: Notes | None = None) -> dict:
     """COCO instances of several splits of one data set together; categories are joined by name.
 
-    kind: voc, cityscapes, lvis or yolo; see `detector.data.formats`. root, splits: see the readers there.
+    kind: voc, cityscapes, lvis, yolo or mot; see `detector.data.formats`. root, splits: see the readers there.
     notes: counts what is read although it is not as the format says.
 
     Raises ValueError for an unknown kind, no splits or file names that are no text, and what the reader raises.
@@ -66,6 +67,10 @@ def convert(kind: str, root: str | Path, splits: Sequence[str], notes: Notes | N
     joined = {"images": [], "annotations": [], "categories": [{"id": i, "name": n} for i, n in enumerate(names, 1)]}
     for part in parts:
         image_ids = {image["id"]: len(joined["images"]) + i for i, image in enumerate(part["images"], 1)}
+        if "videos" in part:
+            before = len(joined.setdefault("videos", []))
+            joined["videos"] += [{**video, "id": before + video["id"]} for video in part["videos"]]
+            part["images"] = [{**image, "video_id": before + image["video_id"]} for image in part["images"]]
         ids = {category["id"]: names.index(category["name"]) + 1 for category in part["categories"]}
         joined["images"] += [{**image, "id": image_ids[image["id"]]} for image in part["images"]]
         first = len(joined["annotations"]) + 1

@@ -56,13 +56,16 @@ def draw(
     keypoints: np.ndarray | None = None,
     with_boxes: bool = True,
     with_labels: bool = True,
+    ids: Sequence[int] | None = None,
+    trails: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
     """The picture [h, w, 3] uint8 of an image [H, W, 3] uint8 RGB with its objects, enlarged by an integer if small.
 
     boxes: [D, 4] (x1, y1, x2, y2) in the image's pixels; labels: [D], 1..K; categories: the K names;
     scores: [D]; masks: [D, H, W] bool; keypoints: [D, P, 3] (x, y, visibility or score), drawn where above 0.
     with_boxes, with_labels: whether frames, and names with scores, are drawn. Where objects are many a label stays
-    only where it hides no other object, but each class is named once.
+    only where it hides no other object, but each class is named once. ids: [D] of objects that are followed, each with
+    a colour of its own and its number before its name; trails: the way [P, 2] of each.
     """
     zoom = ceil(VIEW / max(image.shape[:2]))
     picture = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC) if zoom > 1 else image.copy()
@@ -71,6 +74,8 @@ def draw(
     crowded = len(labels) > CROWDED
     line = max(1 if crowded else 2, round((1 if crowded else 2) * scale))
     colors = [color(int(k) - 1 if len(categories) > 1 else d) for d, k in enumerate(labels)]
+    if ids is not None:
+        colors = [color(int(one) - 1) for one in ids]
     order = np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")  # small ones on top
     if masks is not None:
         for d in order:
@@ -80,6 +85,10 @@ def draw(
         if masks is None:  # a dark rim keeps the line visible on any ground
             cv2.rectangle(picture, *corners, INK, 2 * line, cv2.LINE_AA)
         cv2.rectangle(picture, *corners, colors[d], line, cv2.LINE_AA)
+    for d in order if trails is not None else ():
+        way = np.round(np.asarray(trails[d]) * zoom).astype(np.int32).reshape(-1, 1, 2)
+        cv2.polylines(picture, [way], False, INK, 2 * line, cv2.LINE_AA)
+        cv2.polylines(picture, [way], False, colors[d], line, cv2.LINE_AA)
     for d in order if keypoints is not None else ():
         for x, y, _ in keypoints[d][keypoints[d][:, 2] > 0]:
             centre = round(float(x) * zoom - 0.5), round(float(y) * zoom - 0.5)
@@ -89,6 +98,8 @@ def draw(
         return picture
     short = len(categories) == 1 and crowded and scores is not None
     texts = [_name(categories, k) for k in labels] if not short else [""] * len(labels)
+    if ids is not None:
+        texts = [f"{one} {text}".strip() for one, text in zip(ids, texts)]
     if scores is not None:
         texts = [f"{text} {score:.2f}".strip() for text, score in zip(texts, scores)]
     return _draw_labels(picture, boxes, texts, colors, scale, labels)

@@ -485,6 +485,27 @@ def entries_of(file: Path) -> Iterator[dict[str, Any]]:
                 yield entry
 
 
+def followed(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The objects of a frame; where they are followed, those in a track."""
+    return [one for one in entry["objects"] if one.get("track_id", 0) >= 0]
+
+
+def write_mot(journal: Path, target: Path) -> int:
+    """A journal as MOTChallenge's text: frame, id, left, top, width, height, score, -1, -1, -1, where frames, left
+    and top count from 1. Returns the number of tracks."""
+    ids, lines = set(), []
+    for entry in entries_of(journal):
+        for one in followed(entry) if "objects" in entry else ():
+            ids.add(one["track_id"])
+            left, top, *sides = one["bbox"]
+            numbers = [entry["frame"] + 1, one["track_id"], left + 1, top + 1, *sides, one["score"], -1, -1, -1]
+            lines.append(",".join(f"{number:.10g}" for number in numbers))
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    os.replace(partial, target)
+    return len(ids)
+
+
 def write_coco(journal: Path, target: Path, name: str, categories: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     """A journal as COCO-VID (COCO with `videos`, frames as images with video_id and frame_id, objects with track_id
     where they have one), written frame by frame. Returns (frames, objects)."""
@@ -507,9 +528,10 @@ def write_coco(journal: Path, target: Path, name: str, categories: Sequence[Mapp
                 if entry.get("problem"):
                     continue
                 image_id += 1
-                for one in entry["objects"]:
+                for one in followed(entry):
                     objects += 1
                     one = {"id": objects, **one, "image_id": image_id, "video_id": 1}
+                    one.pop("vector", None)
                     out.write(("," if objects > 1 else "") + "\n" + json.dumps(one))
             out.write("\n]}\n")
         os.replace(partial, target)

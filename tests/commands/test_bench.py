@@ -110,7 +110,7 @@ def test_a_program_in_the_place_of_a_model(exported, checkpoint, images, runtime
         detector.load(checkpoint), model=model, categories=["a", "b", "c"], category_ids=[1, 2, 3]
     )
     program = dataclasses.replace(known, model=Program(file, model, runtime, threads=1))
-    for one, other in zip(known.predict_batch(images, 0.3), program.predict_batch(images, 0.3)):
+    for one, other in zip(known.predict_batch(images, 0.0), program.predict_batch(images, 0.0)):
         assert len(one.boxes) == len(other.boxes) > 0
         torch.testing.assert_close(one.boxes, other.boxes, atol=2e-2, rtol=1e-3)
         assert torch.equal(one.labels, other.labels) and (one.masks != other.masks).float().mean() < 1e-3

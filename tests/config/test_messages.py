@@ -20,7 +20,9 @@ PACKAGE = Path(suggest.__file__).parents[1]
 OVERRIDE = re.compile(r"(?<![\w.@'/=-])((?:[a-z]\w*[.@])*[a-z]\w*)=([\w.\[\]]+|\{\}|%[sg])")
 PROGRAMS = [("train", ["experiment=none", "augment=default", f"model={m}"]) for m in ("mask_rcnn", "keypoint_rcnn")]
 PROGRAMS += [("train", ["experiment=none", "augment=copy_paste"])]
-PROGRAMS += [(name, []) for name in ("eval", "predict", "compare", "explorer", "features", "bench", "quantize")]
+PROGRAMS += [
+    (name, []) for name in ("eval", "predict", "compare", "explorer", "features", "bench", "quantize", "tracks")
+]
 
 
 def messages(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -33,6 +33,7 @@ PROGRAMS = {  # its module, and the keys that are paths
     "predict": ("predict", ["checkpoint", "images", "input", "output"]),
     "compare": ("compare", ["runs", "output"]),
     "bench": ("bench", ["checkpoint", "images", "onnx", "int8", "output"]),
+    "tracks": ("tracks", ["truth", "found", "output"]),
     "quantize": ("quantize", ["checkpoint", "output", "onnx", "data.root", *SPLITS]),
     "explorer": ("explore", ["checkpoint", "image", "output"]),
     "features": ("features", ["checkpoint", "annotations", "images", "output"]),
@@ -42,7 +43,7 @@ CODE = ("augment.", "model.", "optimizer.", "roi.", "runtime.", "schedule.", "tr
 NO_PATHS = {  # settings that are texts, or may be, and no paths: a new one stands here or in PATHS
     "operating_point",  # f1, or a wished precision or recall
     "threshold",  # best, per_class
-    *("start", "stop", "codec"),  # of a video
+    *("start", "stop", "codec", "track"),  # of a video
     *("size", "ways"),  # of a bench
     *(
         "baseline",
@@ -212,7 +213,7 @@ def test_sweeps_over_paths(tmp_path, received):
 
 def test_every_text_setting_is_a_path_or_known_to_be_none():
     """So that a new key that holds a path is not forgotten."""
-    for program in ("train", "eval", "predict", "compare", "explorer", "features", "bench", "quantize"):
+    for program in ("train", "eval", "predict", "compare", "explorer", "features", "bench", "quantize", "tracks"):
         cfg = compose(program)
         tree = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]))
         unknown = {key for key in texts(tree) if key not in PATHS | NO_PATHS and not key.startswith(CODE)}

@@ -13,12 +13,13 @@ from detector.data.formats.cvat import read_cvat
 from detector.data.formats.label_studio import read_label_studio
 from detector.data.formats.labelme import read_labelme
 from detector.data.formats.lvis import read_lvis
+from detector.data.formats.mot import read_mot
 from detector.data.formats.supervisely import read_supervisely
 from detector.data.formats.voc import read_voc
 from detector.data.formats.writers import write_coco, write_csv, write_cvat, write_label_studio, write_yolo
 from detector.data.formats.yolo import read_yolo
 
-READERS = {"voc": read_voc, "cityscapes": read_cityscapes, "lvis": read_lvis, "yolo": read_yolo}
+READERS = {"voc": read_voc, "cityscapes": read_cityscapes, "lvis": read_lvis, "yolo": read_yolo, "mot": read_mot}
 TOOLS = {
     "cvat": read_cvat,
     "label_studio": read_label_studio,
@@ -43,6 +44,7 @@ __all__ = [
     "read_label_studio",
     "read_labelme",
     "read_lvis",
+    "read_mot",
     "read_supervisely",
     "read_voc",
     "read_yolo",
