@@ -86,6 +86,7 @@ class Data:
     group_by_aspect: bool
     pad_multiple: int
     pad_to: tuple[int, int] | None
+    neighbours: int = 0
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ class Evaluation:
     # list
     max_detections: list[int] = field(default_factory=lambda: list(COCO_LIMITS))
     tiles: Tiles = field(default_factory=Tiles)
+    froc: bool = False  # sensitivity at 1/8 to 8 false detections an image too
     losses: bool = False  # the terms of the training's loss on the validation set too
 
     def __post_init__(self):

@@ -33,6 +33,7 @@ from detector.data import CocoDataset, build_dataset, build_loader
 from detector.data.contents import contents, same, short_key
 from detector.evaluation.evaluator import evaluate, ground_truth
 from detector.evaluation.fit import rehearse
+from detector.evaluation.froc import FROC, write_froc
 from detector.evaluation.operating_point import (
     OPERATING_POINT,
     check_criterion,
@@ -69,6 +70,7 @@ def evaluate_checkpoint(
     flip: bool = False,
     scales: Sequence[float] = (1.0,),
     tiles: dict[str, Any] | None = None,
+    froc: bool | None = None,
     operating_point: Literal["f1"] | dict[str, float] = "f1",
     paste: Literal["aligned", "torchvision"] = "aligned",
     trust: str | list[str] | None = None,
@@ -157,6 +159,10 @@ def evaluate_checkpoint(
                 write_json(folder / OPERATING_POINT, {"iteration": detector.iteration, **point})
                 print(describe(point))
                 points = point["classes"]
+            if points and (measured.get("froc") if froc is None else froc):
+                with optional("FROC"):
+                    print(f"\n{write_froc(truth, results, kind, limits[-1], dataset.annotation_files, folder)}\n")
+                    written.append(FROC)
         with optional("classes.csv"):
             (folder / "classes.csv").write_text(class_csv(metrics, truth, points), encoding="utf-8")
             written.append("classes.csv")

@@ -15,6 +15,7 @@ COMMANDS = {  # the module whose `main` the word runs, with which arguments befo
     "bench": ("commands.bench", [], "how fast a model is here, way by way, and what takes the time"),
     "quantize": ("commands.quantize", [], "a checkpoint as ONNX in 8 bits, if that costs little AP"),
     "tracks": ("commands.tracks", [], "HOTA, MOTA and IDF1 of objects that were followed through videos"),
+    "driving": ("commands.driving", [], "AP by how hard, high and far objects are, as KITTI has it"),
     "explore": ("commands.explore", [], "an HTML page that shows what each RoI method reads in an image"),
     "features": ("commands.features", [], "what a model makes of the boxes in a COCO file, as arrays in a .npz"),
     "validate": ("commands.validate", [], "look over a data set before time is spent on it"),

@@ -38,6 +38,7 @@ PATHS = {
         "int8",
         "model.weights",
         "onnx",
+        "predictions",
         "resume",
         "truth",
     ),

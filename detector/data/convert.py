@@ -6,6 +6,8 @@
     detector convert cityscapes data/cityscapes
     detector convert lvis data/coco
     detector convert yolo my_data
+    detector convert kitti data/kitti --train train --val val     the lists in ImageSets, or training: all
+    detector convert bdd100k data/bdd100k
     detector convert mot MOT17 --train train --val train
 
 write ROOT/annotations/FORMAT_train.json and FORMAT_val.json; the pictures stay where they are.
@@ -48,7 +50,7 @@ SPLITS = {"voc": (["VOC2007/trainval", "VOC2012/trainval"], ["VOC2007/test"])}
 def convert(kind: str, root: str | Path, splits: Sequence[str], notes: Notes | None = None) -> dict:
     """COCO instances of several splits of one data set together; categories are joined by name.
 
-    kind: voc, cityscapes, lvis, yolo or mot; see `detector.data.formats`. root, splits: see the readers there.
+    kind: one of `detector.data.formats.READERS`. root, splits: see the readers there.
     notes: counts what is read although it is not as the format says.
 
     Raises ValueError for an unknown kind, no splits or file names that are no text, and what the reader raises.

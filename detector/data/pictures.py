@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cv2
@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from detector.data.picture_files import PictureFile, open_file, type_limits
+from detector.data.slices import around
 from detector.ops.checks import require
 
 MAX_PIXELS = 100_000_000  # of an image, unless data.max_pixels says otherwise
@@ -56,6 +57,7 @@ class Pictures:
     page: int | None = None
     max_pixels: int = MAX_PIXELS
     shown: Sequence[int] | None = None
+    neighbours: int = 0  # slices before and behind one, which are its channels too
     rule: tuple = field(init=False, repr=False)  # `intensity`, see _rule
 
     def __post_init__(self):
@@ -70,12 +72,21 @@ class Pictures:
             require(fits, "data.shown", list(shown), f"three numbers from 1 to data.channels={channels}, or null")
             object.__setattr__(self, "shown", tuple(shown))
         object.__setattr__(self, "rule", _rule(self.intensity, channels))
+        count = self.neighbours
+        require(type(count) is int and 0 <= count <= 7, "data.neighbours", count, "from 0 to 7")
+        if count:
+            wanted = f"{2 * count + 1} with data.neighbours={count}: the slice, and {count} before and behind it"
+            require(channels == 2 * count + 1, "data.channels", channels, wanted)
+            once = self.rule[0] != "window" or len(self.rule) == 2
+            require(
+                once, "data.intensity", self.intensity, "one [low, high] with data.neighbours, whose slices are alike"
+            )
 
     @classmethod
     def of(cls, data: Mapping[str, Any] | None) -> Pictures:
         """As the `data` node of a configuration says; keys that it lacks, in old checkpoints, have their defaults."""
         data = data or {}
-        names = ("channels", "intensity", "page", "max_pixels", "shown")
+        names = ("channels", "intensity", "page", "max_pixels", "shown", "neighbours")
         return cls(**{name: data[name] for name in names if name in data})
 
     def read(self, path: str | os.PathLike, page: int | None = None) -> np.ndarray:
@@ -84,13 +95,36 @@ class Pictures:
         Raises FileNotFoundError, PictureError where settings and file do not fit, and ValueError for what is no
         picture, is cut short, or has more than `max_pixels` pixels.
         """
+        if self.neighbours:
+            return self._slices(path, page)
         with self._opened(path, page) as file:
             return self.convert(file.pixels(self.channels), file)
+
+    @property
+    def slice(self) -> Pictures:
+        """How one of the slices is read that are channels."""
+        return replace(self, channels=1, neighbours=0, shown=None)
+
+    def _slices(self, path: str | os.PathLike, page: int | None) -> np.ndarray:
+        """A slice [H, W, C] with its neighbours, from the first to the last."""
+        one, page = self.slice, self.page if page is None else page
+        pages = one.check(path, page).pages
+        with self._errors(path, page):
+            wanted = around(path, page, pages, self.neighbours)
+        read = {key: one.read(*key) for key in dict.fromkeys(wanted)}
+        sizes = {picture.shape for picture in read.values()}
+        if len(sizes) > 1:
+            raise ValueError(f"image {path} cannot be read: its neighbours are of other sizes: {sorted(sizes)}")
+        return np.concatenate([read[key] for key in wanted], axis=2)
 
     @contextlib.contextmanager
     def parts(self, path: str | os.PathLike, page: int | None = None) -> Iterator[Parts]:
         """A large picture, to be read part by part where its format allows: TIFF in tiles or strips, .npy. Others, and
         all with percentiles, are decoded whole. Raises as `read`, here or where a part is read."""
+        if self.neighbours:
+            image = self.read(path, page)
+            yield Parts(*image.shape[:2], lambda rows, columns: image[rows, columns])
+            return
         with contextlib.ExitStack() as stack:
             with self._errors(path, page):
                 file = stack.enter_context(contextlib.closing(self._open(path, page)))
@@ -109,6 +143,11 @@ class Pictures:
 
     def check(self, path: str | os.PathLike, page: int | None = None) -> PictureFile:
         """The header of a picture. Raises as `read`, but for what only its pixels show."""
+        if self.neighbours:
+            found = self.slice.check(path, page)
+            with self._errors(path, page):
+                around(path, self.page if page is None else page, found.pages, self.neighbours)
+            return found
         with self._opened(path, page, whole=False) as file:
             _ = file.pages  # counted before it is closed
             return file

@@ -16,6 +16,7 @@ from detector.data.annotations import Truth
 from detector.engine.journal import Journal
 from detector.engine.state import Run, State
 from detector.evaluation.evaluator import evaluate, ground_truth
+from detector.evaluation.froc import write_froc
 from detector.evaluation.operating_point import kept_matches, main_kind, operating_point
 from detector.evaluation.tables import summary_table
 from detector.inference.draw import beside_truth
@@ -62,6 +63,10 @@ def measure(run: Run, state: State, batches: Callable[[], Iterable], journal: Jo
         progress=run.runtime.verbosity != "quiet",
         detect=detect,
     )
+    if run.evaluation.froc and run.world.main and run.cfg.model.get("box_head") and state.iteration == run.total:
+        limits, files = run.evaluation.max_detections, run.val_set.annotation_files
+        text = write_froc(ground_truth(run.val_set), results, main_kind(metrics), limits[-1], files, run.folder)
+        log.info("\n%s\n", text)
     losses = validation_losses(run, state, batches(), stop) if run.evaluation.losses else {}
     return_freed_memory()
     state.metrics, state.evaluated = metrics, state.iteration

@@ -34,6 +34,7 @@ PROGRAMS = {  # its module, and the keys that are paths
     "compare": ("compare", ["runs", "output"]),
     "bench": ("bench", ["checkpoint", "images", "onnx", "int8", "output"]),
     "tracks": ("tracks", ["truth", "found", "output"]),
+    "driving": ("driving", ["annotations", "predictions", "output"]),
     "quantize": ("quantize", ["checkpoint", "output", "onnx", "data.root", *SPLITS]),
     "explorer": ("explore", ["checkpoint", "image", "output"]),
     "features": ("features", ["checkpoint", "annotations", "images", "output"]),
@@ -213,7 +214,18 @@ def test_sweeps_over_paths(tmp_path, received):
 
 def test_every_text_setting_is_a_path_or_known_to_be_none():
     """So that a new key that holds a path is not forgotten."""
-    for program in ("train", "eval", "predict", "compare", "explorer", "features", "bench", "quantize", "tracks"):
+    for program in (
+        "train",
+        "eval",
+        "predict",
+        "compare",
+        "explorer",
+        "features",
+        "bench",
+        "quantize",
+        "tracks",
+        "driving",
+    ):
         cfg = compose(program)
         tree = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]))
         unknown = {key for key in texts(tree) if key not in PATHS | NO_PATHS and not key.startswith(CODE)}

@@ -10,6 +10,7 @@ gives as JSON. WRITERS go the other way.
 from detector.data.formats.cityscapes import read_cityscapes
 from detector.data.formats.common import Notes
 from detector.data.formats.cvat import read_cvat
+from detector.data.formats.driving import read_bdd100k, read_kitti
 from detector.data.formats.label_studio import read_label_studio
 from detector.data.formats.labelme import read_labelme
 from detector.data.formats.lvis import read_lvis
@@ -19,7 +20,15 @@ from detector.data.formats.voc import read_voc
 from detector.data.formats.writers import write_coco, write_csv, write_cvat, write_label_studio, write_yolo
 from detector.data.formats.yolo import read_yolo
 
-READERS = {"voc": read_voc, "cityscapes": read_cityscapes, "lvis": read_lvis, "yolo": read_yolo, "mot": read_mot}
+READERS = {
+    "voc": read_voc,
+    "cityscapes": read_cityscapes,
+    "kitti": read_kitti,
+    "bdd100k": read_bdd100k,
+    "lvis": read_lvis,
+    "yolo": read_yolo,
+    "mot": read_mot,
+}
 TOOLS = {
     "cvat": read_cvat,
     "label_studio": read_label_studio,
@@ -39,8 +48,10 @@ __all__ = [
     "TOOLS",
     "WRITERS",
     "Notes",
+    "read_bdd100k",
     "read_cityscapes",
     "read_cvat",
+    "read_kitti",
     "read_label_studio",
     "read_labelme",
     "read_lvis",
