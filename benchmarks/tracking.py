@@ -7,8 +7,8 @@
 
 The detections and their RoI features are read from found/*/frames.jsonl, so the network is not asked again: an id is
 what detector predict would give with that tracker and that share. HOTA, AssA, MOTA, IDF1 in percent over the videos
-that were found; "against" is the difference to the tracker with boxes alone, with a 95 % interval of a bootstrap over the
-videos.
+that were found; "against" is the difference to the tracker with boxes alone, with a 95 % interval of a bootstrap over
+the videos.
 """
 
 from __future__ import annotations
