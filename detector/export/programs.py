@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -114,9 +115,13 @@ def quantize(
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"8 bits need {error.name}: pip install 'two-stage-detector[export]'") from None
 
+    images = iter(images)
+    if (first := next(images, None)) is None:
+        raise ValueError("8 bits need images to learn the ranges from, and there are none")
+
     class Reader(CalibrationDataReader):
         def __init__(self):
-            self.images, self.seen = iter(images), 0
+            self.images, self.seen = chain([first], images), 0
 
         def get_next(self):
             image = next(self.images, None)
@@ -143,6 +148,4 @@ def quantize(
         )
     finally:
         prepared.unlink(missing_ok=True)
-    if not reader.seen:
-        raise ValueError("8 bits need images to learn the ranges from, and there are none")
     return reader.seen

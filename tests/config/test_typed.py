@@ -45,7 +45,7 @@ NO_PATHS = {  # settings that are texts, or may be, and no paths: a new one stan
     "operating_point",  # f1, or a wished precision or recall
     "threshold",  # best, per_class
     *("start", "stop", "codec", "track"),  # of a video
-    *("size", "ways"),  # of a bench
+    *("size", "ways", "froc"),  # of a bench
     *(
         "baseline",
         "data.intensity",

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from detector.commands import evaluate
 from detector.data import read_coco
 from detector.evaluation.froc import RATES, curve, froc, froc_by_series, froc_table, series_of, write_froc
 from detector.evaluation.operating_point import kept_matches
@@ -95,3 +96,16 @@ def test_the_file_and_the_tables(tmp_path):
     assert "an image" in text and "a series" in text and "1/8" in text
     numbers = json.loads((tmp_path / "froc.json").read_text())
     assert numbers["by_image"]["images"] == 12 and numbers["by_series"]["series"] == 3
+
+
+def test_a_training_and_eval_write_it(run, call):
+    folder = run("evaluation.froc=true")
+    numbers = json.loads((folder / "froc.json").read_text())
+    assert numbers["by_image"]["images"] == 8 and set(numbers["by_image"]["all"]["sensitivity"]) == {
+        f"{r:g}" for r in RATES
+    }
+    (folder / "froc.json").unlink()
+    code, out, error = call(evaluate.main, f"checkpoint={folder / 'best.pt'}", "workers=0", "device=cpu", "threads=1")
+    assert code == 0, error
+    assert "false detections an image" in out
+    assert json.loads((folder / "eval_best" / "froc.json").read_text()) == numbers
