@@ -45,7 +45,7 @@ NO_PATHS = {  # settings that are texts, or may be, and no paths: a new one stan
     "operating_point",  # f1, or a wished precision or recall
     "threshold",  # best, per_class
     *("start", "stop", "codec", "track"),  # of a video
-    *("size", "ways", "froc"),  # of a bench
+    *("size", "ways", "froc", "tracking.appearance", "tracking.lost", "tracking.trail"),  # numbers
     *(
         "baseline",
         "data.intensity",
