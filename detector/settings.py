@@ -20,6 +20,7 @@ else:
 # keys of a run's config that do not change what it learns: where it lies, how it is executed, watched and measured, and
 # where its data come from. With the seed these may differ between runs of one method.
 UNLEARNT = ("name", "run_dir", "resume", "runtime", "logger", "evaluation", "data.prepare", "data.cache")
+UNLEARNT += ("model.backbone.checkpointing",)
 
 
 COCO_LIMITS = (1, 10, 100)  # detections of a class in an image that COCO's AP and AR count

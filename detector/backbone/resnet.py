@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights, resnet
 from torchvision.ops import deform_conv2d
 
-from detector.ops.layers import conv_norm, init_zero, norm_layer
+from detector.ops.layers import checkpointed, conv_norm, count_once, init_zero, norm_layer
 
 
 class DeformConv2d(nn.Conv2d):
@@ -122,6 +122,7 @@ class ResNet(nn.Module):
         stages: the stages whose maps are returned, for instance [2, 3, 4, 5] for FPN or [4] for C4.
         frozen_stages: the stem (1) and the stages up to this one are not trained; 0 trains everything.
         in_channels: of the images.
+        checkpointing: keep only what goes into each block for the backward pass, which computes the rest again.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class ResNet(nn.Module):
         stages: Sequence[int] = (2, 3, 4, 5),
         frozen_stages: int = 2,
         in_channels: int = 3,
+        checkpointing: bool = False,
     ):
         super().__init__()
         if depth not in BLOCKS:
@@ -192,6 +194,9 @@ class ResNet(nn.Module):
             self.bn1.requires_grad_(False)
         for stage in range(2, min(frozen_stages, self.stages[-1]) + 1):
             getattr(self, f"layer{stage - 1}").requires_grad_(False)
+        self.checkpointing = checkpointing
+        if checkpointing:
+            count_once(self)
 
     def published(self, name: str) -> dict[str, Tensor]:
         """torchvision's weights of that name ('IMAGENET1K_V1' ...), downloaded once, all stages of them.
@@ -206,10 +211,15 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps [N, C, H / stride, W / stride] of the chosen stages, of images [N, C, H, W]."""
-        x = self.maxpool(self.relu(conv_norm(images, self.conv1, self.bn1)))
+        x = checkpointed(self.stem, images) if self.checkpointing else self.stem(images)
         maps = []
         for stage in range(2, self.stages[-1] + 1):
-            x = getattr(self, f"layer{stage - 1}")(x)
+            for block in getattr(self, f"layer{stage - 1}"):
+                x = checkpointed(block, x) if self.checkpointing else block(x)
             if stage in self.stages:
                 maps.append(x)
         return maps
+
+    def stem(self, images: Tensor) -> Tensor:
+        """The map [N, width, H / 4, W / 4] that stage 2 works on."""
+        return self.maxpool(self.relu(conv_norm(images, self.conv1, self.bn1)))

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detector.ops.layers import count_once
+
 
 def known_model(name: str) -> None:
     """Raise ValueError for a name that timm does not have, and where timm is missing."""
@@ -48,6 +50,8 @@ class TimmBackbone(nn.Module):
         frozen: train none of its parameters.
         drop_path_rate: stochastic depth.
         in_channels: of the images.
+        checkpointing: keep only what goes into each block (in some models: each stage) for the backward pass, which
+            computes the rest again.
 
     Attributes: in_channels, out_channels, strides.
     """
@@ -60,6 +64,7 @@ class TimmBackbone(nn.Module):
         frozen: bool = False,
         drop_path_rate: float = 0.0,
         in_channels: int = 3,
+        checkpointing: bool = False,
     ):
         super().__init__()
         known_model(name)
@@ -82,6 +87,11 @@ class TimmBackbone(nn.Module):
         self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
         if frozen:
             self.requires_grad_(False)
+        if checkpointing:
+            parts = [part for part in self.model.modules() if hasattr(part, "grad_checkpointing")]
+            for part in parts[1:] or parts:  # the first one is the whole, and takes its stages
+                part.grad_checkpointing = True
+            count_once(self)
 
     def published(self, name: str) -> dict[str, Tensor]:
         """The weights that timm publishes for this model ('pretrained'), downloaded once. Raises ValueError for another

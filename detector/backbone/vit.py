@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detector.backbone.timm import created, known_model
+from detector.ops.layers import checkpointed
 
 PATCHES = (8, 16, 32)  # sides that divide the canvas of a batch
 
@@ -44,6 +45,7 @@ class ViT(nn.Module):
         final_norm: the model's own norm after the last block; ViTDet has none.
         drop_path_rate: stochastic depth, rising from 0 to this rate at the last block.
         in_channels: of the images.
+        checkpointing: keep only what goes into each block for the backward pass, which computes the rest again.
 
     Attributes: in_channels, out_channels and strides, of one map.
     """
@@ -61,6 +63,7 @@ class ViT(nn.Module):
         final_norm: bool = False,
         drop_path_rate: float = 0.0,
         in_channels: int = 3,
+        checkpointing: bool = False,
     ):
         super().__init__()
         known_model(name)
@@ -89,7 +92,7 @@ class ViT(nn.Module):
         if not tokens:
             self.drop_tokens()
         self.global_blocks = global_ones(len(model.blocks), window, global_blocks)
-        self.window = window
+        self.window, self.checkpointing = window, checkpointing
         if relative_positions is not None:
             self.add_tables(relative_positions // patch_size)
 
@@ -148,7 +151,7 @@ class ViT(nn.Module):
         for i, block in enumerate(self.model.blocks):
             window = None if i in self.global_blocks else self.window
             mix = partial(attend, block.attn, grid=grid, rope=rope, window=window, tokens=self.tokens)
-            x = transformed(block, x, mix)
+            x = checkpointed(transformed, block, x, mix) if self.checkpointing else transformed(block, x, mix)
         x = self.model.norm(x)[:, self.tokens :]
         return [x.unflatten(1, grid).permute(0, 3, 1, 2)]
 

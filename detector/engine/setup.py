@@ -55,6 +55,11 @@ def preflight(cfg: DictConfig, training: Training) -> None:
     chosen_loggers(cfg)
     if cfg.seed < 0:
         raise ConfigError(f"seed = {cfg.seed}: must be at least 0")
+    if cfg.runtime.compile and cfg.model.backbone.get("checkpointing"):
+        raise ConfigError(
+            "model.backbone.checkpointing = True: compiled layers decide themselves what they keep; set it or "
+            "runtime.compile to false"
+        )
     model = skeleton(cfg)
     optimizer = build_optimizer(build(cfg.optimizer, "optimizer"), model, training)
     frozen_parts(model, training.freeze, trained_by(optimizer))

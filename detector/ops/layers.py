@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -117,6 +118,32 @@ class _ScaledConv(torch.autograd.Function):
             to_weight if to_weight is None else to_weight * scale,
             *[None] * 3,
         )
+
+
+def checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args), of which nothing is kept for the backward pass but what goes in: it is computed again there,
+    with the random numbers that it had (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"). Batch norms
+    inside of it count twice unless `count_once` has seen them."""
+    return checkpoint(function, *args, use_reentrant=False) if torch.is_grad_enabled() else function(*args)
+
+
+def count_once(model: nn.Module) -> None:
+    """Let the batch norms of a model leave their running statistics alone in a backward pass, where `checkpointed`
+    parts are computed again: there they count into copies."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            module.register_forward_pre_hook(_take_copies)
+            module.register_forward_hook(_put_back, always_call=True)  # a part may end early, by an exception
+
+
+def _take_copies(norm: nn.Module, args: Any) -> None:
+    if torch._C._current_graph_task_id() != -1:  # in a backward pass
+        norm.__dict__["counted"] = dict(norm._buffers)
+        norm._buffers.update({name: value.clone() for name, value in norm._buffers.items() if value is not None})
+
+
+def _put_back(norm: nn.Module, args: Any, output: Any) -> None:
+    norm._buffers.update(norm.__dict__.pop("counted", {}))
 
 
 class Conv3x3(nn.Conv2d):
