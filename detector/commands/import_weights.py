@@ -13,7 +13,7 @@ from detector.config import compose
 from detector.weights.architecture import build_model, model_config
 from detector.weights.categories import published
 from detector.weights.loading import read_foreign
-from detector.weights.presets import RESIZING
+from detector.weights.presets import RESIZING, is_vit
 
 
 def convert(
@@ -48,6 +48,9 @@ def convert(
     usual = {key: OmegaConf.to_container(usual[key], resolve=True) for key in ("augment", "data")}
     for split in ("train", "val"):
         usual["augment"][split][0] |= RESIZING[framework]
+    if is_vit(weights.state_dict):  # ViTDet's images have 1024 px at most, and are padded to squares
+        usual["augment"]["val"][0] |= {"size": 1024, "max_size": 1024}
+        usual["data"]["pad_multiple"] = 1024
     config = {"model": config, **usual, "seed": 0}
     state = {"model": model.state_dict(), "ema": None, "config": config, "categories": names, "category_ids": ids}
     checkpoint.save(state | {"iteration": 0, "metrics": {}, "best": {}}, Path(out))

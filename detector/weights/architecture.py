@@ -10,10 +10,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from detector.weights.loading import ForeignWeights
-from detector.weights.presets import groups, has
+from detector.weights.presets import groups, has, is_vit
 from detector.weights.transfer import load_into
 
 DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+VITS = {  # timm's names by channels; heads follow from them
+    192: "vit_tiny_patch16_224",
+    384: "vit_small_patch16_224",
+    768: "vit_base_patch16_224",
+    1024: "vit_large_patch16_224",
+    1280: "vit_huge_patch14_224",
+}
 PYRAMID_SIZES, SINGLE_SIZES = [[32], [64], [128], [256], [512]], [[32, 64, 128, 256, 512]]
 
 
@@ -24,14 +31,14 @@ def model_config(state: dict[str, Tensor], presets: dict[str, Any]) -> dict[str,
     """
     if not has(state, "rpn.head."):
         raise ValueError("these weights are a backbone, not a detector: give the model config they start")
-    c4, pyramid = not has(state, "backbone.layer4."), has(state, "neck.lateral.")
+    c4, pyramid = not has(state, "backbone.layer4.") and not is_vit(state), has(state, "neck.lateral.")
     single = {"_target_": "detector.backbone.SingleLevel", "_partial_": True}
     config: dict[str, Any] = {
         "_target_": "detector.model.TwoStageDetector",
         "num_classes": 1,
         # layouts and norms as the others run them: the same sums in the same order, so that near-ties fall as there
         "channels_last": False,
-        "backbone": backbone(state, c4, pyramid),
+        "backbone": vit(state) if is_vit(state) else backbone(state, c4, pyramid),
         "neck": neck(state) if pyramid else single,
         "rpn": {
             **part("rpn.RPN"),
@@ -87,11 +94,12 @@ def widths(state: dict[str, Tensor], prefix: str) -> list[int]:
 
 
 def norm_of(state: dict[str, Tensor], prefix: str, frozen: bool = False) -> str | None:
-    """The norm at `prefix`: 'group_norm' has no running statistics, None if there is none at all."""
+    """The norm at `prefix`: 'group_norm' has no running statistics, and 'layer_norm' with a ViT; None if there is none
+    at all."""
     if f"{prefix}.weight" not in state:
         return None
     if f"{prefix}.running_mean" not in state:
-        return "group_norm"
+        return "layer_norm" if is_vit(state) else "group_norm"
     return "plain_frozen_batch_norm" if frozen else "batch_norm"
 
 
@@ -129,7 +137,38 @@ def backbone(state: dict[str, Tensor], c4: bool, pyramid: bool) -> dict[str, Any
     return config
 
 
+def vit(state: dict[str, Tensor]) -> dict[str, Any]:
+    """A ViT with the tables of relative positions by which its windows are known: ViTDet's."""
+    prefix = "backbone.model."
+    kernel, position = state[f"{prefix}patch_embed.proj.weight"], state.get(f"{prefix}pos_embed")
+    blocks = 1 + max(int(key.split(".")[3]) for key in state if key.startswith(f"{prefix}blocks."))
+    sides = [state.get(f"{prefix}blocks.{i}.attn.rel_pos_h", kernel[:0]).shape[0] // 2 + 1 for i in range(blocks)]
+    name = VITS.get(kernel.shape[0])
+    if name is None or position is None or f"{prefix}blocks.0.attn.rel_pos_h" not in state:
+        raise ValueError(
+            "the backbone is not a ViT of the family: expected a position embedding, tables of relative positions, and "
+            f"{', '.join(map(str, VITS))} channels; it has {kernel.shape[0]}"
+        )
+    patch = kernel.shape[2]
+    config = {
+        "_target_": "detector.backbone.ViT",
+        "name": name,
+        "patch_size": patch,
+        "image_size": round(position.shape[1] ** 0.5) * patch,
+        "depth": blocks,
+        "relative_positions": max(sides) * patch,
+        "tokens": False,
+    }
+    if min(sides) < max(sides):
+        everywhere = [i for i, side in enumerate(sides) if side == max(sides)]
+        config |= {"window": min(sides), "global_blocks": everywhere}
+    return config
+
+
 def neck(state: dict[str, Tensor]) -> dict[str, Any]:
+    if has(state, "neck.scale."):
+        channels = state["neck.lateral.0.0.weight"].shape[0]
+        return {**part("backbone.SimplePyramid"), "out_channels": channels, "norm": norm_of(state, "neck.output.0.1")}
     name = "PAFPN" if has(state, "neck.bottom_up.") else "FPN"
     return {
         **part(f"backbone.{name}"),

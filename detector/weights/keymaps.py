@@ -62,7 +62,21 @@ TORCHVISION: Table = {
     "roi_heads.keypoint_predictor.kps_score_lowres.*": "keypoint_head.predictor.*",
 }
 
+
+def simple_pyramid() -> Table:
+    """detectron2's levels 2 to 5 of ViTDet: layers that rescale, a 1 x 1 and a 3 x 3 convolution, counted together."""
+    table: Table = {}
+    for i, rescaling in enumerate(((0, 1, 3), (0,), (), ())):  # those with parameters
+        theirs, first = f"backbone.simfp_{i + 2}.", (4, 1, 0, 1)[i]
+        table |= {f"{theirs}{j}.*": f"neck.scale.{i}.{j}.*" for j in rescaling}
+        for j, ours in ((first, f"neck.lateral.{i}."), (first + 1, f"neck.output.{i}.")):
+            table |= {f"{theirs}{j}.norm.*": f"{ours}1.*", f"{theirs}{j}.*": f"{ours}0.*"}
+    return table
+
+
 DETECTRON2: Table = {
+    "backbone.net.*": "backbone.model.*",  # a ViT, whose layers have timm's names
+    **simple_pyramid(),
     **detectron2_resnet("backbone.bottom_up.", "backbone."),
     **detectron2_resnet("backbone.", "backbone."),
     **detectron2_resnet("roi_heads.", "box_head.trunk."),  # C4: stage 5 works on RoIs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,7 +119,7 @@ def recognise(state: Mapping[str, Tensor]) -> str:
     """The framework that names parameters like this. Raises ValueError if none does."""
     marks = {
         "detector": ("rpn.head.objectness_logits.", "rpn.head.deltas."),
-        "detectron2": ("proposal_generator.", "backbone.bottom_up.", "backbone.res", "stem.", "res2"),
+        "detectron2": ("proposal_generator.", "backbone.bottom_up.", "backbone.net.", "backbone.res", "stem.", "res2"),
         "mmdet": ("rpn_head.", "bbox_head.", "roi_head.", "neck."),
         "torchvision": ("backbone.body.", "rpn.head.cls_logits", "layer1."),
     }
@@ -205,6 +206,8 @@ def reorder(key: str, value: Tensor, source: str, state: Mapping[str, Tensor]) -
         # theirs: size by size, and ratio by ratio within a size
         sizes = state["rpn.head.objectness_logits.bias"].shape[0] // RATIOS
         return value.unflatten(0, (sizes, RATIOS, -1)).transpose(0, 1).flatten(0, 2)
+    if source == "detectron2" and key == "backbone.model.pos_embed":
+        return value[:, -(math.isqrt(value.shape[1]) ** 2) :]  # without the class token's, which they never use
     return value
 
 

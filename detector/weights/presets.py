@@ -33,14 +33,16 @@ def presets_of(source: str, state: dict[str, Tensor], style: str | None = None) 
         style: 'caffe' or 'pytorch' where the weights alone do not tell; None guesses as `guess_style` says.
     """
     style = style or guess_style(source, state)
+    vit = is_vit(state)
     presets: dict[str, Any] = dict(BGR if style == "caffe" else RGB)
     # models whose strides are PyTorch's, but whose backbone was trained with Caffe2 on BGR images
     resnext = groups(state) > 1 and (source == "detectron2" or state["backbone.layer1.0.conv2.weight"].shape[1] == 8)
-    if source == "detectron2" or (source == "mmdet" and (resnext or group_norm(state))):
+    if (source == "detectron2" and not vit) or (source == "mmdet" and (resnext or group_norm(state))):
         presets |= BGR
         if resnext:
             presets["pixel_std"] = RESNEXT_STD
-    presets["backbone.stride_in_1x1"] = style == "caffe"
+    if not vit:
+        presets["backbone.stride_in_1x1"] = style == "caffe"
     if has(state, "box_head.trunk.layer4."):
         presets["box_head.trunk.stride_in_1x1"] = style == "caffe"
     if not any(key.startswith("rpn.") for key in state):
@@ -50,11 +52,13 @@ def presets_of(source: str, state: dict[str, Tensor], style: str | None = None) 
         has(state, "neck.lateral."),
         [h for h in ("box_head", "mask_head", "keypoint_head") if has(state, h)],
     )
-    trained_on = 2000 if source == "torchvision" or not pyramid or has(state, "box_head.stages.") else 1000
+    cascade = has(state, "box_head.stages.") and not vit
+    trained_on = 2000 if source == "torchvision" or not pyramid or cascade else 1000
     if source == "detectron2" and "keypoint_head" in heads:
         trained_on = 1500
     presets |= {
-        "size_divisibility": 1 if source == "detectron2" and not pyramid else 32,
+        # a ViT sees its canvas to the end: data.pad_multiple says how large it is
+        "size_divisibility": None if vit else 1 if source == "detectron2" and not pyramid else 32,
         "rpn.anchor_rounding": source == "torchvision",
         "rpn.pre_nms_top_n": [2000, 1000] if pyramid else [12000, 6000],
         "rpn.post_nms_top_n": [trained_on, 1000],
@@ -104,11 +108,12 @@ RESIZING: dict[str, dict[str, str]] = {
 def guess_style(source: str, state: dict[str, Tensor]) -> str:
     """Where the strides of bottlenecks are, and with it how images are normalised.
 
-    detectron2's ResNets are Caffe's (MSRA) but for ResNeXt and group norm. mmdetection's published models are PyTorch's
-    but for those without a pyramid (C4, DC5) and those whose norms have no statistics.
+    detectron2's ResNets are Caffe's (MSRA) but for ResNeXt and group norm, and its ViTs take RGB.
+    mmdetection's published models are PyTorch's but for those without a pyramid (C4, DC5) and those whose norms have no
+    statistics.
     """
     if source == "detectron2":
-        return "pytorch" if groups(state) > 1 or group_norm(state) else "caffe"
+        return "pytorch" if groups(state) > 1 or group_norm(state) or is_vit(state) else "caffe"
     if source == "mmdet" and has(state, "rpn."):
         # Caffe's norms came without statistics, and mmdetection keeps those frozen at a mean of 0
         means = [value for key, value in state.items() if key.endswith("running_mean") and not value.is_meta]
@@ -119,6 +124,11 @@ def guess_style(source: str, state: dict[str, Tensor]) -> str:
 
 def has(state: dict[str, Tensor], prefix: str) -> bool:
     return any(key.startswith(prefix) for key in state)
+
+
+def is_vit(state: dict[str, Tensor]) -> bool:
+    """Whether the backbone is a plain ViT."""
+    return has(state, "backbone.model.blocks.")
 
 
 def group_norm(state: dict[str, Tensor]) -> bool:

@@ -38,7 +38,10 @@ def run(layout: dict, w: Weights, images: list[Tensor], limits: Limits | None = 
     sizes = [tuple(image.shape[1:]) for image in images]
     batch = preprocess(images, numerics, multiple=32 if neck == "FPN" else 1)
     caffe = numerics["stride_in_1x1"]
-    features = pyramid(w, batch, caffe) if neck == "FPN" else [single(w, batch, caffe, dilated=neck == "DC5")]
+    if "backbone.net.pos_embed" in w:
+        features = simple_pyramid(w, plain_vit(w, batch, numerics))
+    else:
+        features = pyramid(w, batch, caffe) if neck == "FPN" else [single(w, batch, caffe, dilated=neck == "DC5")]
     strides = [4, 8, 16, 32, 64] if neck == "FPN" else [16]
     proposals = propose(w, features, strides, numerics, sizes, limits)
     if "/rpn_" in layout["config"]:
@@ -103,6 +106,71 @@ def pyramid(w: Weights, x: Tensor, caffe: bool) -> list[Tensor]:
     return [*levels, F.max_pool2d(levels[-1], 1, stride=2)]
 
 
+def plain_vit(w: Weights, x: Tensor, numerics: dict) -> Tensor:
+    """ViTDet's body [N, C, H / 16, W / 16]: a block attends in windows, but for those whose tables are larger."""
+    x = F.conv2d(x, w["backbone.net.patch_embed.proj.weight"], w["backbone.net.patch_embed.proj.bias"], 16)
+    position = w["backbone.net.pos_embed"][:, 1:]  # the class token's comes first
+    side = math.isqrt(position.shape[1])
+    square = position.transpose(1, 2).unflatten(2, (side, side))
+    x = (x + F.interpolate(square, x.shape[2:], mode="bicubic")).permute(0, 2, 3, 1)
+    i = 0
+    while (block := f"backbone.net.blocks.{i}.") + "norm1.weight" in w:
+        window = len(w[f"{block}attn.rel_pos_h"]) // 2 + 1
+        y = layer_norm(w, f"{block}norm1", x)
+        if window == numerics["window"]:
+            height, width = y.shape[1:3]
+            padded = F.pad(y, (0, 0, 0, -width % window, 0, -height % window))
+            for top in range(0, height, window):
+                for left in range(0, width, window):
+                    cell = padded[:, top : top + window, left : left + window]
+                    padded[:, top : top + window, left : left + window] = self_attention(
+                        w, f"{block}attn.", cell, numerics
+                    )
+            y = padded[:, :height, :width]
+        else:
+            y = self_attention(w, f"{block}attn.", y, numerics)
+        x = x + y
+        y = F.gelu(parts.linear(w, f"{block}mlp.fc1", layer_norm(w, f"{block}norm2", x)))
+        x, i = x + parts.linear(w, f"{block}mlp.fc2", y), i + 1
+    return x.permute(0, 3, 1, 2)
+
+
+def layer_norm(w: Weights, key: str, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], w[f"{key}.weight"], w[f"{key}.bias"], 1e-6)
+
+
+def self_attention(w: Weights, prefix: str, x: Tensor, numerics: dict) -> Tensor:
+    """Of a map [N, H, W, C], with decomposed relative positions of the query that is not scaled."""
+    height, width, channels = x.shape[1:]
+    q, k, v = parts.linear(w, f"{prefix}qkv", x.flatten(1, 2)).unflatten(2, (3, numerics["heads"], -1)).unbind(2)
+    logits = torch.einsum("nqhc,nkhc->nhqk", q * q.shape[-1] ** -0.5, k)
+    tables = []
+    for name, length in (("h", height), ("w", width)):
+        table = F.interpolate(w[f"{prefix}rel_pos_{name}"].T[None], 2 * length - 1, mode="linear")[0].T
+        place = torch.arange(length)
+        tables.append(table[place[:, None] - place[None] + length - 1])
+    cells = q.unflatten(1, (height, width))
+    down = torch.einsum("nyxhc,ykc->nhyxk", cells, tables[0])[..., :, None]
+    right = torch.einsum("nyxhc,xkc->nhyxk", cells, tables[1])[..., None, :]
+    weights = (logits + (down + right).flatten(2, 3).flatten(3)).softmax(-1)
+    mixed = torch.einsum("nhqk,nkhc->nqhc", weights, v).reshape(len(x), height, width, channels)
+    return parts.linear(w, f"{prefix}proj", mixed)
+
+
+def simple_pyramid(w: Weights, x: Tensor) -> list[Tensor]:
+    """ViTDet's levels 2 to 5 of one map, and every second cell of the last."""
+
+    def enlarged(key: str, y: Tensor) -> Tensor:
+        return F.conv_transpose2d(y, w[f"{key}.weight"], w[f"{key}.bias"], stride=2)
+
+    fine = F.gelu(parts.norm(w, "backbone.simfp_2.1", enlarged("backbone.simfp_2.0", x)))
+    maps = enlarged("backbone.simfp_2.3", fine), enlarged("backbone.simfp_3.0", x), x, F.max_pool2d(x, 2)
+    levels = []
+    for level, first, y in zip((2, 3, 4, 5), (4, 1, 0, 1), maps):
+        levels.append(unit(w, f"backbone.simfp_{level}.{first + 1}", unit(w, f"backbone.simfp_{level}.{first}", y)))
+    return [*levels, F.max_pool2d(levels[-1], 1, stride=2)]
+
+
 def anchors_of(feature: Tensor, stride: int, sizes: list[float], ratios: list[float]) -> Tensor:
     """[H * W * A, 4]: around each cell's upper left corner, size by size and ratio (height / width) by ratio."""
     shapes = [(math.sqrt(s * s / r), r * math.sqrt(s * s / r)) for s in sizes for r in ratios]
@@ -126,7 +194,9 @@ def propose(w: Weights, features, strides, numerics: dict, sizes, limits: Limits
     """RPN; its scores are given as probabilities."""
     head, per_level = "proposal_generator.rpn_head", []
     for i, (feature, stride) in enumerate(zip(features, strides)):
-        hidden = parts.conv(w, f"{head}.conv", feature).relu()
+        hidden = feature
+        for conv in ("conv", "conv.conv0", "conv.conv1"):  # the last two where RPN.CONV_DIMS has two entries
+            hidden = parts.conv(w, f"{head}.{conv}", hidden).relu() if f"{head}.{conv}.weight" in w else hidden
         logits = parts.conv(w, f"{head}.objectness_logits", hidden).permute(0, 2, 3, 1).flatten(1)
         deltas = (
             parts.conv(w, f"{head}.anchor_deltas", hidden).unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)

@@ -55,8 +55,11 @@ def linear(w: Weights, key: str, x: Tensor) -> Tensor:
 
 
 def norm(w: Weights, key: str, x: Tensor) -> Tensor:
-    """Batch norm by its running statistics; without any, group norm of 32 groups."""
+    """Batch norm by its running statistics; without any, group norm of 32 groups, or ViTDet's norm over channels."""
     weight, bias = w[f"{key}.weight"], w[f"{key}.bias"]
+    if "backbone.net.pos_embed" in w:
+        variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
+        return (x - mean) / (variance + 1e-6).sqrt() * weight[:, None, None] + bias[:, None, None]
     if f"{key}.running_mean" in w:
         return F.batch_norm(x, w[f"{key}.running_mean"], w[f"{key}.running_var"], weight, bias, eps=1e-5)
     return F.group_norm(x, 32, weight, bias, eps=1e-5)
