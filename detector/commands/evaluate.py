@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,7 @@ from detector.inference.tiles import results_by_image, tiles_of
 from detector.inference.tta import Augmented
 from detector.runtime import start_ranks
 from detector.settings import COCO_LIMITS, Runtime, check_limits
+from detector.weights.downloads import is_address
 
 log = logging.getLogger(__name__)
 
@@ -215,6 +217,8 @@ def usual_folder(checkpoint: str, given: Mapping[str, Any], detector: Detector, 
     """eval_<checkpoint> beside the checkpoint for the run's own validation set, wherever it lies now; for another one,
     which the settings of `data` that are given make, with its name and a key of what it holds, so that neither
     overwrites the other."""
+    if is_address(checkpoint):  # the hub's: here, in a folder of its name
+        checkpoint = re.sub(r"[^\w.-]+", "-", checkpoint.partition("://")[2])
     name, files = f"eval_{Path(checkpoint).stem}", given.get("val") or {}
     if any(value is not None for value in (given.get("root"), *files.values())):
         now, own = contents(dataset), detector.contents and detector.contents["val"]

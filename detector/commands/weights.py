@@ -3,7 +3,8 @@
 detector weights list [WORD ...]         published detectors that a run may start from, and their AP
 detector weights get NAME                download one of them, hf://owner/repo[/file] or https://..., and print its path
 detector weights convert SOURCE OUT      a foreign detector's weights, or our .safetensors, as a checkpoint of ours
-detector weights export CHECKPOINT OUT   a checkpoint of ours as .safetensors, .pt2 (torch.export) or .onnx; also
+detector weights export CHECKPOINT OUT   a checkpoint of ours as .safetensors, .pt2 (torch.export) or .onnx, or into a
+                                         repository hf://owner/repo of the Hugging Face hub; also
 detector export CHECKPOINT OUT
 """
 
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     command = commands.add_parser("export", help="write CHECKPOINT for other programs")
     command.add_argument("checkpoint", help="of a run, like runs/quickstart/best.pt")
-    command.add_argument("out", help="a name that ends in .safetensors, .pt2 or .onnx")
+    command.add_argument("out", help="a name that ends in .safetensors, .pt2 or .onnx, or hf://owner/repo[@branch]")
     command.add_argument(
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="fix the canvas of .pt2 and .onnx; else any"
     )
@@ -69,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "export":
             from detector.export.export import export
 
+            if args.checkpoint.startswith("hf://") and args.out.startswith("checkpoint="):  # in the other order
+                args.checkpoint, args.out = args.out.removeprefix("checkpoint="), args.checkpoint
             export(args.checkpoint, args.out, args.size and tuple(args.size), args.precision, args.trust)
             print(args.out)
             return 0

@@ -212,11 +212,17 @@ def export(
     trust: str | Sequence[str] | None = (),
 ) -> None:
     """Write a checkpoint in the format that the suffix of `out` names: .safetensors, which detector.load reads, .pt2
-    (torch.export) or .onnx; the latter two for canvases of every size, or of `size` (height, width) alone.
+    (torch.export) or .onnx; the latter two for canvases of every size, or of `size` (height, width) alone. hf://owner/repo
+    uploads it, see `export.hub`.
     trust: see detector.inference.load.load.
 
     Raises ValueError for another suffix, and what the functions of this module raise.
     """
+    if str(out).startswith("hf://"):
+        from detector.export.hub import push
+
+        push(checkpoint, str(out), trust)
+        return None
     suffix = Path(out).suffix
     if suffix not in (".safetensors", ".pt2", ".onnx"):
         raise ValueError(f"{out}: the name must end in .safetensors, .pt2 or .onnx")

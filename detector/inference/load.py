@@ -18,6 +18,7 @@ from detector.data import Pictures, Pipeline
 from detector.evaluation.operating_point import OPERATING_POINT
 from detector.evaluation.proposals import OBJECT
 from detector.inference.predict import Detector
+from detector.weights.downloads import HUB, located
 
 
 def load(
@@ -69,7 +70,19 @@ def evaluated_point(checkpoint: str | Path | Mapping, state: Mapping) -> dict | 
 
 
 def read(path: str | Path) -> dict:
-    """A checkpoint, or a safetensors file that `detector export` wrote."""
+    """A checkpoint, or a safetensors file that `detector export` wrote, also that of hf://owner/repo[/file][@revision].
+
+    Raises ConfigError, and for what the hub does not have or has as a pickle alone.
+    """
+    if str(path).startswith("hf://"):
+        with config_errors("checkpoint"):
+            name = (HUB.fullmatch(str(path)) or [None] * 3)[2]
+            if name is not None and not name.endswith(".safetensors"):
+                raise ValueError(
+                    f"{path}: from the hub only .safetensors are loaded; `detector weights get {path}` prints where a "
+                    "file is that you trust"
+                )
+            path = located(str(path))
     return load_safetensors(path) if Path(path).suffix == ".safetensors" else load_checkpoint(path)
 
 

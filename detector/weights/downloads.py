@@ -243,10 +243,7 @@ def from_hub(text: str) -> Path:
     found = HUB.fullmatch(text)
     if found is None:
         raise ValueError(f"{text!r}: expected hf://owner/repository[/file][@revision]")
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ValueError(f"{text} needs huggingface_hub: pip install 'two-stage-detector[hub]'") from error
+    huggingface_hub = hub(text)
     repo, name, revision = found.groups()
     endpoint = os.environ.get("HF_ENDPOINT")
     try:
@@ -261,6 +258,15 @@ def from_hub(text: str) -> Path:
     except OSError as error:  # all of the library's, those of connections among them
         told = " ".join(str(error).split())
         raise ValueError(f"{text}: {told[:300]}") from error
+
+
+def hub(text: str) -> Any:
+    """The library huggingface_hub, which `text` needs. Raises ValueError where it is missing."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ValueError(f"{text} needs huggingface_hub: pip install 'two-stage-detector[hub]'") from error
+    return huggingface_hub
 
 
 def in_cache(repo: str, revision: str | None, error: OSError) -> list[str]:
