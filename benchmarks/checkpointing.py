@@ -4,8 +4,8 @@
     python benchmarks/checkpointing.py --device cuda --batch 8 --size 800 1344
 
 Mask R-CNN on each backbone of `--bodies`, with and without `model.backbone.checkpointing=true`, each in a process of
-its own; `--part body` goes no further than backbone and neck, whose memory grows with the images, that of the heads does
-not. Memory is what a step needs beyond what was in use before it, weights and optimiser not counted; time is
+its own; `--part body` goes no further than backbone and neck, whose memory grows with the images, unlike that of the
+heads. Memory is what a step needs beyond what was in use before it, weights and optimiser not counted; time is
 the processor's on a CPU, so that others at work on the machine count less, and the clock's on a GPU.
 """
 
