@@ -1,15 +1,16 @@
 """Large pictures seen by tiles: AP against the single pictures that they are composed of, and peak memory.
 
     python benchmarks/tiles.py compose --data data/shapes --out data/large
-    detector train experiment=quickstart name=crops data=custom data.root=data/large augment=crops augment.size=160 \
-        evaluation.tiles.size=320 evaluation.tiles.overlap=0.4 model.weights=runs/quickstart/best.pt
-    python benchmarks/tiles.py ap --checkpoint runs/crops/best.pt --json benchmarks/results/tiles_ap.json
-    python benchmarks/tiles.py memory --checkpoint runs/crops/best.pt --json benchmarks/results/tiles_memory.json
+    detector train experiment=quickstart run_dir=runs/crops schedule.max_iterations=300 data=custom \
+        data.root=data/large augment=crops augment.size=160 evaluation.tiles.size=320 evaluation.tiles.overlap=0.4 \
+        model.weights=runs/quickstart/best.pt
+    python benchmarks/tiles.py ap --json benchmarks/results/tiles_ap.json
+    python benchmarks/tiles.py memory --count 16 --batch 2 --formats tif --json benchmarks/results/tiles_memory.json
 
 `compose` puts pictures of a data set side by side into large ones, each in a frame of the colour that the network sees
 as zero, and writes a data set of these. `ap` compares what is found in them by tiles with what is found in each single
-picture, in the same frame and so in the same surroundings, and with one look at the whole large picture. Same pixels,
-same objects, same network: what differs is the tiles. The network should have learnt from crops of such pictures, or it
+picture, in the same frame and so in the same surroundings. Same pixels, same objects, same network: what differs is the
+tiles. The network should have learnt from crops of such pictures, or it
 takes the edge of a picture in its frame for an object. `memory` runs predict and eval on one picture of 10,000 x 10,000
 and on one of the size of a tile, each in a process of its own.
 """
@@ -24,7 +25,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tifffile
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from detector.commands.evaluate import evaluate_checkpoint
 from detector.commands.predict import predict_files
-from detector.config.suggest import compose as compose_config
+from detector.config import arguments
 from detector.data import Pictures, read_image
 from detector.data.annotations import Truth
 from detector.data.read_coco import read_truth
@@ -145,7 +145,8 @@ def average_precision(content: dict, results: list[dict], most: int) -> dict[str
 
 def ap(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    detector, source = load(args.checkpoint, args.device), Set(args.data, "val", args.count)
+    changes = {"box_head": {"detections_per_image": 300}}  # of a look: a tile holds more objects than a single picture
+    detector, source = load(args.checkpoint, args.device, changes), Set(args.data, "val", args.count)
     options = {"batch_size": args.batch, "precision": "fp32"}
 
     def see(image: np.ndarray, tiles: Tiles) -> Found:
@@ -178,14 +179,6 @@ def ap(args: argparse.Namespace) -> None:
     harness.save(args.json, args.device, **about, ap=figures)
 
 
-def settings(name: str, *overrides: str) -> dict[str, Any]:
-    """What the program of a config gives to its command."""
-    from omegaconf import OmegaConf
-
-    cfg = compose_config(name, list(overrides))
-    return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True)
-
-
 def memory(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     source, figures = Set(args.data, "val", args.count), {}
@@ -202,7 +195,7 @@ def memory(args: argparse.Namespace) -> None:
                 for x, y, w, h in [own["bbox"]]
                 if x + w <= side and y + h <= side
             ]
-            for suffix in ("tif", "jpg"):
+            for suffix in args.formats:
                 (folder / f"{suffix}_{side}").mkdir()
                 file = folder / f"{suffix}_{side}" / f"a.{suffix}"
                 if suffix == "tif":
@@ -215,7 +208,7 @@ def memory(args: argparse.Namespace) -> None:
             del picture
         tiles = f"tiles={{size: {args.size}, overlap: 0.2, whole: true}}"
         common = [f"checkpoint={args.checkpoint}", f"device={args.device}", tiles, f"batch_size={args.batch}"]
-        for suffix in ("tif", "jpg"):
+        for suffix in args.formats:
             for side in (args.size, args.large):
                 here = folder / f"{suffix}_{side}"
                 pixels = max(2 * args.large**2, 10**8)
@@ -224,8 +217,8 @@ def memory(args: argparse.Namespace) -> None:
                 evaluate += [f"data.root={here}", "data.val.images=.", "data.val.annotations=truth.json"]
                 evaluate += [f"data.max_pixels={pixels}"]
                 works = {
-                    "predict": partial(predict_files, **settings("predict", *predict)),
-                    "eval": partial(evaluate_checkpoint, **settings("eval", *evaluate)),
+                    "predict": partial(predict_files, **arguments("predict", predict)),
+                    "eval": partial(evaluate_checkpoint, **arguments("eval", evaluate)),
                 }
                 for name, work in works.items():
                     figures[f"{name} {suffix} {side}"] = round(harness.peak_memory(work, args.device, turns=1))
@@ -243,11 +236,14 @@ def main() -> None:
         part = parts.add_parser(
             name, parents=[harness.parser("", repeats=1)], conflict_handler="resolve", add_help=False
         )
-        part.add_argument("--checkpoint", default="runs/crops/best.pt")
+        part.add_argument("--checkpoint", default="runs/crops/last.pt")
         part.add_argument("--size", type=int, default=320 if name == "ap" else 1024, help="of a tile")
         part.add_argument("--overlap", type=float, default=0.4)
         part.add_argument("--batch", type=int, default=4, help="tiles in a pass of the network")
         part.add_argument("--large", type=int, default=10_000, help="side of the large picture")
+        part.add_argument(
+            "--formats", nargs="+", default=["tif", "jpg"], help="of the large picture: tif is read by tiles"
+        )
     for part in parts.choices.values():
         part.add_argument("--data", type=Path, default=Path("data/shapes"))
         part.add_argument("--count", type=int, help="single pictures; all by default")

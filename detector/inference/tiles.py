@@ -3,7 +3,9 @@
 Tiles of `size` pixels lie evenly over the picture, neighbours share at least `overlap` of a side. With `whole` the
 network sees the picture once more, made as small as a tile; of that look only what is longer than the overlap is taken,
 for anything else is whole in some tile. A detection is cut if its box ends at a side of its tile that is no side of the
-picture. What different looks find of one class is one object
+picture. Where another tile shows the place of a detection clearly farther from its sides, that tile alone decides what
+is there: it sees more of the surroundings. Of the others, along the lines between tiles and of the whole picture, what
+different looks find of one class is one object
 
     if neither is cut: where their IoU exceeds the model's own NMS threshold. The better one stays, a tile's before the
         whole picture's, whose boxes are coarse;
@@ -33,6 +35,7 @@ from detector.ops.paste import encode_window, paste_window
 from detector.settings import Tiles
 from detector.structures import Detections
 
+SLACK = 1 / 10  # of a tile's side, by which another tile must see more around a detection to decide alone
 COVERED = 0.7  # share of a cut box inside another, from which it is a part of that
 
 
@@ -221,7 +224,9 @@ def merge(found: Found, views: np.ndarray, look: np.ndarray, nms_threshold: floa
     ).all(2)
     np.fill_diagonal(meet, False)
     near = [np.flatnonzero(meet[view][look]) for view in range(len(views))]
-    alive = np.ones(len(boxes), bool)
+    best_seen = ~_seen_better(boxes, views, look, frame, meet, size)
+    cut &= best_seen
+    alive = best_seen.copy()
 
     def same(one: int, which: np.ndarray) -> np.ndarray:
         """Those of the others, indices in a list, that are the same object as `one`."""
@@ -249,7 +254,7 @@ def merge(found: Found, views: np.ndarray, look: np.ndarray, nms_threshold: floa
         again = same(one, ~cut)
         alive[again] = False
         scores[one] = max(scores[one], scores[again].max(initial=0))
-    alive[:] = cut
+    alive = cut.copy()
     stays = np.zeros(len(boxes), bool)
     stays[kept] = True
     alive |= stays
@@ -273,6 +278,30 @@ def merge(found: Found, views: np.ndarray, look: np.ndarray, nms_threshold: floa
         groups.append(group)
     groups.sort(key=lambda group: -scores[group].max())
     return _united(found, groups, scores)
+
+
+def _seen_better(
+    boxes: np.ndarray, views: np.ndarray, look: np.ndarray, frame: np.ndarray, meet: np.ndarray, size: int
+) -> np.ndarray:
+    """[D] bool: some other tile shows this place clearly farther from its sides than the detection's own does.
+
+    meet: [V, V] bool, which looks have a part of the picture in common.
+    """
+    is_tile = (views != frame).any(axis=1)
+    inner = views != frame  # sides that are no sides of the picture
+
+    def clearance(at: np.ndarray, view: np.ndarray | slice) -> np.ndarray:
+        """From the boxes [R, 1, 4] to the nearest inner side of the looks: [R, V']. Negative outside."""
+        gaps = np.concatenate([at[..., :2] - views[view, :2], views[view, 2:] - at[..., 2:]], axis=-1)
+        return np.where(inner[view], np.minimum(gaps, size), size).min(axis=-1)
+
+    better = np.zeros(len(boxes), bool)
+    for view in np.flatnonzero(is_tile):
+        rows, others = np.flatnonzero(look == view), np.flatnonzero(meet[view] & is_tile)
+        if len(rows) and len(others):
+            at = boxes[rows][:, None]
+            better[rows] = clearance(at, others).max(1) - clearance(at, [view])[:, 0] > SLACK * size
+    return better
 
 
 def _united(found: Found, groups: list[list[int]], scores: np.ndarray) -> Found:

@@ -144,7 +144,7 @@ def test_neighbours_at_a_seam_stay_two():
     found = see(picture, size=100, overlap=0.1, whole=False)
     assert len(found.boxes) == 3 and min(agreement(found, masks)) > 0.9
     two = Found(
-        200, 200, np.float32([[90, 90, 130, 130], [90, 90, 130, 130]]), np.float32([0.9, 0.8]), np.array([1, 2])
+        200, 200, np.float32([[95, 90, 115, 130], [95, 90, 115, 130]]), np.float32([0.9, 0.8]), np.array([1, 2])
     )
     views = np.float32([[0, 0, 130, 200], [80, 0, 200, 200]])
     assert len(merge(two, views, np.array([0, 1]), 0.5, 130).boxes) == 2
@@ -169,6 +169,10 @@ def test_the_merging_rules():
     assert merged(([50, 10, 100, 30], 0.9, 0), ([80, 11, 150, 30], 0.8, 1)).boxes.tolist() == [[50, 10, 150, 30]]
     # but not of what differs where both tiles look
     assert len(merged(([50, 10, 100, 30], 0.9, 0), ([80, 60, 150, 90], 0.8, 1)).boxes) == 2
+    # where another tile sees clearly more around a place, it alone decides: here that there is nothing, or another box
+    assert len(merged(([81, 10, 88, 30], 0.9, 1)).boxes) == 0
+    found = merged(([81, 10, 88, 30], 0.5, 0), ([81, 10, 88, 32], 0.9, 1))
+    assert found.boxes.tolist() == [[81, 10, 88, 30]] and found.scores.tolist() == [np.float32(0.5)]
     # two of one look were told apart by the network
     assert len(merged(([20, 10, 70, 60], 0.6, 0), ([22, 8, 74, 62], 0.9, 0)).boxes) == 2
 
