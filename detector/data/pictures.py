@@ -335,14 +335,19 @@ def _rule(value: Any, channels: int) -> tuple:
         require(0 <= pair[0] < pair[1] <= 100, "data.intensity.percentiles", list(pair), "0 <= low < high <= 100")
         return "percentiles", float(pair[0]), float(pair[1])
     pairs = [value] if _is_pair(value) else value
-    right = isinstance(pairs, (list, tuple)) and len(pairs) in (1, channels) and all(map(_is_pair, pairs))
+    right = _is_list(pairs) and len(pairs) in (1, channels) and all(map(_is_pair, pairs))
     require(right, "data.intensity", value, wanted)
     require(all(low < high for low, high in pairs), "data.intensity", value, "low < high")
     return "window", *((float(low), float(high)) for low, high in pairs)
 
 
+def _is_list(value: Any) -> bool:
+    """Also that of a configuration, which is no list of Python's."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
 def _is_pair(value: Any) -> bool:
-    numbers = isinstance(value, (list, tuple)) and len(value) == 2
+    numbers = _is_list(value) and len(value) == 2
     return numbers and all(type(v) in (int, float) and np.isfinite(v) for v in value)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 import tifffile
+from omegaconf import OmegaConf
 from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
@@ -297,6 +298,20 @@ def test_damaged_files_are_named(tmp_path, deep):
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
         Pictures(**settings)
+
+
+@pytest.mark.parametrize(
+    ("intensity", "rule"),
+    [
+        ([5, 900], ("window", (5.0, 900.0))),
+        ([[0, 9], [0, 8], [1, 7]], ("window", (0.0, 9.0), (0.0, 8.0), (1.0, 7.0))),
+        ({"percentiles": [1, 99]}, ("percentiles", 1.0, 99.0)),
+        ("type", ("type",)),
+    ],
+)
+def test_settings_as_training_has_them(intensity, rule):
+    """Lists of a configuration are none of Python's."""
+    assert Pictures.of(OmegaConf.create({"intensity": intensity})).rule == rule
 
 
 def test_settings_of_a_configuration():
