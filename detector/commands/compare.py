@@ -161,14 +161,14 @@ def disagreements(methods: Sequence[Method], truth: Truth, report: Mapping, coun
         own = truth.select(by_id[[index]])
         image_id, name = int(own.image_ids[0]), own.file_name(0)
         try:
-            image = read_picture(own, 0, runs[0].images, Pictures.of(runs[0].config["data"]))
+            image, size = read_picture(own, 0, runs[0].images, Pictures.of(runs[0].config["data"]))
         except (ValueError, OSError) as error:
             log.warning("no picture: %s", error)
             continue
-        views = [picture_of(image, truth, own.to_coco()["annotations"], False)]
+        views = [picture_of(image, truth, own.to_coco()["annotations"], False, size)]
         for entries, limit in zip(results, limits):
             found = [p for p in entries if p["image_id"] == image_id and p["score"] >= limit]
-            views.append(picture_of(image, truth, found, True))
+            views.append(picture_of(image, truth, found, True, size))
         names = [f"{m.label}: F1 {s[index]:.2f}" for m, s in zip((worst, best), scores)]
         shown = " and ".join(f"{limit:.2f}" for limit in limits)
         caption = f"{name}: {', '.join(names)} (IoU 0.5; scores of at least {shown})"

@@ -28,6 +28,7 @@ TIDE_NAMES = {
     "Bkg": "background",
     "Miss": "missed",
 }
+LONG_WORD = 12  # characters
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #666; --rule: #d9d9d9; --shade: #f4f4f4;
   --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #e69f00; --c5: #56b4e9; --c6: #8a7a00; --c7: #555; }
@@ -40,7 +41,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; border-bo
 h3 { font-size: 1.02rem; margin: 1.2rem 0 .3rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 td { white-space: nowrap; } .wide { overflow-x: auto; }
-th { overflow-wrap: anywhere; min-width: 3rem; vertical-align: bottom; }
+th { min-width: 3rem; vertical-align: bottom; } th.long { overflow-wrap: anywhere; }
 td:first-child { white-space: normal; min-width: 7rem; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); }
 th:first-child, td:first-child { text-align: left; } td small { color: var(--soft); }
@@ -235,8 +236,14 @@ def title(kind: str) -> str:
     return f"{TITLES[kind].capitalize()} AP"
 
 
+def header_cell(text: str) -> str:
+    """Words stay whole unless they are names so long that they would make the column wide."""
+    is_long = max(map(len, text.split()), default=0) > LONG_WORD
+    return f"<th{' class=long' if is_long else ''}>{escape(text)}</th>"
+
+
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    head = "".join(map(header_cell, header))
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 

@@ -175,15 +175,15 @@ def beside(
     """An image's truth beside what was found there, or one detection of it; None where it cannot be read."""
     own = found.truth.select(np.array([row]))
     try:
-        image = read_picture(own, 0, found.folders, found.pictures)
+        image, size = read_picture(own, 0, found.folders, found.pictures)
     except (ValueError, OSError) as error:
         log.warning("no picture: %s", error)
         return None
     image_id = int(own.image_ids[0])
     entries = [only] if only else [r for r in found.results if r["image_id"] == image_id and r["score"] >= least]
     views = [
-        picture_of(image, found.truth, own.to_coco()["annotations"], False),
-        picture_of(image, found.truth, entries, True),
+        picture_of(image, found.truth, own.to_coco()["annotations"], False, size),
+        picture_of(image, found.truth, entries, True, size),
     ]
     return f"{own.file_name(0)}: {caption}", panel(views, ["ground truth", "found"])
 
@@ -323,7 +323,7 @@ def confusion(report: Mapping[str, Any]) -> str:
     )
     if len(names) <= MATRIX:
         share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-        head = "".join(f"<th>{escape(one_line(name))}</th>" for name in rest)
+        head = "".join(pages.header_cell(one_line(name)) for name in rest)
         body = ""
         for r, name in enumerate(rest):
             cells = "".join(

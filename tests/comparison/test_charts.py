@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from detector.comparison.charts import LETTER, bar_chart, interval_chart, line_chart
+from detector.comparison.report import header_cell
 
 LONG = "modulated_deformable_position_sensitive_pooling_of_everything, gamma=0.1"
 
@@ -73,3 +74,8 @@ def test_headings_hide_the_lines_behind_them():
     mat = re.search(r'class="mat"[^>]* y="([\d.]+)"[^>]* height="(\d+)"', svg)
     top = re.search(r'class="zero"[^>]* y1="(\d+)"', svg)
     assert float(mat[1]) <= float(top[1]) and int(mat[2]) == 22
+
+
+def test_words_of_headings_stay_whole_but_long_names_do_not():
+    assert header_cell("GFLOP / image") == "<th>GFLOP / image</th>"
+    assert header_cell("modulated_deformable") == "<th class=long>modulated_deformable</th>"

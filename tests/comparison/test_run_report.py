@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from detector.commands.train import conclude
-from detector.comparison import run_report
+from detector.comparison import pictures, run_report
 from detector.comparison.run_report import Evaluated, diagnose, suspects, write_run_report
 from detector.engine.train import train
 from detector.evaluation.coco import check_annotations, check_predictions
@@ -61,14 +61,14 @@ def test_the_numbers(evaluated, truth):
 
 
 def test_labels_that_may_be_wrong(evaluated, truth):
-    rows, pictures = suspects(evaluated)
+    rows, shown = suspects(evaluated)
     first, last = evaluated.results[0], evaluated.results[-1]
     names = dict(zip(truth.category_ids, truth.categories))
     assert {(row[1], row[2]) for row in rows} == {
         ("another class?", names[first["category_id"]]),
         ("an object without annotation?", names[last["category_id"]]),
     }
-    assert rows[0][3] == "0.99" and len(pictures) == 2 and rows[0][0] in pictures[0][0]
+    assert rows[0][3] == "0.99" and len(shown) == 2 and rows[0][0] in shown[0][0]
 
 
 def test_the_page_stands_alone(evaluated, tmp_path):
@@ -99,6 +99,20 @@ def test_nothing_found_many_classes_and_no_images(truth, tmp_path):
     matrix[3, 7] = 4
     many = run_report.confusion({"confusion": {"names": names, "matrix": matrix.tolist()}})
     assert "<td>class 3</td><td>class 7</td><td>4</td>" in many and many.count("<tr>") == 2
+
+
+def test_large_images_are_shown_small_with_what_is_on_them(evaluated, truth, tmp_path, monkeypatch):
+    """And no mask of theirs is ever drawn whole."""
+    monkeypatch.setattr(pictures, "LARGEST", 48)
+    image, size = pictures.read_picture(truth, 0, evaluated.folders, evaluated.pictures)
+    assert image.shape == (48, 48, 3) and size == (96, 96)
+    entries = [entry for entry in truth.to_coco()["annotations"] if not entry["iscrowd"]]
+    for entry in entries:
+        x, y, w, h = entry["bbox"]
+        whole = pictures.mask_of(entry["segmentation"], None, size, size)
+        small = pictures.mask_of(entry["segmentation"], np.array([x, y, x + w, y + h]) / 2, size, (48, 48))
+        assert whole.any() and (small == whole[1::2, 1::2]).all()
+    assert write_run_report(evaluated, tmp_path / "report.html")
 
 
 def test_a_report_that_fails_says_so(evaluated, tmp_path, monkeypatch, caplog):
