@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from detector import checkpoint as checkpoints
-from detector.config import build, compose
+from detector.config import arguments, build
 from tests.tiny import OVERRIDES
 
 SMALL = [
@@ -19,12 +16,6 @@ SMALL = [
     "augment=default",
     "augment.short_edge=128",
 ]
-
-
-def arguments(config_name: str, overrides: Sequence[str]) -> dict:
-    """What the program of a config gives to its command."""
-    cfg = compose(config_name, list(overrides))
-    return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), resolve=True)
 
 
 def configured(*overrides: str) -> dict:

@@ -69,7 +69,7 @@ def train(
 ) -> float | None:
     """Run, or continue, the training that the nodes of configs/train.yaml describe; see `engine.train.train`.
 
-    All of them are needed: `**config.compose("train", ["data=custom", "data.root=my_data"])` has them.
+    All of them are needed: `**config.arguments("train", ["data=custom", "data.root=my_data"])` has them.
     """
     return run_training(OmegaConf.create(literal(locals())), at_end=conclude)
 

@@ -232,6 +232,13 @@ def compose(config_name: str, overrides: Sequence[str] = (), folders: Sequence[P
         return hydra.compose(config_name, list(overrides), return_hydra_config=True)
 
 
+def arguments(config_name: str, overrides: Sequence[str] = (), folders: Sequence[Path] = ()) -> dict[str, Any]:
+    """What the program of a config gives to its command, as its keyword arguments: `train(**arguments("train", [...]))`
+    is `detector train ...` in Python."""
+    cfg = compose(config_name, overrides, folders)
+    return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True)
+
+
 def leaves(node: Any, path: str = "") -> list[str]:
     """All dotted keys of a config, Hydra's own left out."""
     keys = []
