@@ -25,8 +25,12 @@ demo: $(READY) data/shapes/annotations/instances_val.json  ## train, evaluate an
 data/shapes/annotations/instances_val.json: detector/commands/make_shapes.py | $(READY)
 	$(PY) -m detector shapes --out data/shapes
 
+# What only tests need, so that `make demo` stays quick: trackers and searches, whose tests are skipped where this fails.
+$(VENV)/.tracking: $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[mlflow,optuna,wandb]' -c constraints.txt && touch $@ || true
+
 # One thread for each of two processes: small tensors gain nothing from more, and processes run truly side by side.
-test: $(READY)  ## the whole test suite
+test: $(READY) $(VENV)/.tracking  ## the whole test suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-oldest: $(OLDEST)/.ready  ## the test suite on the oldest supported PyTorch

@@ -130,6 +130,7 @@ def test_as_typed(line, tmp_path, monkeypatch, capsys, state):
     words = shlex.split(line)
     own_data()
     shutil.copytree("my_data/train", "slides")
+    tifffile.imwrite("stack.tif", np.zeros((3, 40, 60, 3), np.uint8), photometric="rgb")
     if "data.channels=6" in words:
         many_channels()
     if words[2] == "yolo":
