@@ -213,12 +213,12 @@ def keep_enough(model: nn.Module, limit: int, wanted: int | None) -> None:
     head.detections_per_image = limit
 
 
-def usual_folder(checkpoint: str, given: Mapping[str, Any], detector: Detector, dataset: CocoDataset) -> Path:
+def usual_folder(checkpoint: str | Path, given: Mapping[str, Any], detector: Detector, dataset: CocoDataset) -> Path:
     """eval_<checkpoint> beside the checkpoint for the run's own validation set, wherever it lies now; for another one,
     which the settings of `data` that are given make, with its name and a key of what it holds, so that neither
     overwrites the other."""
-    if is_address(checkpoint):  # the hub's: here, in a folder of its name
-        checkpoint = re.sub(r"[^\w.-]+", "-", checkpoint.partition("://")[2])
+    if is_address(str(checkpoint)):  # the hub's: here, in a folder of its name
+        checkpoint = re.sub(r"[^\w.-]+", "-", str(checkpoint).partition("://")[2])
     name, files = f"eval_{Path(checkpoint).stem}", given.get("val") or {}
     if any(value is not None for value in (given.get("root"), *files.values())):
         now, own = contents(dataset), detector.contents and detector.contents["val"]

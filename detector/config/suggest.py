@@ -100,12 +100,12 @@ def options_of_groups(folders: Sequence[Path]) -> dict[str, list[str]]:
 def list_options(config_name: str, arguments: Sequence[str]) -> str:
     """For --help: the groups that a program's config chooses from, with their options; "" if there are none."""
     name, folders = hydra_options(arguments)
-    slots = slots_of(compose(name or config_name, folders=folders))
-    slots = [slot for slot in slots if not slot.startswith(("hydra/", "heads/fit", "roi@"))]
-    groups, width = options_of_groups(folders), max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
-    lines = [""]
+    slots, options = slots_of(compose(name or config_name, folders=folders)), options_of_groups(folders)
+    groups = {slot: options[slot.partition("@")[0]] for slot in slots if not slot.startswith(("hydra/", "heads/fit"))}
+    slots = [slot for slot in groups if not slot.startswith("roi@") and len(groups[slot]) > 1]
+    width, lines = max(80, min(120, shutil.get_terminal_size((120, 24)).columns)), [""]
     for slot in sorted(slots):
-        names = f"    {slot + '=':24}{', '.join(groups[slot.partition('@')[0]])}"
+        names = f"    {slot + '=':24}{', '.join(groups[slot])}"
         lines += textwrap.wrap(names, width, subsequent_indent=" " * 28, break_on_hyphens=False)
     return "\n".join(["", "Groups and their options:", *lines[1:]]) if slots else ""
 

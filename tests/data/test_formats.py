@@ -256,5 +256,5 @@ def test_splits_are_joined_by_name(voc):
     assert [entry["image_id"] for entry in joined["annotations"]] == [1, 2, 2, 3, 3]
     own = [{**entry, "score": 1.0} for entry in joined["annotations"] if not entry["iscrowd"]]
     assert coco_metrics(joined, own)["AP"] == 1
-    with pytest.raises(ValueError, match="format 'kitti' is unknown"):
-        convert("kitti", voc, ["train"])
+    with pytest.raises(ValueError, match="format 'darknet' is unknown"):
+        convert("darknet", voc, ["train"])
