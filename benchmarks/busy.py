@@ -82,6 +82,8 @@ def main() -> None:
     options = harness.parser(__doc__, repeats=7)
     options.add_argument("--batch", type=int, default=8)
     options.add_argument("--steps", type=int, default=4, help="steps of a turn")
+    names = ["ours", "openmp", "passive", "torchvision"]
+    options.add_argument("--contenders", nargs="+", choices=names, default=names)
     options.add_argument("--beside", nargs="+", choices=BESIDE, default=BESIDE, help="the first one counts as 100 %%")
     args = options.parse_args()
     ours = partial(quickstart, args, args.steps)
@@ -91,6 +93,7 @@ def main() -> None:
         "passive": (ours, {"OMP_WAIT_POLICY": "PASSIVE"}),
         "torchvision": (partial(torchvisions, args, 1), {}),
     }
+    contenders = {name: contenders[name] for name in args.contenders}
     beside = {
         "quiet": [],
         "one": [never_rest],
@@ -111,6 +114,7 @@ def main() -> None:
             process.kill()
             process.join()
         figures[name] = {key: args.batch * turn[key] / statistics.median(values) for key, values in seconds.items()}
+        print(name, {key: round(value, 2) for key, value in figures[name].items()}, flush=True)
     quiet = figures[args.beside[0]]
     rows = [
         [name, *(f"{row[key]:.1f} ({row[key] / quiet[key]:.0%})" for key in contenders)]
