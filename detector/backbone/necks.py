@@ -21,6 +21,12 @@ from torch import Tensor, nn
 from detector.ops.layers import conv_block, conv_layout, init_uniform, module_list, norm_layer
 
 
+def check_top(top: str, *ways: str) -> None:
+    """ValueError unless `top` is one of the ways to make one more level, or 'none'."""
+    if top not in (*ways, "none"):
+        raise ValueError(f"top={top!r}: expected {', '.join(map(repr, ways))} or 'none'")
+
+
 class FPN(nn.Module):
     """Lateral 1 x 1 convolutions, a top-down sum, and a 3 x 3 convolution per level.
 
@@ -43,8 +49,7 @@ class FPN(nn.Module):
         top: str = "max_pool",
     ):
         super().__init__()
-        if top not in ("max_pool", "conv", "none"):
-            raise ValueError(f"top={top!r}: expected 'max_pool', 'conv' or 'none'")
+        check_top(top, "max_pool", "conv")
         self.lateral = nn.ModuleList(conv_block(c, out_channels, 1, norm, relu=False) for c in in_channels)
         self.output = nn.ModuleList(conv_block(out_channels, out_channels, 3, norm, relu=False) for _ in in_channels)
         if top == "conv":
@@ -175,8 +180,7 @@ class BiFPN(nn.Module):
         top: str = "max_pool",
     ):
         super().__init__()
-        if top not in ("max_pool", "none"):
-            raise ValueError(f"top={top!r}: expected 'max_pool' or 'none'")
+        check_top(top, "max_pool")
         if repeats < 1:
             raise ValueError(f"repeats={repeats}: expected at least 1")
         if norm is None:
@@ -223,8 +227,7 @@ class SimplePyramid(nn.Module):
         top: str = "max_pool",
     ):
         super().__init__()
-        if top not in ("max_pool", "none"):
-            raise ValueError(f"top={top!r}: expected 'max_pool' or 'none'")
+        check_top(top, "max_pool")
         if len(strides) != 1:
             raise ValueError(
                 f"strides={list(strides)}: a simple pyramid is made of one map, such as backbone@model.backbone=vit's; "

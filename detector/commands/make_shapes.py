@@ -105,13 +105,18 @@ class Object:
     keypoints: np.ndarray | None = None  # [K, 2], of a figure, whose rings are parts that overlap
 
 
-def draw(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Object]]:
-    """One image [size, size, 3] uint8 of shapes and its objects."""
+def draw(kind: str, size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Object]]:
+    """One image [size, size, 3] uint8 of shapes or figures, and its objects."""
     ground = rng.uniform(0.15, 0.85, 3)
     image = texture(size, ground, rng)
     objects: list[Object] = []
-    if rng.random() < EMPTY_SHARE:
-        return to_uint8(image), objects
+    if rng.random() >= EMPTY_SHARE:
+        (add_figures if kind == "figures" else add_shapes)(image, objects, ground, rng)
+    return to_uint8(image), objects
+
+
+def add_shapes(image: np.ndarray, objects: list[Object], ground: np.ndarray, rng: np.random.Generator) -> None:
+    size = len(image)
     sides = size * np.exp(rng.uniform(math.log(SMALLEST), math.log(LARGEST), 1 + rng.poisson(5)))
     for side in sorted(sides, reverse=True):  # small ones in front
         category = int(rng.choice(list(CATEGORIES)))
@@ -124,16 +129,10 @@ def draw(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Object]]
         places = rng.permutation([(i, j) for i in (-1.5, -0.5, 0.5, 1.5) for j in (-1, 0, 1)])[:9]
         members = [fitted(outline(CATEGORIES[category], rng), 0.05 * size, centre + 0.055 * size * p) for p in places]
         paint(image, [ring for member in members for ring in member], category, True, objects, ground, rng)
-    return to_uint8(image), objects
 
 
-def draw_figures(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Object]]:
-    """One image [size, size, 3] uint8 of figures and its objects."""
-    ground = rng.uniform(0.15, 0.85, 3)
-    image = texture(size, ground, rng)
-    objects: list[Object] = []
-    if rng.random() < EMPTY_SHARE:
-        return to_uint8(image), objects
+def add_figures(image: np.ndarray, objects: list[Object], ground: np.ndarray, rng: np.random.Generator) -> None:
+    size = len(image)
     heights = size * np.exp(rng.uniform(math.log(SHORTEST), math.log(TALLEST), 1 + rng.poisson(4)))
     for height in sorted(heights, reverse=True):
         category = int(rng.choice(list(figures.CATEGORIES)))
@@ -143,7 +142,6 @@ def draw_figures(size: int, rng: np.random.Generator) -> tuple[np.ndarray, list[
             placed = [part * height + centre for part in parts]
             if paint(image, placed, category, False, objects, ground, rng, points * height + centre):
                 break
-    return to_uint8(image), objects
 
 
 def paint(
@@ -233,7 +231,7 @@ def labelled(keypoints: np.ndarray, visible: np.ndarray) -> np.ndarray:
 
 def write_image(index: int, split: int, folder: Path, size: int, seed: int, kind: str) -> list[dict]:
     rng = np.random.default_rng((seed, split, index))
-    image, objects = (draw_figures if kind == "figures" else draw)(size, rng)
+    image, objects = draw(kind, size, rng)
     cv2.imwrite(str(folder / f"{index:06d}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 95])
     return [annotation(item, size, rng) for item in objects]
 

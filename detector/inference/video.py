@@ -61,12 +61,20 @@ class Span(NamedTuple):
             raise ConfigError(f"stop = {self.stop!r}: must come after start = {self.start!r}")
         return self
 
-    def begun(self, index: int, seconds: float) -> bool:
-        return not _before(_moment("start", self.start), index, seconds)
-
-    def ended(self, index: int, seconds: float) -> bool:
-        stop = _moment("stop", self.stop)
-        return stop is not None and not _before(stop, index, seconds)
+    def wanted(self, moments: Iterable[tuple[int, float]], skip: int) -> Iterator[tuple[int, float, bool]]:
+        """Those of the frames, given by index and seconds, that are wanted; true where an image is: not of the first
+        `skip`."""
+        start, stop = (_moment(name, value) for name, value in (("start", self.start), ("stop", self.stop)))
+        begun = 0
+        for index, seconds in moments:
+            if stop is not None and not _before(stop, index, seconds):
+                return
+            if _before(start, index, seconds):
+                continue
+            taken, between = divmod(begun, self.every)
+            begun += 1
+            if not between:
+                yield index, seconds, taken >= skip
 
     def count(self, frames: int | None, rate: float) -> int | None:
         """How many frames that is of so many; None where nobody knows."""
@@ -153,24 +161,10 @@ class Video:
 
     def frames(self, span: Span, skip: int = 0) -> Iterator[Frame]:
         """The wanted frames, the first `skip` of them without an image."""
-        index, taken, started = -1, 0, time.monotonic()
         capture, self.capture = self.capture or self._opened(), None
         try:
-            while capture.grab():
-                index += 1
-                seconds = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-                if self.live:
-                    seconds = time.monotonic() - started
-                elif not seconds > 0:  # some containers do not tell
-                    seconds = index / self.rate
-                if span.ended(index, seconds):
-                    return
-                if not span.begun(index, seconds):
-                    continue
-                taken += 1
-                if (taken - 1) % span.every:
-                    continue
-                if (taken - 1) // span.every < skip:
+            for index, seconds, looked_at in span.wanted(self._moments(capture), skip):
+                if not looked_at:
                     yield Frame(index, seconds, None)
                     continue
                 whole, image = capture.retrieve()
@@ -180,14 +174,26 @@ class Video:
                 to = cv2.COLOR_BGR2RGB if self.channels == 3 else cv2.COLOR_BGR2GRAY
                 image = cv2.cvtColor(image, to)
                 yield Frame(index, seconds, image if image.ndim == 3 else image[..., None])
-            if self.live:
-                self.problem = f"{self.name} gave no more frames after {index + 1}: is it unplugged or unreachable?"
-            elif index < 0:
-                self.problem = "it holds no frame that can be decoded"
-            elif self.count is not None and index + 1 < self.count:
-                self.problem = f"it ends after {index + 1} of the {self.count} frames that it announces: cut short?"
         finally:
             capture.release()
+
+    def _moments(self, capture: cv2.VideoCapture) -> Iterator[tuple[int, float]]:
+        """Index and seconds of each frame, as it is grabbed; `problem` says if they end too early."""
+        index, started = -1, time.monotonic()
+        while capture.grab():
+            index += 1
+            seconds = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+            if self.live:
+                seconds = time.monotonic() - started
+            elif not seconds > 0:  # some containers do not tell
+                seconds = index / self.rate
+            yield index, seconds
+        if self.live:
+            self.problem = f"{self.name} gave no more frames after {index + 1}: is it unplugged or unreachable?"
+        elif index < 0:
+            self.problem = "it holds no frame that can be decoded"
+        elif self.count is not None and index + 1 < self.count:
+            self.problem = f"it ends after {index + 1} of the {self.count} frames that it announces: cut short?"
 
 
 class Pages:
@@ -201,17 +207,10 @@ class Pages:
         return {"input": [str(path) for path in self.paths[:1]], "frames": len(self.paths), "rate": self.rate}
 
     def frames(self, span: Span, skip: int = 0) -> Iterator[Frame]:
-        taken = 0
-        for index, path in enumerate(self.paths):
-            seconds = index / self.rate
-            if span.ended(index, seconds):
-                return
-            if not span.begun(index, seconds):
-                continue
-            taken += 1
-            if (taken - 1) % span.every:
-                continue
-            if (taken - 1) // span.every < skip:
+        moments = ((index, index / self.rate) for index in range(len(self.paths)))
+        for index, seconds, looked_at in span.wanted(moments, skip):
+            path = self.paths[index]
+            if not looked_at:
                 yield Frame(index, seconds, None, str(path))
                 continue
             try:
