@@ -34,6 +34,7 @@ def cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def allowed_cores() -> int:
+    """The cores of this process's affinity, which libgomp counts; all of them where the system has no such thing."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -43,7 +44,7 @@ def times(tasks: Path = Path("/proc/self/task")) -> dict[str, tuple[int, int]]:
     for task in tasks.iterdir():
         try:
             run, waited = (task / "schedstat").read_text(encoding="ascii").split()[:2]
-        except OSError:  # it has ended
+        except (OSError, ValueError):  # it has ended, or ends
             continue
         found[task.name] = int(run), int(waited)
     return found

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from detector.ops.paste import paste_masks
-from detector.structures import Batch
+from detector.structures import Batch, Detections
 from detector.weights import build_model, load_foreign
 from tests.weights import reference_detectron2, reference_mmdetection
 from tests.weights.reference_parts import Found, Limits, paste
@@ -54,6 +54,20 @@ def test_groie_as_mmdetection_has_it(shared):
     check_layout(shared, "mmdet-faster-rcnn_r50_fpn_1x_coco", more=keys)
 
 
+@torch.no_grad()
+def compare_first_stage(model, batch: Batch, expected) -> Detections:
+    """Features and proposals with those expected; returns what the model detects."""
+    features = model.features(batch)
+    proposals, _ = model.rpn(features, batch)
+    for level, wanted in zip(features, expected.features, strict=True):
+        torch.testing.assert_close(level, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    for i, wanted in enumerate(expected.proposals):
+        valid = proposals.valid[i]
+        assert valid.sum() > 10
+        compare(Found(proposals.boxes[i, valid], proposals.scores[i, valid]), wanted)
+    return model.detect(features, batch)
+
+
 def check_layout(shared, name: str, deltas: float = 1.0, more: dict | None = None) -> None:
     layout, source = read_layout(shared, name), name.split("-")[0]
     layout["state_dict"] |= more or {}
@@ -64,17 +78,7 @@ def check_layout(shared, name: str, deltas: float = 1.0, more: dict | None = Non
     model = build_model(load_foreign(weights, source=source))
     limit(model, reference.limits_of(layout))
     batch = as_batch(images)
-    with torch.no_grad():
-        features = model.features(batch)
-        proposals, _ = model.rpn(features, batch)
-        found = model.detect(features, batch)
-
-    for level, wanted in zip(features, expected.features, strict=True):
-        torch.testing.assert_close(level, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
-    for i, wanted in enumerate(expected.proposals):
-        valid = proposals.valid[i]
-        assert valid.sum() > 10
-        compare(Found(proposals.boxes[i, valid], proposals.scores[i, valid]), wanted)
+    found = compare_first_stage(model, batch, expected)
     for i, wanted in enumerate(expected.detections):
         rows = found.valid[i]
         assert rows.any()

@@ -15,7 +15,7 @@ from detector.weights import apply_presets, build_model, load_foreign, misfit, z
 from detector.weights.loading import read_foreign
 from tests.weights import reference_detectron2
 from tests.weights.reference_parts import Found
-from tests.weights.test_reference import LIMITS, check_masks, compare, limit
+from tests.weights.test_reference import LIMITS, check_masks, compare, compare_first_stage, limit
 
 pytest.importorskip("timm")
 WINDOW, EVERYWHERE = 14, (1, 3)
@@ -115,15 +115,7 @@ def test_same_as_detectron2(cascade):
     for row, image in zip(padded, images):
         row[:, : image.shape[1], : image.shape[2]] = image
     batch = Batch(padded, sizes, sizes, torch.arange(2), torch.arange(2))
-    with torch.no_grad():
-        features = model.features(batch)
-        proposals, _ = model.rpn(features, batch)
-        found = model.detect(features, batch)
-    for level, wanted in zip(features, expected.features, strict=True):
-        torch.testing.assert_close(level, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
-    for i, wanted in enumerate(expected.proposals):
-        valid = proposals.valid[i]
-        compare(Found(proposals.boxes[i, valid], proposals.scores[i, valid]), wanted)
+    found = compare_first_stage(model, batch, expected)
     for i, wanted in enumerate(expected.detections):
         rows = found.valid[i]
         assert rows.any()
