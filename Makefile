@@ -5,7 +5,7 @@ OLDEST ?= .venv-oldest
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test test-oldest lint format docs bench wheels gpu-check clean
+.PHONY: help install demo test test-slow test-oldest lint format docs bench wheels gpu-check clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -30,8 +30,11 @@ $(VENV)/.tracking: $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[mlflow,optuna,wandb]' -c constraints.txt && touch $@ || true
 
 # One thread for each of two processes: small tensors gain nothing from more, and processes run truly side by side.
-test: $(READY) $(VENV)/.tracking  ## the whole test suite
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+test: $(READY) $(VENV)/.tracking  ## the test suite without its slow tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m 'not slow'
+
+test-slow: $(READY) $(VENV)/.tracking  ## the slow tests: runs killed and resumed, several hosts, exports, installed packages
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m slow
 
 test-oldest: $(OLDEST)/.ready  ## the test suite on the oldest supported PyTorch
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile

@@ -157,6 +157,7 @@ def test_a_model_of_six_channels_does_what_others_do(trained, six, tmp_path):
     assert len(list((tmp_path / "out").glob("*.npy.png"))) == 8
 
 
+@pytest.mark.slow
 def test_the_run_draws_the_chosen_channels(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

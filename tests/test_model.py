@@ -97,6 +97,7 @@ def test_nothing_found_gives_empty_detections():
     assert not found.valid.any() and found.boxes.shape == (2, 100, 4) and found.masks.shape == (2, 100, 28, 28)
 
 
+@pytest.mark.slow
 def test_a_few_steps_bring_the_losses_down():
     model = tiny_model().train()
     batch, targets = random_batch()

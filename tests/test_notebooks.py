@@ -32,6 +32,7 @@ def run_cells(path: Path, folder: Path) -> None:
             getattr(value, "_repr_html_", lambda value=value: repr(value))()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_all_cells_run(path, tmp_path):
     process = forks().Process(target=run_cells, args=(path, tmp_path))

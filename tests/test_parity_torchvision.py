@@ -3,6 +3,7 @@
 Tolerances: losses 1e-4 relative; gradients 1e-3 of each tensor's largest entry. tests/weights compares detections.
 """
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -23,6 +24,7 @@ def at_native_scale(data: Data, side: int = 256) -> Targets:
     return data.targets._replace(masks=masks, mask_windows=windows)
 
 
+@pytest.mark.slow
 def test_losses_and_gradients_equal_torchvisions():
     size = (192, 256)
     ours, theirs = mask_rcnn_pair("cpu", size)

@@ -6,6 +6,7 @@ import json
 import string
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -20,6 +21,7 @@ from tests.data.test_annotations import JUNK
 RECORDS = [(kind, index) for kind in ("images", "annotations", "categories") for index in range(2)]
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 @given(data=st.data())
 def test_damaged_annotations_never_change_what_is_sound(tmp_path, data):
@@ -78,6 +80,7 @@ OVERRIDES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(st.lists(OVERRIDES, min_size=1, max_size=2))
 def test_overrides_end_in_one_line_or_in_a_checked_configuration(overrides):

@@ -219,6 +219,7 @@ def test_proposals_are_measured_by_boxes_alone(shapes_tiny, tmp_path):
     assert evaluate_checkpoint(**arguments("eval", [*common, "iou_types=[voc]"])).keys() == {"voc", "per_class"}
 
 
+@pytest.mark.slow
 def test_more_detections_than_coco_counts(checkpoint, tmp_path, capsys, caplog):
     """max_detections reaches the box head, the metrics' names and the table; another checkpoint's evaluation has it."""
     wide = options(checkpoint, max_detections="[1,10,300]", output=tmp_path / "wide")

@@ -26,6 +26,7 @@ def options(checkpoint, *more: str) -> list[str]:
     return [f"checkpoint={checkpoint}", "device=cpu", "batch_size=4", *more]
 
 
+@pytest.mark.slow
 def test_from_validation_to_pictures(points, five, tmp_path, monkeypatch):
     assert not validate(checked(*KEYPOINTS, f"data.root={five}"), pictures=1).has_errors()
     points(five, "schedule.max_iterations=3", "schedule.warmup=0", "evaluation.metric=keypoints.AP", FOUND)

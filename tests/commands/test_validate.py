@@ -111,6 +111,7 @@ def test_faults_are_found(monkeypatch, capsys, folder, fault):
     assert found[0]["severity"] == ("error" if expected else "warning") and found[0]["split"] in (split, "both")
 
 
+@pytest.mark.slow
 def test_what_a_crowded_set_needs(monkeypatch, capsys, folder):
     """The settings with their numbers, and with them there is nothing to say."""
     entries = [{"category_id": 2, "iscrowd": 0, "area": 64, "image_id": 7} for _ in range(122)]
@@ -130,6 +131,7 @@ def test_what_a_crowded_set_needs(monkeypatch, capsys, folder):
     assert what.endswith("122: model.box_head.detections_per_image=200")
 
 
+@pytest.mark.slow
 def test_a_wrong_image_folder_is_one_finding_that_names_the_right_one(monkeypatch, capsys, folder):
     (folder / "train").rename(folder / "pictures")
     (folder / "train").mkdir()
@@ -268,6 +270,7 @@ def test_sizes_are_those_after_resizing(folder):
     assert report.statistics["train"]["size as the network sees it, sqrt(area)"]["256 to 512 px"] == 1
 
 
+@pytest.mark.slow
 def test_real_data_have_no_errors(shared):
     for name, model in (("coco_cc_sample", "mask_rcnn"), ("bccd", "faster_rcnn")):
         root = shared / "data" / name
@@ -288,6 +291,7 @@ def test_every_model_can_be_looked_at(five, shapes_tiny, recipe):
     assert ("pyramid level of the box head" in statistics) == (not recipe.startswith("rpn"))
 
 
+@pytest.mark.slow
 def test_what_stops_a_training_is_an_error_and_nothing_else_is(folder, five):
     """The same settings, the same rules: one answer."""
 

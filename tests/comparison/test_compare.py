@@ -446,6 +446,7 @@ def model_of(run_config, state):
     return make
 
 
+@pytest.mark.slow
 def test_run_without_evaluation_is_evaluated_and_probed(make_run, model_of, state, tmp_path):
     for name in ("align", "pool", "deformable"):
         folder = make_run(f"roi={name},seed=0", roi(name))

@@ -227,6 +227,7 @@ def test_fits(value, hint, answer):
 COMPOSED = OmegaConf.to_container(compose(), resolve=True)
 
 
+@pytest.mark.slow
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), st.lists))
 def test_no_value_crashes_the_check(value):
     """Any YAML value for any setting: accepted or refused by name."""
@@ -301,6 +302,7 @@ def test_program_ends_with_code_2_and_no_traceback(call, override):
     assert len(errors.splitlines()) <= 2
 
 
+@pytest.mark.slow
 def test_missing_data_set_names_the_command():
     """The program itself, in a process of its own."""
     command = [sys.executable, "train.py", "data.root=nowhere/shapes", "runtime.device=cpu", "run_dir=runs/never"]

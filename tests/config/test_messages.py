@@ -36,6 +36,7 @@ def messages(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value
 
 
+@pytest.mark.slow
 def test_every_setting_that_a_message_names_exists():
     """Keys below a section of the configs, and the options of groups."""
     composed = [suggest.compose(*program) for program in PROGRAMS]
@@ -71,6 +72,7 @@ def answer(*overrides: str) -> str | DictConfig:
     return cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "keys"),
     [

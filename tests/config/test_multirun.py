@@ -147,6 +147,7 @@ def test_methods_start_with_the_same_weights(config):
     assert not torch.equal(first, second)  # heads do not get the same random numbers
 
 
+@pytest.mark.slow
 def test_methods_see_the_same_samples_in_the_same_order(run, tmp_path):
     """Without learning, the RPN's losses of every step are a fingerprint of its images and their augmentation."""
     still = ["optimizer.lr=0.0", "augment=symmetry", "training.clip_norm=null"]
@@ -166,6 +167,7 @@ def test_methods_see_the_same_samples_in_the_same_order(run, tmp_path):
     assert other[1]["loss_objectness"] != curves["align"][1]["loss_objectness"]
 
 
+@pytest.mark.slow
 def test_optuna_searches_and_prunes(tmp_path, monkeypatch, capsys):
     """Trials whose metric is below the median of the finished ones at the same iteration end there."""
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")

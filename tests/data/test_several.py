@@ -175,6 +175,7 @@ def halves(root, target):
     return [f"{target}/a.json", f"{target}/b.json"], [f"{target}/a", f"{target}/b"]
 
 
+@pytest.mark.slow
 def test_evaluation_and_comparison_of_two_files_are_those_of_one(checkpoint, shapes_tiny, tmp_path):
     files, folders = halves(shapes_tiny, tmp_path / "halves")
     typed = [f"data.val.annotations=[{','.join(files)}]", f"data.val.images=[{','.join(folders)}]"]

@@ -59,6 +59,7 @@ def test_stored_equals_parsed(tmp_path, open_again, masks):
     assert type(found.boxes) is np.ndarray and not found.boxes.flags.owndata  # mapped
 
 
+@pytest.mark.slow
 def test_real_data(shared, open_again):
     for name in ("coco_cc_sample", "nuclei_dsb2018", "bccd"):
         path = shared / "data" / name / "annotations" / "instances_val.json"

@@ -24,6 +24,7 @@ def test_slurm_launcher_composes():
     assert (launcher.partition, launcher.gpus_per_node, launcher.max_num_timeout) == ("gpu", 1, 10)
 
 
+@pytest.mark.slow
 def test_jobs_of_a_grid_are_processes_of_their_own(shapes_tiny, tmp_path):
     settings = [*TINY, f"data.root={shapes_tiny}", "schedule.max_iterations=4", f"hydra.sweep.dir={tmp_path / 'jobs'}"]
     command = [sys.executable, str(ROOT / "train.py"), "-m", "hydra/launcher=submitit_local", *settings]

@@ -88,6 +88,7 @@ def test_accumulation_is_a_larger_batch(run, tmp_path):
     assert first["loss_objectness"] == pytest.approx(second["loss_objectness"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_same_seed_same_run_with_and_without_workers(run, tmp_path):
     runs = [run("augment=symmetry", f"runtime.workers={n}", f"run_dir={tmp_path / str(n)}") for n in (0, 2)]
     assert_same_run(*runs)
@@ -95,6 +96,7 @@ def test_same_seed_same_run_with_and_without_workers(run, tmp_path):
     assert curve(other) != curve(runs[0])
 
 
+@pytest.mark.slow
 def test_deterministic_algorithms_suffice_and_agree(run, tmp_path):
     few = ["runtime.deterministic=true", "runtime.workers=2", "schedule.max_iterations=3", "roi=deformable"]
     try:

@@ -26,6 +26,7 @@ def parts_that_differ(a: dict, b: dict) -> set[str]:
     return {key.split(".")[0] for key in a["model"] if not torch.equal(a["model"][key], b["model"][key])}
 
 
+@pytest.mark.slow
 def test_nothing_changes_until_the_thaw_and_resuming_changes_nothing(run, tmp_path):
     """Frozen: no weight, no statistics of norms, no weight decay. A run cut before, at or after the thaw ends as the
     unbroken one does, to the bit."""

@@ -29,6 +29,7 @@ PART = [
 ]
 
 
+@pytest.mark.slow
 def test_csv_is_the_curve_of_one_run(run):
     folder = run(*PART, "logger=[csv]", "schedule.max_iterations=2", "runtime.checkpoint_every=2")
     with open(folder / "scalars.csv", "a") as file:  # of a process that was killed later
@@ -58,6 +59,7 @@ def test_tensorboard_shows_short_runs_and_every_method(run):
     assert set(tags["scalars"]) == wanted and "bbox/APl" not in wanted
 
 
+@pytest.mark.slow
 def test_mlflow_keeps_one_run_that_goes_on(run, tmp_path):
     pytest.importorskip("mlflow")
     from mlflow import MlflowClient
@@ -100,6 +102,7 @@ def test_a_server_that_is_lost_ends_no_run(tmp_path, monkeypatch):
     assert len(asked) == 1 and told == ["mlflow gets nothing more of this run: no route to host"]
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_one_run_that_goes_on(run, monkeypatch):
     pytest.importorskip("wandb")
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR"):

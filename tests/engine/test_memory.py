@@ -32,6 +32,7 @@ def test_a_step_is_measured(shapes_tiny):
 AUTO = ["training.batch_size=auto", "training.reference_batch=16", "schedule.max_iterations=3"]
 
 
+@pytest.mark.slow
 def test_the_largest_batch_that_fits(run, tmp_path, monkeypatch):
     """As the same number given by hand, learning rate and random state included; a resumed run keeps it."""
     step = memory.Step("cpu", 2, seconds=1.0, loading=0.1, fixed=100, per_image=100, free=1200)

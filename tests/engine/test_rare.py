@@ -16,6 +16,7 @@ from tests.runs import curve
 SHORT = ["schedule.max_iterations=2", "schedule.warmup=0"]
 
 
+@pytest.mark.slow
 def test_weights_of_classes(run, shapes_tiny, tmp_path):
     plain = curve(run(*SHORT, f"run_dir={tmp_path / 'plain'}"))
     named = run(*SHORT, "training.class_weights={star:3,ring:0}", f"run_dir={tmp_path / 'named'}")
@@ -45,6 +46,7 @@ def test_weights_that_no_class_can_have(run):
         run("training.class_weights={star:-1}", "resume=none")
 
 
+@pytest.mark.slow
 def test_seesaw_goes_on_where_it_stopped(run, tmp_path):
     """Interrupted or not, the counts and with them the losses are the same; its checkpoint starts a plain run too."""
     body = ["class_loss@model.box_head.class_loss=seesaw", "schedule=step", "schedule.max_epochs=null"]
@@ -59,6 +61,7 @@ def test_seesaw_goes_on_where_it_stopped(run, tmp_path):
     run(*SHORT, body[0], f"model.weights={tmp_path / 'plain' / 'last.pt'}", f"run_dir={tmp_path / 'again'}")
 
 
+@pytest.mark.slow
 def test_the_loss_on_the_validation_set(run, tmp_path, shapes_tiny):
     """The terms of the training's, and a run that is otherwise the same to the bit."""
     dropout = ["training.ema_decay=0.5", "evaluation.every=2", "schedule.max_iterations=4"]

@@ -70,6 +70,7 @@ def test_killed_at_random_moments(run, config, tmp_path, number):
     assert_same_run(tmp_path / "whole", tmp_path / "part")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_the_step_at_hand(program, tmp_path):
     running = program("schedule.max_iterations=500")
     running.wait_for("3/500")
@@ -134,6 +135,7 @@ def change_no_size(root: Path) -> None:
     file.write_bytes(held)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -151,6 +151,7 @@ class FullDisk:
         monkeypatch.setattr(io, "open", opened)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize(
     ("name", "spare", "done"),
@@ -217,6 +218,7 @@ def damaged_copy(shapes_tiny: Path, folder: Path) -> Path:
     return victim
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "mended"), [(0, True), (2, False)])
 def test_a_damaged_picture_in_mid_epoch(run, shapes_tiny, tmp_path, workers, mended):
     """The run stops by the picture's name with all steps saved, and goes on with it mended or, if wished, without."""
@@ -244,6 +246,7 @@ def test_a_damaged_picture_in_an_evaluation(run, shapes_tiny, tmp_path):
         run(f"data.root={tmp_path / 'data'}", "schedule.max_iterations=4")
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps(run, tmp_path, monkeypatch):
     """The wall clock is shown, never used: days forwards and backwards change nothing."""
     common = [*FULL, "runtime.tensorboard=true", "evaluation.every=3", "runtime.checkpoint_every=2"]

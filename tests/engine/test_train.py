@@ -21,6 +21,7 @@ from tests.runs import TINY, Program, curve
 DEFORMABLE = ["roi=deformable", "model.box_head.roi.predictor_width=8", "model.mask_head.roi.predictor_width=8"]
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves_behind(run, shapes_tiny):
     folder = run(
         *DEFORMABLE,
@@ -91,6 +92,7 @@ def test_it_learns(run):
     assert losses[-1] < 0.7 * losses[0], losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precision_stays_close(run, tmp_path, precision):
     full = curve(run(f"run_dir={tmp_path / 'full'}"))

@@ -70,6 +70,7 @@ def wait_for_iteration(folder: Path, iteration: int, processes: list[subprocess.
     raise AssertionError(f"iteration {iteration} was never reached")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_host_dies_and_comes_back(hosts, two_ranks, shapes_tiny, tmp_path):
     settings = ["schedule.max_iterations=24", "runtime.checkpoint_every=4"]

@@ -84,6 +84,7 @@ def test_verbosity(run, capsys, verbosity, told, steps):
     logging.getLogger("detector").setLevel(logging.INFO)
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_that_learns_nothing_more(run):
     common = ["optimizer.lr=0.0", "evaluation.every=1", "schedule.max_iterations=8"]
     folder = run(*common, "training.patience=2")

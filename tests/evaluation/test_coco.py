@@ -454,6 +454,7 @@ def wild_case(seed: int) -> tuple[dict, list[dict]]:
     return truth | {"annotations": annotations}, predictions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 def test_random_truths_give_the_numbers_of_plain_pycocotools(iou_type):
     most = 0

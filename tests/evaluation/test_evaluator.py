@@ -213,6 +213,7 @@ def worker(rank, init, folder, fail):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fail", [False, True])
 def test_two_processes_give_the_numbers_of_one(case, tmp_path, fail):
     mp.spawn(worker, (f"file://{tmp_path}/rendezvous", tmp_path, fail), nprocs=2)

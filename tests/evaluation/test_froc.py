@@ -98,6 +98,7 @@ def test_the_file_and_the_tables(tmp_path):
     assert numbers["by_image"]["images"] == 12 and numbers["by_series"]["series"] == 3
 
 
+@pytest.mark.slow
 def test_a_training_and_eval_write_it(run, call):
     folder = run("evaluation.froc=true")
     numbers = json.loads((folder / "froc.json").read_text())

@@ -181,6 +181,7 @@ METHODS = [
 
 
 class TestNumbers:
+    @pytest.mark.slow
     def test_every_method_equals_the_projects_op(self, open_page, align_page):
         page, features = open_page(align_page), features_of(align_page)
         rois = np.concatenate([AWKWARD, random_rois(25)])

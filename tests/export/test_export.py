@@ -320,6 +320,7 @@ def test_half_precision_program(precision, tmp_path):
         assert halves > 0.8 * sum(np.prod(t.dims) for t in weights)
 
 
+@pytest.mark.slow
 def test_what_onnx_lacks_is_named(tmp_path):
     pytest.importorskip("onnxscript", reason="the extra 'export' is not installed: no onnxscript")
     model = two_levels()

@@ -173,6 +173,7 @@ def test_what_a_folder_holds_beside_images_is_counted_by_kind(tmp_path, caplog):
         find_images(str(tmp_path / "phone"))
 
 
+@pytest.mark.slow
 def test_own_drawings_are_never_detected_in(checkpoint, photo, tmp_path, capsys, caplog):
     """Whatever lies where: the output among the images, beside them, or elsewhere among them at each call."""
     folder = tmp_path / "images"
@@ -261,6 +262,7 @@ def test_predict_files(checkpoint, photo, tmp_path, capsys):
         predict_files(**arguments("predict", [*options[:1], f"images={folder}/cut.jpg", *options[2:]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiles", [[], ["tiles.size=64"]], ids=["whole", "tiles"])
 def test_every_page_of_a_file_is_an_image(checkpoint, shapes_tiny, tmp_path, tiles, capsys, caplog):
     """With data.page=each; one page with its number, the first one otherwise, which is said. A file name that ends with

@@ -319,6 +319,7 @@ def test_tiles_that_cannot_be(checkpoint, tmp_path, options, message):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_by_tiles(config, shapes_tiny, tmp_path):
     """Crops in training, tiles in evaluation; predict and eval take the run's tiles unless others are given."""
     options = ["augment=crops", "augment.size=64", "evaluation.tiles.size=64", "runtime.pictures_every=1"]

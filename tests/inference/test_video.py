@@ -256,6 +256,7 @@ def predict_in_a_process(checkpoint, clip, out) -> None:
     predict_files(str(checkpoint), input=str(clip), output=str(out), threshold=0.0, model=FEW)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_and_the_output_is_whole(see, checkpoint, tmp_path, capsys, monkeypatch):
     clip = write_clip(tmp_path / "long.mp4", 30)
     whole = see(clip, draw=True, output=str(tmp_path / "whole"))

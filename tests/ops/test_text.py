@@ -90,6 +90,7 @@ def start(main, terminal, monkeypatch, *arguments) -> int | None:
             return end.code
 
 
+@pytest.mark.slow
 def test_commands_on_nasty_names(terminal, nasty, tmp_path, monkeypatch):
     """Evaluation, prediction with pictures, and validation, each to its end."""
     root, checkpoint = nasty

@@ -26,6 +26,7 @@ CALM = ("rpn_cls", "objectness_logits")  # logits of these layers in hundreds wo
 DELTAS = ("anchor_deltas", "bbox_pred", "rpn_reg", "fc_reg")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_same_as_the_framework(shared, name):
     check_layout(shared, name)

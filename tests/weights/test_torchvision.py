@@ -56,6 +56,7 @@ BUILDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILDERS)
 def test_same_detections(name):
     theirs = build_theirs(name, **BUILDERS[name])
