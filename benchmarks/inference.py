@@ -1,17 +1,21 @@
 """Inference of Mask R-CNN R50-FPN against torchvision's: the same weights and images, 100 detections an image.
 
     python benchmarks/inference.py                                  batches of 1 and 4 images of 480 x 640 on the CPU
+    python benchmarks/inference.py --programs                       both exported too, in ONNX Runtime and OpenVINO
     python benchmarks/inference.py --device cuda --batch 1 8 --size 800 1333 --dtype bf16
 
 Ours ends with COCO results: masks pasted where they are visible and run-length encoded. torchvision's ends with
 full-size soft masks, as its model returns them; "with RLE" goes on to the same results with pycocotools. The detections
-of both are compared too. The three take turns, each in a process of its own with the settings that its users have.
+of both are compared too. They take turns, each in a process of its own with the settings that its users have. Programs
+are exported by each with its own tools: ours by `detector export`'s, torchvision's by torch.onnx, which traces it.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,12 +23,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from pycocotools import mask as rle_tools
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from benchmarks.peers import mask_rcnn_pair, synthetic_batch
 from benchmarks.train_step import DTYPES
 from detector.evaluation.results import detections_to_coco
+from detector.export.export import export_program, output_names, save_onnx
+from detector.export.programs import RUNTIMES, Program, installed, open_program
 from detector.ops.layers import to_preferred_layout
 from detector.runtime import keep_freed_memory
 
@@ -66,6 +73,27 @@ def difference(ours: list[dict], theirs: list[dict]) -> dict[str, float]:
     }
 
 
+def our_program(model: nn.Module, runtime: str, threads: int) -> Program:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "ours.onnx"
+        save_onnx(export_program(model), output_names(model), file)
+        return Program(file, model, runtime, threads)
+
+
+def their_program(model: nn.Module, images: list[torch.Tensor], runtime: str, threads: int) -> Callable[[], list]:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing: the program is for images of this size only
+        file = str(Path(folder) / "torchvision.onnx")
+        torch.onnx.export(model, (images,), file, opset_version=18, dynamo=False)
+        run = open_program(file, runtime, threads)
+    arrays = [image.numpy() for image in images]
+
+    def detect() -> list:
+        return [len(masks) for masks in run(arrays)[3::4]]  # boxes, labels, scores, masks of each image
+
+    return detect
+
+
 def build(name: str, batch: int, args: argparse.Namespace) -> Callable[[], list]:
     """One contender's way from images to detections."""
     torch.set_num_threads(args.threads)
@@ -78,11 +106,16 @@ def build(name: str, batch: int, args: argparse.Namespace) -> Callable[[], list]
         model = to_preferred_layout(ours, device).eval()
     else:
         model = theirs.eval()
+    program = name.partition(" in ")[2]
+    if program and name.startswith("ours"):
+        model = our_program(ours.eval(), program, args.threads)
+    elif program:
+        return their_program(theirs.eval(), data.images, program, args.threads)
     del ours, theirs
 
     def detect() -> list:
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-            if name == "ours":
+            if name.startswith("ours"):
                 return detections_to_coco(model(data.batch), data.batch, CATEGORIES, paste="torchvision")
             found = model(data.images)
             return encode(found) if name == "torchvision with RLE" else [len(one["masks"]) for one in found]
@@ -95,10 +128,15 @@ def main() -> None:
     options.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     options.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
     options.add_argument("--dtype", choices=DTYPES, default="fp32")
+    options.add_argument("--programs", action="store_true", help="both as exported programs too; on the CPU, in fp32")
     args = options.parse_args()
-    rows, saved = [], []
+    rows, saved, names = [], [], ["ours", "torchvision", "torchvision with RLE"]
+    if args.programs:
+        runtimes = [runtime for runtime in RUNTIMES if installed(runtime)]
+        names += [f"ours in {runtime}" for runtime in runtimes]
+        names += [f"torchvision in {runtime}" for runtime in runtimes if runtime != "openvino"]
     for batch in args.batch:
-        builders = {name: partial(build, name, batch, args) for name in ("ours", "torchvision", "torchvision with RLE")}
+        builders = {name: partial(build, name, batch, args) for name in names}
         seconds, first, _ = harness.apart(builders, args.repeats, args.device)
         # in half precision boxes near a threshold come and go
         same = difference(first["ours"], first["torchvision with RLE"]) if args.dtype == "fp32" else None

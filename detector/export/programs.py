@@ -7,7 +7,7 @@ work with both. Dimensions: N images, D detections, M sides of masks, P keypoint
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -49,7 +49,7 @@ class Program(nn.Module):
         self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # says where batches go: the CPU
         self.names = [n for n in ("masks", "keypoints") if getattr(model, f"{n[:-1]}_head") is not None]
         try:
-            self.run = (_onnxruntime if runtime == "onnxruntime" else _openvino)(str(file), threads)
+            self.run = open_program(str(file), runtime, threads)
         except Exception as error:  # each runtime has its own kinds
             raise ValueError(f"{file}: {runtime} does not take it: {str(error).splitlines()[0]}") from error
 
@@ -58,7 +58,7 @@ class Program(nn.Module):
         for image, size in zip(batch.images, batch.image_sizes.tolist()):
             height, width = (-(-side // self.divisor) * self.divisor for side in size)
             content = np.ascontiguousarray(image[:, :height, :width].numpy()[None])
-            outputs = self.run(content, np.array(size, np.int64))
+            outputs = self.run([content, np.array(size, np.int64)])
             found.append([torch.from_numpy(np.array(values)) for values in outputs])
         count = max(len(one[0]) for one in found)
         boxes, scores, labels, *rest = (torch.stack([_padded(v, count) for v in values]) for values in zip(*found))
@@ -70,26 +70,27 @@ def _padded(values: Tensor, count: int) -> Tensor:
     return torch.cat([values, values.new_zeros(count - len(values), *values.shape[1:])])
 
 
-def _onnxruntime(file: str, threads: int | None):
-    import onnxruntime
+def open_program(file: str, runtime: str, threads: int | None) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
+    """An ONNX file as a function of its inputs, in their order; runtime: one of RUNTIMES, on the CPU in float32."""
+    if runtime == "onnxruntime":
+        import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads:
-        options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    return lambda images, size: session.run(None, {"images": images, "image_size": size})
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads:
+            options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        names = [one.name for one in session.get_inputs()]
+        return lambda inputs: session.run(None, dict(zip(names, inputs)))
 
-
-def _openvino(file: str, threads: int | None):
     import openvino
 
     core = openvino.Core()
     settings = {"INFERENCE_NUM_THREADS": threads} if threads else {}
     compiled = core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32", **settings})
 
-    def run(images: np.ndarray, size: np.ndarray) -> list[np.ndarray]:
-        found = compiled({"images": images, "image_size": size})
+    def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        found = compiled(list(inputs))
         return [found[output] for output in compiled.outputs]
 
     return run
