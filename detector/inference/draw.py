@@ -191,8 +191,9 @@ def _draw_labels(
         font = _font(text, size)
         width, height = font.getlength(text) + 2 * pad, sum(font.getmetrics()) + pad
         places = _places(boxes[d], width, height, canvas.size)
-        hidden_labels = _overlap(places, placed).sum(1)
-        hidden_objects = _overlap(places, np.delete(boxes, d, axis=0)).sum(1)
+        hidden_labels = _overlap(places, placed[_near(places, placed)]).sum(1)
+        near = _near(places, boxes)
+        hidden_objects = _overlap(places, boxes[near[near != d]]).sum(1)
         own = _overlap(places, boxes[[d]])[:, 0] * width * height / max(np.prod(boxes[d, 2:] - boxes[d, :2]), 1.0)
         best = int((20 * hidden_labels + hidden_objects + 0.5 * own + np.arange(len(places)) * 0.01).argmin())
         kind = labels[d] if len(labels) else 0
@@ -217,6 +218,14 @@ def _places(box: np.ndarray, width: float, height: float, size: tuple[int, int])
     left = np.clip([c[0] for c in corners], 0, max(size[0] - width, 0))
     top = np.clip([c[1] for c in corners], 0, max(size[1] - height, 0))
     return np.stack([left, top, left + width, top + height], axis=1)
+
+
+def _near(places: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Indices of the boxes [N, 4] that may overlap one of the places [P, 4]: of thousands, a few."""
+    low, high = places[:, :2].min(0), places[:, 2:].max(0)
+    return np.flatnonzero(
+        (boxes[:, 0] < high[0]) & (boxes[:, 1] < high[1]) & (boxes[:, 2] > low[0]) & (boxes[:, 3] > low[1])
+    )
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
