@@ -41,12 +41,14 @@ IMAGES = ("data.train.images", "data.val.images")
 def preflight(cfg: DictConfig, training: Training) -> None:
     """Build model and optimiser without memory, and look whether there is data: what cannot work is refused at once."""
     hint = f"make it with: {cfg.data.prepare}" if cfg.data.prepare else "set data.root to where your data set is"
-    if not Path(cfg.data.root).exists():
-        raise ConfigError(f"data.root = {cfg.data.root!r} does not exist; {hint}")
+    root = Path(cfg.data.root)
+    if not root.exists():
+        folders = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
+        near_by = near(root.name, folders).removesuffix(".")
+        raise ConfigError(f"data.root = {cfg.data.root!r} does not exist{near_by}; {hint}")
     for split in ("train", "val"):
         gone = next((path for path in split_files(cfg.data, split)[1] if not path.is_file()), None)
         if gone is not None:
-            root = Path(cfg.data.root)
             files = sorted(file.relative_to(root) for depth in ("*", "*/*") for file in root.glob(f"{depth}.json"))
             beside = f", or data.{split}.annotations to one of {', '.join(map(str, files[:5]))}" if files else ""
             raise ConfigError(f"data.{split}.annotations: {gone} does not exist; {hint}{beside}")

@@ -17,6 +17,7 @@ Dimensions: P proposals, R RoIs, D detections, K classes, L levels.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
@@ -196,7 +197,8 @@ def export_program(
     images = torch.randint(0, 256, (1, len(model.pixel_mean), height, width), dtype=torch.uint8, device=device)
     arguments = images, torch.tensor([height, width], device=device)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*create_unbacked_symint", FutureWarning)  # torchvision's NMS asks so
             return torch.export.export(exportable, arguments, dynamic_shapes=None if size else (sides, {}))
     except torch._dynamo.exc.UserError as error:
         if size:

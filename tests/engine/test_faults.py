@@ -134,6 +134,12 @@ def test_missing_annotations_name_the_command_that_makes_them(run, shapes_tiny):
     assert "or data.val.annotations to one of annotations/instances_train.json, annotations/inst" in str(error.value)
 
 
+def test_a_data_set_that_is_not_there_names_the_folder_beside_it(run, shapes_tiny):
+    with pytest.raises(ConfigError) as error:
+        run(f"data.root={shapes_tiny}s")
+    assert f"{shapes_tiny}s' does not exist; did you mean {shapes_tiny.name}" in str(error.value)
+
+
 def test_a_start_that_fails_leaves_no_run(run, tmp_path, monkeypatch):
     """Until there is a checkpoint; then the folder stays what it is."""
     real = train.forward_backward

@@ -230,6 +230,7 @@ def test_backbone_and_neck_serve_every_size(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error:.*create_unbacked_symint:FutureWarning")  # users get no warnings of libraries
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, tmp_path):
     model = MODELS[name]()
