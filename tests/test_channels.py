@@ -18,7 +18,7 @@ from PIL import Image
 import detector
 from detector.backbone import ResNet, TimmBackbone
 from detector.commands.predict import predict_files
-from detector.commands.validate import as_text, validate
+from detector.commands.validate import as_text, report_on
 from detector.config import ConfigError, build
 from detector.data import Pipeline
 from detector.data.transforms import ResizeShortestEdge
@@ -94,7 +94,7 @@ def test_what_only_the_other_channels_show_is_learnt(trained):
 def test_validation_measures_the_statistics_and_says_what_to_train_with(six):
     """The model lacks them at first: that is an error, with the line that mends it."""
     settings = [*BOXES, *SIX, "data=custom", f"data.root={six}"]
-    report = validate(checked(*settings), pictures=1)
+    report = report_on(checked(*settings), pictures=1)
     assert report.has_errors() and "model.pixel_mean has 3 numbers, data.channels=6" in as_text(report)
     assert report.pictures[0][1].shape[2] == 3
     line = as_text(report).split("to train with: ")[1].splitlines()[0]
@@ -102,7 +102,7 @@ def test_validation_measures_the_statistics_and_says_what_to_train_with(six):
     pixels = np.stack([np.load(path) for path in (six / "train").glob("*.npy")]).reshape(-1, 6)
     for text, expected in zip(given, (pixels.mean(0), pixels.std(0))):
         np.testing.assert_allclose(json.loads(text.partition("=")[2]), expected, rtol=1e-3)
-    again = validate(checked(*settings, *given), pictures=0)  # what the line says works
+    again = report_on(checked(*settings, *given), pictures=0)  # what the line says works
     assert not again.has_errors()
 
 

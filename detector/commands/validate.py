@@ -97,15 +97,54 @@ class Report:
 
 
 def validate(
+    *overrides: str,
+    config_dir: str | Path | None = None,
+    images: bool = True,
+    pictures: int = 6,
+    step: bool = False,
+    suggest: bool = True,
+) -> Report:
+    """The report on the data set that `detector train` with these overrides would train on, with the command line to
+    train with: `validate("data=custom", "data.root=my_data")`.
+
+    Args:
+        overrides: as on the command line; with data of one's own and no experiment, that of experiment=finetune.
+        config_dir: a folder with config options of one's own.
+        images: whether the image files are read. pictures: how many examples are drawn for each split.
+        step: whether one step is trained, where nothing is wrong, to measure memory and time.
+        suggest: whether sizes and settings are proposed.
+
+    Raises ConfigError for overrides that are none, and as the training does before it opens the data.
+    """
+    given = list(overrides)
+    chosen = [text.partition("=")[0] for text in given]
+    if "data" in chosen and "experiment" not in chosen:  # the recipe for data of one's own
+        given.insert(0, "experiment=finetune")
+    typed = as_typed(given)
+    typed += implied(typed)
+    place = ["--config-dir", str(config_dir)] if config_dir else []
+    try:
+        cfg = compose("train", typed, hydra_options(typed + place)[1])
+    except Exception as error:
+        raise ConfigError(explain(error, "train", typed + place)) from error
+    hydras, cfg = cfg.hydra, OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    prepare(cfg, hydras, train)
+    report = report_on(cfg, images, pictures, step, suggest)
+    choices = hydras.runtime.choices
+    report.looked_at = f"experiment={choices.experiment} model={choices.model} data={choices.data}"
+    kept = [text for text in given if text.partition("=")[0] not in report.suggestions]
+    proposed = [f"{key}={value}" for key, value in report.suggestions.items()]
+    report.command = shlex.join(["detector", "train", *place, *kept, *proposed])
+    return report
+
+
+def report_on(
     cfg: DictConfig, images: bool = True, pictures: int = 6, step: bool = False, suggest: bool = True
 ) -> Report:
-    """The report on the data set of a training configuration. `images=False` leaves the image files unread; `step`
-    trains one step, where nothing is wrong, to measure memory and time. `suggest=False` proposes no sizes.
+    """`validate` of a whole training configuration.
 
     The data are opened as the training opens them, with the same settings; what is wrong is an error where it would
     stop the training, and a warning where data.on_error=skip leaves it out.
-
-    Raises ConfigError as the training does before it opens the data.
     """
     training, evaluation = build(cfg.training, "training"), build(cfg.evaluation, "evaluation")
     report, sets = Report(), {}
@@ -614,33 +653,10 @@ def main() -> None:
     parser.add_argument("--no-images", action="store_true", help="do not read the image files")
     options = parser.parse_intermixed_args()  # options may stand between overrides
     readable_streams()
-    given = list(options.overrides)
-    chosen = [text.partition("=")[0] for text in given]
-    if "data" in chosen and "experiment" not in chosen:  # the recipe for data of one's own
-        given.insert(0, "experiment=finetune")
+    looks = {"images": not options.no_images, "step": not (options.no_step or options.no_images)}
     try:
-        overrides = as_typed(given)
-        overrides += implied(overrides)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    arguments = overrides + (["--config-dir", str(options.config_dir)] if options.config_dir else [])
-    try:
-        cfg = compose("train", overrides, hydra_options(arguments)[1])
-    except Exception as error:
-        print(f"error: {explain(error, 'train', arguments)}", file=sys.stderr)
-        sys.exit(2)
-    try:
-        hydras, cfg = cfg.hydra, OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-        prepare(cfg, hydras, train)
         make_folder(options.output, "--output")
-        report = validate(cfg, images=not options.no_images, step=not (options.no_step or options.no_images))
-        choices = hydras.runtime.choices
-        report.looked_at = f"experiment={choices.experiment} model={choices.model} data={choices.data}"
-        config_dir = ["--config-dir", str(options.config_dir)] if options.config_dir else []
-        kept = [text for text in given if text.partition("=")[0] not in report.suggestions]
-        proposed = [f"{key}={value}" for key, value in report.suggestions.items()]
-        report.command = shlex.join(["detector", "train", *config_dir, *kept, *proposed])
+        report = validate(*options.overrides, config_dir=options.config_dir, **looks)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

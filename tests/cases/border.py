@@ -24,7 +24,7 @@ from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detector.commands.validate import Report, validate
+from detector.commands.validate import Report, report_on
 from detector.config import ConfigError
 from detector.data import CocoDataset, build_dataset, collate
 from detector.engine import setup
@@ -173,7 +173,7 @@ class Border:
             except (ConfigError, ValueError) as found:  # as setup.datasets turns it into words
                 error = str(found)
         with listening():
-            report = validate(cfg, images=False, pictures=0, suggest=False)
+            report = report_on(cfg, images=False, pictures=0, suggest=False)
         assert report.has_errors() == (error is not None), (error, report.findings)
         outcome = Outcome(error, report, list(said))
         if error is None:

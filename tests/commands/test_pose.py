@@ -12,7 +12,7 @@ import pytest
 import detector
 from detector.commands.evaluate import evaluate_checkpoint
 from detector.commands.predict import predict_files
-from detector.commands.validate import validate
+from detector.commands.validate import report_on
 from detector.config import ConfigError
 from detector.evaluation import coco_metrics
 from tests.data.coco_files import FIVE, five_points
@@ -28,7 +28,7 @@ def options(checkpoint, *more: str) -> list[str]:
 
 @pytest.mark.slow
 def test_from_validation_to_pictures(points, five, tmp_path, monkeypatch):
-    assert not validate(checked(*KEYPOINTS, f"data.root={five}"), pictures=1).has_errors()
+    assert not report_on(checked(*KEYPOINTS, f"data.root={five}"), pictures=1).has_errors()
     points(five, "schedule.max_iterations=3", "schedule.warmup=0", "evaluation.metric=keypoints.AP", FOUND)
     best = tmp_path / "run" / "best.pt"
     truth = five / "annotations" / "instances_val.json"

@@ -264,7 +264,7 @@ def test_best_anchor_against_all_anchors():
 
 def test_sizes_are_those_after_resizing(folder):
     cfg = compose("train", ["data=custom", f"data.root={folder}", "experiment=none", "augment=default"])
-    report = validate.validate(cfg, images=False, pictures=0)
+    report = validate.report_on(cfg, images=False, pictures=0)
     # 40 x 60 px at shorter side 800: the objects of 20 x 10 and 10 x 10 px become 283 and 200 px large
     assert report.statistics["train"]["size as the network sees it, sqrt(area)"]["128 to 256 px"] == 1
     assert report.statistics["train"]["size as the network sees it, sqrt(area)"]["256 to 512 px"] == 1
@@ -276,7 +276,7 @@ def test_real_data_have_no_errors(shared):
         root = shared / "data" / name
         images = ["data.train.images=images", "data.val.images=images"]
         cfg = compose("train", ["data=custom", f"data.root={root}", f"model={model}", *images])
-        assert not validate.validate(cfg, images=name == "bccd", pictures=1).has_errors()
+        assert not validate.report_on(cfg, images=name == "bccd", pictures=1).has_errors()
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONFIGS / "experiment").glob("*_r50_*.yaml")))
@@ -284,7 +284,7 @@ def test_every_model_can_be_looked_at(five, shapes_tiny, recipe):
     root = five if "keypoint" in recipe else shapes_tiny
     data = "data.keypoints=true" if "keypoint" in recipe else "data.keypoints=false"
     cfg = compose("train", [f"experiment={recipe}", "data=custom", f"data.root={root}", data])
-    report = validate.validate(cfg, images=False, pictures=0, suggest=False)
+    report = validate.report_on(cfg, images=False, pictures=0, suggest=False)
     assert not report.has_errors(), report.findings
     statistics = report.statistics["train"]
     assert sum(statistics["best anchor"].values()) >= statistics["objects"]
@@ -297,7 +297,7 @@ def test_what_stops_a_training_is_an_error_and_nothing_else_is(folder, five):
 
     def look(*overrides, root=folder):
         given = ["data=custom", f"data.root={root}", "heads=small", *overrides]
-        return validate.validate(compose("train", given), images=True, pictures=1)
+        return validate.report_on(compose("train", given), images=True, pictures=1)
 
     boxes = ["model=faster_rcnn", "data.masks=false"]
     assert not look().has_errors()
@@ -331,6 +331,6 @@ def test_a_setting_that_cannot_work(monkeypatch, capsys, folder):
 def test_the_methods_settings_reach_the_heads(monkeypatch, capsys, folder):
     """As in training: roi.gamma is of every head that has the method."""
     seen = []
-    monkeypatch.setattr(validate, "validate", lambda cfg, **_: seen.append(cfg) or validate.Report())
+    monkeypatch.setattr(validate, "report_on", lambda cfg, *_: seen.append(cfg) or validate.Report())
     run(monkeypatch, capsys, folder, "roi=deformable", "roi.gamma=0.3", "model.mask_head=null")
     assert seen[0].model.box_head.roi.gamma == 0.3 and seen[0].model.mask_head is None
