@@ -301,4 +301,8 @@ def main() -> None:
     options = vars(parser.parse_args())
     options["out"] = options["out"] or Path("data") / options["kind"]
     readable_streams()
-    make_shapes(**options)
+    try:
+        make_shapes(**options)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

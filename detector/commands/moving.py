@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -180,4 +181,8 @@ def main() -> None:
     options = vars(parser.parse_args())
     options.pop("video")
     readable_streams()
-    make_videos(**options)
+    try:
+        make_videos(**options)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import cv2
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from detector.commands import figures
-from detector.commands.make_shapes import make_shapes
+from detector.commands.make_shapes import main, make_shapes
 from detector.data import CocoDataset
 from detector.data.dataset import mirrored_keypoints
 
@@ -30,6 +31,17 @@ def test_the_same_whatever_the_number_of_processes(tmp_path):
 def test_wrong_options(tmp_path, option):
     with pytest.raises(ValueError, match=f"{option}=0"):
         make_shapes(tmp_path, **{option: 0})
+
+
+@pytest.mark.parametrize(("more", "named"), [(["--val", "0"], "val=0"), (["--video", "--train", "0"], "train=0")])
+def test_wrong_options_end_the_command_in_one_line(more, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["shapes", "--out", str(tmp_path / "new"), *more])
+    with pytest.raises(SystemExit) as end:
+        main()
+    printed = capsys.readouterr().err
+    assert (
+        end.value.code == 2 and printed.startswith("error: ") and named in printed and not (tmp_path / "new").exists()
+    )
 
 
 @pytest.fixture(scope="module")
