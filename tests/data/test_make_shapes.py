@@ -39,9 +39,8 @@ def test_wrong_options_end_the_command_in_one_line(more, named, tmp_path, monkey
     with pytest.raises(SystemExit) as end:
         main()
     printed = capsys.readouterr().err
-    assert (
-        end.value.code == 2 and printed.startswith("error: ") and named in printed and not (tmp_path / "new").exists()
-    )
+    assert end.value.code == 2 and printed.startswith("error: ") and named in printed
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.fixture(scope="module")
