@@ -25,13 +25,15 @@ import numpy as np
 from pycocotools import mask as rle_tools
 
 from detector.data.annotations import Annotations, Truth, starts_of
+from detector.data.columns import Columns, Rows, Seen, chosen, counts_of, interleave, order_of
+from detector.data.json_lists import Block, JsonList, blocks_of, read_lists
 from detector.data.outlines import rle_counts, run_rings
-from detector.data.suspicions import wrong_boxes
+from detector.data.plain import EDGE, FAR, OUT, plain_images, plain_objects
+from detector.data.suspicions import Boxes
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 10  # examples of each kind of problem that are kept
-FAR = 10  # a polygon that leaves its image by more than ten times its size is none of this image
 MANY_CROWDS = 0.25  # share of crowd regions that is worth a word; COCO has 0.01
 WHOLE = re.compile(r"\s*([+-]?[0-9]{1,19})(?:\.0*)?\s*")
 NUMBER = re.compile(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?\s*")
@@ -69,6 +71,13 @@ class Problems:
 
     def notice(self, kind: str, where: str) -> None:
         self.found.setdefault((False, kind), Places()).add(self.file + where)
+
+    def notices(self, kind: str, places: Places) -> None:
+        """A notice at every one of some places."""
+        for where in places.examples:
+            self.notice(kind, where)
+        if places.count:
+            self.found[False, kind].count += places.count - len(places.examples)
 
     @contextlib.contextmanager
     def of_file(self, path: str | Path) -> Iterator[None]:
@@ -126,31 +135,24 @@ def read_coco(
     classes = _read_categories(name, content, problems)
     names, ids = labels_of(name, classes.names, classes.ids, categories)
     keypoint_names = _read_keypoint_names(name, content["categories"]) if keypoints else []
-    reader = _Reader(problems, classes, masks, len(keypoint_names), max_pixels)
-    found = reader.read(content)
+    reader = _Reader(problems, classes, masks, len(keypoint_names), max_pixels, truth)
+    reader.read(content)
     if collected is None:
         problems.report()
-    if not reader.images:
+    if not len(reader.image_ids):
         raise ValueError(f"{name}: no usable images ('images' has {len(content['images'])} records)")
-    learnt = [item for items in found for item in items if item.learnt]
-    if not learnt and alone:
+    if not reader.num_learnt and alone:
         raise ValueError(f"{name}: no usable objects ('annotations' has {len(content['annotations'])} records)")
-    reader.check_conventions(name, found)
-    if alone and all(item.crowd for item in learnt):
+    if text := reader.boxes_seen.wrong():
+        raise ValueError(f"{name}: all {reader.objects.length} {text}")
+    if alone and reader.num_learnt_crowds == reader.num_learnt:
         raise ValueError(
-            f"{name}: all {len(learnt)} usable objects are crowd regions (iscrowd: 1): nothing is learnt from them, "
-            "and no detection has to find them. Write iscrowd: 0 for single objects"
+            f"{name}: all {reader.num_learnt} usable objects are crowd regions (iscrowd: 1): nothing is learnt from "
+            "them, and no detection has to find them. Write iscrowd: 0 for single objects"
         )
     label_of = {id_: label for label, id_ in enumerate(ids, 1)}
-    arrays = _pack_learnt(reader, found, [label_of[classes.ids[label]] for label in range(len(classes.ids))])
-    return Annotations(
-        **_pack_images(reader),
-        **arrays,
-        categories=names,
-        category_ids=ids,
-        keypoint_names=keypoint_names,
-        truth=_pack_truth(reader, found) if truth else None,
-    )
+    own_truth, arrays = reader.pack([label_of[id_] for id_ in classes.ids])
+    return Annotations(**arrays, categories=names, category_ids=ids, keypoint_names=keypoint_names, truth=own_truth)
 
 
 def read_truth(source: str | os.PathLike | Mapping | Truth, masks: bool = True, keypoints: bool = False) -> Truth:
@@ -163,10 +165,10 @@ def read_truth(source: str | os.PathLike | Mapping | Truth, masks: bool = True, 
     name, content = _load(source)
     problems = Problems(name, advice="")
     classes = _read_categories(name, content, problems)
-    reader = _Reader(problems, classes, masks, _count_keypoints(content) if keypoints else 0, None)
-    found = reader.read(content)
+    reader = _Reader(problems, classes, masks, _count_keypoints(content) if keypoints else 0, None, True)
+    reader.read(content)
     problems.report()
-    return _pack_truth(reader, found)
+    return reader.pack()[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- whole files
@@ -174,28 +176,39 @@ def read_truth(source: str | os.PathLike | Mapping | Truth, masks: bool = True, 
 
 def read_json(path: str | os.PathLike, what: str = "annotation") -> Any:
     """The content of a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte-order mark."""
+    with _json_file(path, what) as path:
+        return json.loads(path.read_bytes())
+
+
+@contextlib.contextmanager
+def _json_file(path: str | os.PathLike, what: str) -> Iterator[Path]:
     path = Path(path)
     if not path.is_file():
         advice = ": check data.root and the annotation options" if what == "annotation" else ""
         raise FileNotFoundError(f"{what} file {path} does not exist{advice}")
     try:
-        return json.loads(path.read_bytes())
+        yield path
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no Unicode, or a number of thousands of digits
         raise ValueError(f"{path}: not JSON ({error}); the file may be cut short or of another format") from None
 
 
 def _load(source: str | os.PathLike | Mapping) -> tuple[str, Mapping]:
-    """What to call it, and its content."""
+    """What to call it, and its content: of a file, lists that are read block by block."""
     name, content = "annotations", source
     if isinstance(source, (str, os.PathLike)):
-        name, content = str(source), read_json(source)
+        name = str(source)
+        with _json_file(source, "annotation") as path:
+            content = read_lists(path)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{name}: not COCO: the top level is a {type(content).__name__}, not an object")
+        kind = content if isinstance(content, type) else type(content)
+        raise ValueError(f"{name}: not COCO: the top level is a {kind.__name__}, not an object")
     for key in ("images", "annotations", "categories"):
-        if not isinstance(content.get(key), list):
-            found = f"is a {type(content[key]).__name__}" if key in content else "is missing"
+        if not isinstance(content.get(key), (list, JsonList)):
+            kind = content.get(key)
+            kind = kind if isinstance(kind, type) else type(kind)
+            found = f"is a {kind.__name__}" if key in content else "is missing"
             raise ValueError(f"{name}: not COCO instances: '{key}' {found}, a list is needed")
-    return name, content
+    return name, {**content, "categories": list(content["categories"])}
 
 
 class _Classes(NamedTuple):
@@ -301,6 +314,7 @@ def _count_keypoints(content: Mapping) -> int:
 
 
 class _Image(NamedTuple):
+    id: int
     file_name: str
     height: int
     width: int
@@ -345,6 +359,7 @@ class _Learnt(NamedTuple):
 
 
 class _Object(NamedTuple):
+    image: int  # row
     id: int
     label: int
     box: tuple[float, float, float, float]  # x, y, width, height
@@ -358,119 +373,337 @@ class _Object(NamedTuple):
 
 
 NOT_LEARNT = "nothing is learnt from it, but evaluation counts it as an object to be found, as COCO does"
+ALWAYS = ("image", "id", "label", "crowd", "keypoints")  # the columns that are kept of objects
+LEARNT = ("learnt", "learnt_box", "even_odd", "learnt_rings", "learnt_points")
+TRUTH = ("box", "area", "ignored", "num_keypoints", "rings", "points", "runs")
 NO_MASK = "segmentation without a polygon of at least three points, no mask for the object"
 LESS_MASK = "polygon of fewer than three points or of an odd number of coordinates, left out"
 
 
 class _Reader:
-    """Reads the records of a file; max_pixels is None where the pictures themselves are of no interest."""
+    """Reads the records of a file; max_pixels is None where the pictures themselves are of no interest.
 
-    def __init__(self, problems: Problems, classes: _Classes, masks: bool, num_keypoints: int, max_pixels: int | None):
+    Records that are written as COCO's and hold nothing to be told (see plain.py) are read many at a time, the others
+    one by one, all in the order of the file: what is told does not depend on which is which.
+    """
+
+    def __init__(
+        self,
+        problems: Problems,
+        classes: _Classes,
+        masks: bool,
+        num_keypoints: int,
+        max_pixels: int | None,
+        truth: bool,
+    ):
         self.problems, self.classes, self.masks, self.num_keypoints = problems, classes, masks, num_keypoints
-        self.max_pixels, self.learning = max_pixels, max_pixels is not None
+        self.max_pixels, self.learning, self.truth = max_pixels, max_pixels is not None, truth
         self.label_of = {id_: label for label, id_ in enumerate(classes.ids, 1)}
-        self.images: dict[int, _Image] = {}
         self.federated = False
+        self.images, self.objects, self.boxes_seen = Columns(), Columns(), Boxes()
+        self.images.append(_image_columns([]), 0)
+        self.objects.append(self._kept(self._columns([])), 0)
+        self.num_learnt = self.num_learnt_crowds = 0
+        self.maskless, self.crowds, self.any_mask = Places(), Places(), False
 
-    def read(self, content: Mapping) -> list[list[_Object]]:
-        """The objects of each image of `self.images`."""
-        listed = self._read_images(content["images"])
-        by_image: dict[int, list[_Object]] = {image_id: [] for image_id in self.images}
-        seen: set[int] = set()
-        maskless, crowds = [], []
-        for number, record in enumerate(content["annotations"]):
-            if not isinstance(record, dict):
-                self.problems.error("annotation that is no object", f"annotations[{number}]={_short(record)}")
-                continue
-            own = whole(record.get("id"))
-            where = f"annotations[{number}]" if own is None else f"annotation {own}"
-            if own is None:
-                self.problems.notice("annotation without an id of its own, numbered", where)
-            elif own in seen:
-                where += f" (annotations[{number}])"
-                self.problems.notice("annotation id that occurs twice, numbered", where)
-            seen.add(own)
-            item = self._read_object(record, where, number if own is None else own, listed, by_image)
-            if item is not None and not item.crowd and item.mask is None and not record.get("segmentation"):
-                maskless.append(where)
-            if item is not None and item.crowd:
-                crowds.append(where)
-        objects = [item for items in by_image.values() for item in items]
-        if self.learning and self.masks and any(item.mask and not item.crowd for item in objects):
-            for where in maskless:
-                self.problems.notice("object without a segmentation, whose mask is neither learnt nor measured", where)
-        if self.learning and len(crowds) > MANY_CROWDS * len(objects):
-            kind = f"crowd region (iscrowd: 1) among only {len(objects)} objects: neither learnt from nor to be found"
-            for where in crowds:
-                self.problems.notice(kind, where)
-        return list(by_image.values())
+    def read(self, content: Mapping) -> None:
+        wrong = self._read_images(content["images"])
+        self.image_ids, self.sizes = self.images.take("id"), self.images.take("size")
+        self._rows = Rows(self.image_ids)
+        seen = Seen()
+        for block in blocks_of(content["annotations"]):
+            self._read_objects(block, seen, wrong)
+        if self.learning and self.masks and self.any_mask:
+            kind = "object without a segmentation, whose mask is neither learnt nor measured"
+            self.problems.notices(kind, self.maskless)
+        if self.learning and self.crowds.count > MANY_CROWDS * self.objects.length:
+            count = self.objects.length
+            kind = f"crowd region (iscrowd: 1) among only {count} objects: neither learnt from nor to be found"
+            self.problems.notices(kind, self.crowds)
 
-    def check_conventions(self, name: str, found: list[list[_Object]]) -> None:
-        """Raise ValueError where the boxes as a whole can only be corners, or fractions of the image."""
-        boxes = [item.box for items in found for item in items]
-        sizes = [image[1:3] for image, items in zip(self.images.values(), found) for _ in items]
-        if text := wrong_boxes(boxes, sizes):
-            raise ValueError(f"{name}: all {len(boxes)} {text}")
+    # ------------------------------------------------------------------------------------------------------- images
 
-    def _read_images(self, records: list) -> set[int]:
-        """Fills `images`; returns the ids of all records, the wrong ones too."""
-        names, listed = set(), set()
-        self.federated = bool(records) and all(
-            isinstance(record, dict) and isinstance(record.get("neg_category_ids"), list) for record in records
-        )
-        for number, record in enumerate(records):
+    def _read_images(self, records: Sequence) -> set[int]:
+        """Fills `images`; returns the ids of wrong records."""
+        names, ids, wrong = Seen(), Seen(), set()
+        self.federated = bool(len(records))
+        for block in blocks_of(records):
+            found = plain_images(block.data, self.max_pixels) if isinstance(block.data, bytes) else None
+            hashes = np.array([hash(name) for name in found.names] if found and self.learning else [], np.int64)
+            if (
+                found is None
+                or len({*found.ids.tolist()}) < block.count
+                or len({*hashes.tolist()}) < len(hashes)
+                or ids.has(found.ids).any()
+                or names.has(hashes).any()
+            ):
+                images = self._read_one_by_one(block, ids, names, wrong)
+                columns = _image_columns(images)
+                hashes = np.array([hash(image.file_name) for image in images], np.int64)
+            else:
+                self.federated &= found.listed
+                columns = found.columns(self.label_of, self.federated)
+            ids.add(columns["id"])
+            names.add(hashes)
+            self.images.append(columns, len(columns["id"]))
+        return wrong
+
+    def _read_one_by_one(self, block: Block, ids: Seen, names: Seen, wrong: set[int]) -> list[_Image]:
+        """The images of a block; ids and names: of the blocks before. Names are told apart by 64 bits of their hash."""
+        records = list(block.load().values())
+        values = [whole(record.get("id")) if isinstance(record, dict) else None for record in records]
+        texts = [record.get("file_name") if isinstance(record, dict) else None for record in records]
+        known = _among(ids, [value for value in values if value is not None])
+        taken = _among(names, [hash(text) for text in texts if isinstance(text, str)])
+        before, found = self._images_before(known), {}
+        for number, record in enumerate(records, block.first):
+            self.federated &= isinstance(record, dict) and isinstance(record.get("neg_category_ids"), list)
             id_ = self._whole(record, "id", f"images[{number}]") if isinstance(record, dict) else None
             if id_ is None:
                 self.problems.error("image without an integer id", f"images[{number}]={_short(record)}")
                 continue
-            listed.add(id_)
-            image = self._read_image(record, f"image {id_}")
+            image = self._read_image(record, id_)
             if image is None:
+                wrong.add(id_)
                 continue
-            if id_ in self.images and image[:3] == self.images[id_][:3]:
+            other = found.get(id_) or before.get(id_)
+            if other and image[:4] == other[:4]:
                 self.problems.notice("image that is listed twice, taken once", f"image {id_}")
-            elif id_ in self.images:
-                other = self.images[id_].file_name
-                where = f"image {id_} file_name={image.file_name!r} and {other!r}"
+            elif other:
+                where = f"image {id_} file_name={image.file_name!r} and {other.file_name!r}"
                 self.problems.error("duplicate image id", where)
             else:
-                if image.file_name in names and self.learning:
+                if hash(image.file_name) in taken and self.learning:
                     self.problems.notice("file_name used by two images", f"image {id_} file_name={image.file_name!r}")
-                names.add(image.file_name)
-                self.images[id_] = image
-        return listed
+                taken.add(hash(image.file_name))
+                found[id_] = image
+        return list(found.values())
 
-    def _read_image(self, record: dict, where: str) -> _Image | None:
-        name, size = record.get("file_name"), f"height={record.get('height')!r} width={record.get('width')!r}"
+    def _images_before(self, ids: set[int]) -> dict[int, _Image]:
+        found, wanted = {}, np.array(sorted(ids), np.int64)
+        columns = (self.images.blocks[name] for name in ("id", "size", "names", "names_counts")) if ids else ()
+        for own, sizes, names, counts in zip(*columns):
+            for row in np.flatnonzero(np.isin(own, wanted)).tolist():
+                end = int(counts[: row + 1].sum())
+                name = names[end - int(counts[row]) : end].tobytes().decode()
+                found[int(own[row])] = _Image(int(own[row]), name, *sizes[row].tolist(), [], [])
+        return found
+
+    def _read_image(self, record: dict, id_: int) -> _Image | None:
+        where, name = f"image {id_}", record.get("file_name")
+        size = f"height={record.get('height')!r} width={record.get('width')!r}"
         height, width = (self._whole(record, key, where) for key in ("height", "width"))
         lists = [self._lvis_list(record, key) for key in ("neg_category_ids", "not_exhaustive_category_ids")]
         known = height is not None and width is not None and 0 < height < 2**31 and 0 < width < 2**31
         if not self.learning:
             name = name if isinstance(name, str) and _is_text(name) else ""
-            return _Image(name, *((height, width) if known else (0, 0)), *lists)
+            return _Image(id_, name, *((height, width) if known else (0, 0)), *lists)
         if not isinstance(name, str) or not name or not _is_text(name):
             return self.problems.error("image without a file_name", f"{where} file_name={name!r}")
         if not (height and width and height > 0 and width > 0):
             return self.problems.error("image without a size", f"{where} {size}")
         if height * width > self.max_pixels or not known:
             return self.problems.error(f"image over data.max_pixels={self.max_pixels}", f"{where} {width} x {height}")
-        return _Image(name, height, width, *lists)
+        return _Image(id_, name, height, width, *lists)
 
     def _lvis_list(self, record: dict, key: str) -> list[int]:
         values = record.get(key) if self.federated else []
         ids = map(whole, values) if isinstance(values, list) else []
         return [self.label_of[id_] for id_ in ids if id_ in self.label_of]
 
-    def _read_object(
-        self, record: dict, where: str, own: int, listed: set[int], by_image: dict[int, list[_Object]]
-    ) -> _Object | None:
-        """One checked annotation, put to its image, or None with the reason in `problems`."""
+    def pack(self, labels: Sequence[int] = ()) -> tuple[Truth | None, dict[str, np.ndarray]]:
+        """The truth, where it was asked for, and the arrays of `Annotations`; labels: the label there of each category
+        of the file. Once: the reader's columns are let go."""
+        objects = self.objects
+        image = objects.take("image")
+        order = order_of(image)
+        places = np.empty(len(order), np.int64)
+        places[order] = np.arange(len(order))
+        starts = starts_of(np.bincount(image, minlength=len(self.image_ids)))
+        images = np.arange(len(self.image_ids))
+        names, name_starts = self.images.take_lists("names", images)
+        pictures = {
+            "image_ids": self.image_ids,
+            "image_sizes": self.sizes,
+            "file_names": names,
+            "file_name_starts": name_starts,
+            "sources": np.zeros(len(images), np.int32),
+        }
+        ids, label, crowd = (objects.take(name, places) for name in ("id", "label", "crowd"))
+        keypoints = objects.take("keypoints", places)
+        truth, arrays = None, {}
+        if self.learning:
+            arrays = pictures | self._pack_learnt(places, image[order], ids, label, crowd, keypoints, labels)
+        if self.truth:
+            lists = {}
+            for key in ("negative", "unsure"):
+                values, first = self.images.take_lists(key, images)
+                lists |= {key: values, f"{key}_starts": first} if self.federated else {
+                    key: values[:0], f"{key}_starts": np.zeros_like(first)}  # fmt: skip
+            rings, ring_starts = objects.take_lists("rings", places)
+            runs, run_starts = objects.take_lists("runs", places)
+            truth = Truth(
+                **pictures,
+                **lists,
+                categories=self.classes.names,
+                category_ids=list(self.classes.ids),
+                frequencies=self.classes.frequencies,
+                federated=self.federated,
+                object_starts=starts,
+                object_ids=ids,
+                labels=label,
+                boxes=objects.take("box", places),
+                areas=objects.take("area", places),
+                crowd=crowd,
+                ignored=objects.take("ignored", places),
+                ring_starts=ring_starts,
+                point_starts=starts_of(rings),
+                points=objects.take_lists("points", places)[0],
+                run_starts=run_starts,
+                runs=runs,
+                keypoints=keypoints,
+                num_keypoints=objects.take("num_keypoints", places),
+            )
+        return truth, arrays
+
+    def _pack_learnt(
+        self,
+        places: np.ndarray,
+        image: np.ndarray,
+        ids: np.ndarray,
+        label: np.ndarray,
+        crowd: np.ndarray,
+        keypoints: np.ndarray,
+        labels: Sequence[int],
+    ) -> dict[str, np.ndarray]:
+        """The objects of `Annotations`. image, ids, label, crowd, keypoints: of all objects, in their last order."""
+        objects = self.objects
+        learnt = objects.take("learnt", places)
+        keep = slice(None) if learnt.all() else learnt
+        rings, ring_starts = objects.take_lists("learnt_rings", places)
+        starts = starts_of(np.bincount(image[keep], minlength=len(self.image_ids)))
+        points = objects.take_lists("learnt_points", places)[0]
+        seen = keypoints[keep].astype(np.float32)
+        seen[..., :2] += 0.5  # COCO's keypoints are indices of pixels
+        return {
+            "object_starts": starts,
+            "object_ids": ids[keep],
+            "boxes": objects.take("learnt_box", places)[keep],
+            "labels": np.array([0, *labels], np.int32)[label[keep]],
+            "crowd": crowd[keep],
+            "even_odd": objects.take("even_odd", places)[keep],
+            "ring_starts": starts_of(np.diff(ring_starts)[keep]),
+            "point_starts": starts_of(rings),
+            "points": points,
+            "keypoints": seen,
+        }
+
+    # ------------------------------------------------------------------------------------------------------ objects
+
+    def _read_objects(self, block: Block, seen: Seen, wrong: set[int]) -> None:
+        """Reads the annotations of a block."""
+        own, has_id = np.zeros(block.count, np.int64), np.zeros(block.count, bool)
+        rows, plain = np.zeros(0, np.int64), None
+        if isinstance(block.data, bytes) and not self.num_keypoints:
+            where = self._rows.of, self.sizes, self.classes.ids
+            rows, plain = plain_objects(block.data, self.masks, *where, self.learning)
+            own[rows], has_id[rows] = plain["id"], True
+        others = np.ones(block.count, bool)
+        others[rows] = False
+        records = block.load(np.flatnonzero(others))
+        for row, record in records.items():
+            if isinstance(record, dict) and (id_ := whole(record.get("id"))) is not None:
+                own[row], has_id[row] = id_, True
+        again = np.zeros(block.count, bool)
+        again[has_id] = seen.add(own[has_id])
+        if again[rows].any():
+            records = dict(sorted((records | block.load(rows[again[rows]])).items()))
+            rows, plain = rows[~again[rows]], chosen(plain, ~again[rows])
+        items, places, maskless, crowds = [], [], {}, {}
+        for row, record in records.items():
+            number = block.first + row
+            if not isinstance(record, dict):
+                self.problems.error("annotation that is no object", f"annotations[{number}]={_short(record)}")
+                continue
+            where = f"annotation {own[row]}" if has_id[row] else f"annotations[{number}]"
+            if not has_id[row]:
+                self.problems.notice("annotation without an id of its own, numbered", where)
+            elif again[row]:
+                where += f" (annotations[{number}])"
+                self.problems.notice("annotation id that occurs twice, numbered", where)
+            item = self._read_object(record, where, int(own[row]) if has_id[row] else number, wrong)
+            if item is None:
+                continue
+            items.append(item)
+            places.append(row)
+            if not item.crowd and item.mask is None and not record.get("segmentation"):
+                maskless[row] = where
+            if item.crowd:
+                crowds[row] = where
+        columns, places = self._columns(items), np.array(places, np.int64)
+        is_crowd, is_maskless = np.zeros((2, 0), bool)
+        if plain is not None:
+            is_crowd = plain["crowd"]
+            is_maskless = ~is_crowd & (plain["rings_counts"] == 0)
+            columns = interleave(plain, columns, np.argsort(np.concatenate([rows, places]))) if items else plain
+        _note(self.maskless, maskless, rows[is_maskless], own)
+        _note(self.crowds, crowds, rows[is_crowd], own)
+        has_mask = (columns["rings_counts"] > 0) | (columns["runs_counts"] > 0)
+        self.any_mask |= bool((has_mask & ~columns["crowd"]).any())
+        if self.learning:
+            self.boxes_seen.add(columns["box"], self.sizes[columns["image"]])
+        self.num_learnt += int(columns["learnt"].sum())
+        self.num_learnt_crowds += int((columns["learnt"] & columns["crowd"]).sum())
+        self.objects.append(self._kept(columns), len(columns["id"]))
+
+    def _columns(self, items: list[_Object]) -> dict[str, np.ndarray]:
+        """Objects that were read one by one, as a block of columns."""
+        masks = [item.mask or Mask((0, 0), []) for item in items]
+        learnt = [item.learnt or _Learnt((0, 0, 0, 0), [], False) for item in items]
+        shape = (len(items), self.num_keypoints, 3)
+        columns = {
+            "image": np.array([item.image for item in items], np.int32),
+            "id": np.array([item.id for item in items], np.int64),
+            "label": np.array([item.label for item in items], np.int32),
+            "box": np.array([item.box for item in items], np.float64).reshape(-1, 4),
+            "area": np.array([item.area for item in items], np.float64),
+            "crowd": np.array([item.crowd for item in items], bool),
+            "ignored": np.array([item.ignored for item in items], bool),
+            "keypoints": np.array([item.keypoints for item in items], np.float64).reshape(shape),
+            "num_keypoints": np.array([min(item.num_keypoints, 2**31 - 1) for item in items], np.int32),
+            "learnt": np.array([item.learnt is not None for item in items], bool),
+            "learnt_box": np.array([item.box for item in learnt], np.float32).reshape(-1, 4),
+            "even_odd": np.array([item.even_odd for item in learnt], bool),
+        }
+        lists = (
+            ("", [mask.polygons for mask in masks], np.float64),
+            ("learnt_", [i.rings for i in learnt], np.float32),
+        )
+        for name, groups, dtype in lists:
+            rings = [ring for group in groups for ring in group]
+            columns[f"{name}rings"], columns[f"{name}rings_counts"] = counts_of(rings), counts_of(groups)
+            columns[f"{name}points"] = np.concatenate([np.zeros((0, 2), dtype), *rings], dtype=dtype)
+            columns[f"{name}points_counts"] = np.array([sum(map(len, group)) for group in groups], np.int32)
+        columns["runs"] = np.frombuffer(b"".join(mask.counts for mask in masks), np.uint8)
+        columns["runs_counts"] = counts_of([mask.counts for mask in masks])
+        return columns
+
+    def _kept(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Those of the columns that the result has."""
+        kept = set(ALWAYS)
+        kept |= set(LEARNT if self.learning else ()) | set(TRUTH if self.truth else ())
+        return {name: values for name, values in columns.items() if name.removesuffix("_counts") in kept}
+
+    def _read_object(self, record: dict, where: str, own: int, wrong: set[int]) -> _Object | None:
+        """One checked annotation, or None with the reason in `problems`; wrong: ids of images that were reported."""
         problems = self.problems
         image_id = self._whole(record, "image_id", where)
-        if image_id not in self.images:
-            if image_id is None or image_id not in listed:  # otherwise its image has been reported
+        row = -1 if image_id is None else int(self._rows.of(np.array([image_id]))[0])
+        if row < 0:
+            if image_id is None or image_id not in wrong:
                 problems.error("unknown image_id", f"{where} image_id={_short(record.get('image_id'))}")
             return None
+        size = tuple(self.sizes[row].tolist())
         category_id = self._whole(record, "category_id", where)
         if category_id not in self.label_of:
             return problems.error("unknown category_id", f"{where} category_id={_short(record.get('category_id'))}")
@@ -489,16 +722,16 @@ class _Reader:
         no_area = area is None or area <= 0
         if segmentation is not None and (self.masks or no_box or no_area):
             try:
-                mask = read_mask(segmentation, self.images[image_id][1:3], partial(problems.notice, where=where))
+                mask = read_mask(segmentation, size, partial(problems.notice, where=where))
             except OtherSize as error:
                 if self.masks or no_box:
                     return problems.error("mask of another size", f"{where} {error}")
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 if self.masks or no_box:
                     return problems.error("wrong segmentation", f"{where} segmentation: {error}")
-        image = self.images[image_id]
-        if mask is not None and not image.height:  # run lengths tell the size
-            image = self.images[image_id] = image._replace(height=mask.size[0], width=mask.size[1])
+        if mask is not None and not size[0]:  # run lengths tell the size
+            size = mask.size
+            self.sizes[row] = size
         if no_box and mask is not None:
             box = mask.bounds()
             problems.notice("no bbox, taken from the segmentation", where)
@@ -507,7 +740,7 @@ class _Reader:
         if not segmentation and (turned := _turned(record, box)) is not None:
             kind = "box that CVAT turned (attributes.rotation), read as its outline and the upright box around it"
             problems.notice(kind, f"{where} rotation={_short(record['attributes']['rotation'])}")
-            mask = Mask(image[1:3], [turned], np.concatenate([turned.min(0), turned.max(0)]))
+            mask = Mask(size, [turned], np.concatenate([turned.min(0), turned.max(0)]))
             box = mask.bounds()
         if no_area:
             area = (mask.area() if mask else 0.0) or box[2] * box[3]
@@ -519,13 +752,10 @@ class _Reader:
         if keypoints is None:
             return None
         mask = mask if self.masks else None
-        learnt = self._learnt(box, mask, crowd, image, where, box if no_box else bbox) if self.learning else None
+        learnt = self._learnt(box, mask, crowd, size, where, box if no_box else bbox) if self.learning else None
         ignored = bool(flag(record.get("ignore")))
-        item = _Object(
-            own, self.label_of[category_id], box, area, crowd, ignored, mask, keypoints, num_keypoints, learnt
-        )
-        by_image[image_id].append(item)
-        return item
+        label = self.label_of[category_id]
+        return _Object(row, own, label, box, area, crowd, ignored, mask, keypoints, num_keypoints, learnt)
 
     def _whole(self, record: dict, key: str, where: str) -> int | None:
         """`whole` of a field, with a notice where it is not written as a whole number."""
@@ -566,16 +796,16 @@ class _Reader:
         return list(points), sum(v > 0 for v in points[2::3]) if count is None or count < 0 else count
 
     def _learnt(
-        self, box: tuple, mask: Mask | None, crowd: bool, image: _Image, where: str, bbox: Any
+        self, box: tuple, mask: Mask | None, crowd: bool, size: Sequence[int], where: str, bbox: Any
     ) -> _Learnt | None:
         """What is learnt from an object; None where its box holds nothing of the image."""
         x1, y1, w, h = box
-        x2, y2, (_, height, width, *_) = x1 + w, y1 + h, image
-        if w < 1e-2 or h < 1e-2:
+        x2, y2, (height, width) = x1 + w, y1 + h, size
+        if w < EDGE or h < EDGE:
             return self.problems.notice(f"bbox of no size: {NOT_LEARNT}", f"{where} bbox={_short(bbox)}")
-        if x1 > width - 1e-2 or y1 > height - 1e-2 or x2 < 1e-2 or y2 < 1e-2:
+        if x1 > width - EDGE or y1 > height - EDGE or x2 < EDGE or y2 < EDGE:
             return self.problems.notice(f"bbox outside the image: {NOT_LEARNT}", f"{where} bbox={_short(bbox)}")
-        if x1 < -1 or y1 < -1 or x2 > width + 1 or y2 > height + 1:  # less is rounding
+        if x1 < -OUT or y1 < -OUT or x2 > width + OUT or y2 > height + OUT:  # less is rounding
             where = f"{where} bbox={_short(bbox)} of {width} x {height}"
             self.problems.notice("bbox reaches out of the image, clipped", where)
         rings, even_odd = [], False
@@ -688,76 +918,35 @@ def _read_polygons(segmentation: Sequence, size: tuple[int, int], notice: Callab
 # --------------------------------------------------------------------------------------------------------------- arrays
 
 
-def _pack_images(reader: _Reader) -> dict[str, np.ndarray]:
-    files = [image.file_name.encode() for image in reader.images.values()]
-    return {
-        "image_ids": np.array(list(reader.images), np.int64),
-        "image_sizes": np.array([image[1:3] for image in reader.images.values()], np.int32).reshape(-1, 2),
-        "file_names": np.frombuffer(b"".join(files), np.uint8),
-        "file_name_starts": _starts(files),
-        "sources": np.zeros(len(files), np.int32),
+def _image_columns(images: list[_Image]) -> dict[str, np.ndarray]:
+    """Images as a block of columns."""
+    names = [image.file_name.encode() for image in images]
+    columns = {
+        "id": np.array([image.id for image in images], np.int64),
+        "size": np.array([(image.height, image.width) for image in images], np.int32).reshape(-1, 2),
+        "names": np.frombuffer(b"".join(names), np.uint8),
+        "names_counts": counts_of(names),
     }
+    for key in ("negative", "unsure"):
+        lists = [getattr(image, key) for image in images]
+        columns[key] = np.array([label for labels in lists for label in labels], np.int32)
+        columns[f"{key}_counts"] = counts_of(lists)
+    return columns
 
 
-def _pack_learnt(reader: _Reader, found: list[list[_Object]], labels: list[int]) -> dict[str, Any]:
-    """The arrays of `Annotations`; labels: the label of each category of the file."""
-    by_image = [[item for item in items if item.learnt] for items in found]
-    objects = [item for items in by_image for item in items]
-    rings = [ring for item in objects for ring in item.learnt.rings]
-    keypoints = np.array([item.keypoints for item in objects], np.float32).reshape(
-        len(objects), reader.num_keypoints, 3
-    )
-    keypoints[..., :2] += 0.5  # COCO's keypoints are indices of pixels
-    return {
-        "object_starts": _starts(by_image),
-        "object_ids": np.array([item.id for item in objects], np.int64),
-        "boxes": np.array([item.learnt.box for item in objects], np.float32).reshape(-1, 4),
-        "labels": np.array([labels[item.label - 1] for item in objects], np.int32),
-        "crowd": np.array([item.crowd for item in objects], bool),
-        "even_odd": np.array([item.learnt.even_odd for item in objects], bool),
-        "ring_starts": _starts([item.learnt.rings for item in objects]),
-        "point_starts": _starts(rings),
-        "points": np.concatenate(rings) if rings else np.zeros((0, 2), np.float32),
-        "keypoints": keypoints,
-    }
+def _among(seen: Seen, values: Sequence[int]) -> set[int]:
+    """Those of some whole numbers that came before."""
+    values = np.array(values, np.int64)
+    return set(values[seen.has(values)].tolist())
 
 
-def _pack_truth(reader: _Reader, found: list[list[_Object]]) -> Truth:
-    objects = [item for items in found for item in items]
-    masks = [item.mask or Mask((0, 0), []) for item in objects]
-    polygons = [polygon for mask in masks for polygon in mask.polygons]
-    images = list(reader.images.values())
-    return Truth(
-        **_pack_images(reader),
-        categories=reader.classes.names,
-        category_ids=list(reader.classes.ids),
-        frequencies=reader.classes.frequencies,
-        federated=reader.federated,
-        object_starts=_starts(found),
-        object_ids=np.array([item.id for item in objects], np.int64),
-        labels=np.array([item.label for item in objects], np.int32),
-        boxes=np.array([item.box for item in objects], np.float64).reshape(-1, 4),
-        areas=np.array([item.area for item in objects], np.float64),
-        crowd=np.array([item.crowd for item in objects], bool),
-        ignored=np.array([item.ignored for item in objects], bool),
-        ring_starts=_starts([mask.polygons for mask in masks]),
-        point_starts=_starts(polygons),
-        points=np.concatenate(polygons) if polygons else np.zeros((0, 2)),
-        run_starts=_starts([mask.counts for mask in masks]),
-        runs=np.frombuffer(b"".join(mask.counts for mask in masks), np.uint8),
-        keypoints=np.array([item.keypoints for item in objects], np.float64).reshape(
-            len(objects), reader.num_keypoints, 3
-        ),
-        num_keypoints=np.array([item.num_keypoints for item in objects], np.int32),
-        negative_starts=_starts([image.negative for image in images]),
-        negative=np.array([label for image in images for label in image.negative], np.int32),
-        unsure_starts=_starts([image.unsure for image in images]),
-        unsure=np.array([label for image in images for label in image.unsure], np.int32),
-    )
-
-
-def _starts(groups: Sequence) -> np.ndarray:
-    return starts_of(list(map(len, groups)))
+def _note(places: Places, named: dict[int, str], rows: np.ndarray, ids: np.ndarray) -> None:
+    """Add the annotations of a block that are `named` by their row, and those of the `rows`, named by their ids [n]."""
+    missing = SHOWN - len(places.examples)
+    places.count += len(named) + len(rows)
+    if missing > 0:
+        named = named | {row: f"annotation {ids[row]}" for row in rows[:missing].tolist()}
+        places.examples += [named[row] for row in sorted(named)][:missing]
 
 
 # --------------------------------------------------------------------------------------------------------------- values

@@ -6,7 +6,15 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detector.data.suspicions import CORNERS, FRACTIONS, wrong_boxes
+from detector.data.suspicions import CORNERS, FRACTIONS, Boxes
+
+
+def wrong_boxes(boxes, sizes) -> str | None:
+    """What is told of boxes that come in two parts."""
+    found, half = Boxes(), len(boxes) // 2
+    found.add(boxes[:half], sizes[:half])
+    found.add(boxes[half:], sizes[half:])
+    return found.wrong()
 
 
 def right(count: int, seed: int, side: int = 100) -> tuple[np.ndarray, np.ndarray]:
