@@ -34,16 +34,16 @@ PART = 16 * 1024  # bytes at the start, in the middle and at the end of a file: 
 def contents(dataset: CocoDataset) -> dict[str, Any]:
     """{"annotations": key of the files' content, "sizes": [I] int64, bytes of each image file that it names, or -1,
     "sums": [I] int64, checksum of each file that is read for it, or -1}."""
-    names, sources = dataset.file_names(), dataset.annotations.sources.tolist()
+    names, sources = dataset.file_names(), dataset.annotations.sources
     rows, step = range(len(names)), max(1, -(-len(names) // SUMMED))
 
-    def look(start: int) -> list[tuple[int, int]]:
+    def look(start: int) -> torch.Tensor:
         own = rows[start : start + MANY]
-        return [_look(dataset.folders[sources[i]], names[i], i % step == 0) for i in own]
+        found = [_look(dataset.folders[sources[i]], names[i], i % step == 0) for i in own]
+        return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
 
     with ThreadPoolExecutor() as pool:
-        parts = pool.map(look, range(0, len(names), MANY))
-        looks = torch.tensor([look for part in parts for look in part], dtype=torch.int64).reshape(-1, 2)
+        looks = torch.cat(list(pool.map(look, range(0, len(names), MANY))))
     is_large = sum(path.stat().st_size for path in dataset.annotation_files) >= SMALL
     cache = Path(dataset.cache).expanduser() if dataset.cache and is_large else None
     key = contents_key(dataset.annotation_files, cache)

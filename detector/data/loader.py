@@ -129,9 +129,8 @@ class TrainingSampler(Sampler[list[tuple[int, int]]]):
         self.position = state["position"]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        batches = itertools.chain.from_iterable(map(np.ndarray.tolist, self._epochs()))
-        for batch in batches:
-            yield [tuple(sample) for sample in batch[self.part]]
+        for batch in itertools.chain.from_iterable(self._epochs()):
+            yield [tuple(sample) for sample in batch[self.part].tolist()]
 
     def _epochs(self) -> Iterator[np.ndarray]:
         """Batches [B, batch_size, 2] that are complete within each epoch, from the position on."""
@@ -170,15 +169,15 @@ class EvaluationSampler(Sampler[list[int]]):
     ):
         if batch_size < 1 or not 0 <= rank < world:
             raise ValueError(f"batch_size={batch_size} must be positive and rank={rank} in 0..{world - 1}")
-        order = np.arange(length) if aspect_ratios is None else np.argsort(aspect_ratios, kind="stable")
-        batches = [order[start : start + batch_size].tolist() for start in range(0, length, batch_size)]
-        self.batches = batches[rank::world]
+        self.order = np.arange(length) if aspect_ratios is None else np.argsort(aspect_ratios, kind="stable")
+        self.batch_size = batch_size
+        self.starts = range(0, length, batch_size)[rank::world]
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
+        return (self.order[start : start + self.batch_size].tolist() for start in self.starts)
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.starts)
 
 
 class Loader:

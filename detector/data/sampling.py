@@ -9,13 +9,15 @@ Dimensions: I images, K categories.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import numpy as np
 
-from detector.data.annotations import Annotations
+from detector.data.annotations import Annotations, ranges
 
 log = logging.getLogger(__name__)
 
+PART = 50_000  # images of which a table by categories is held at a time
 RULES = ("uniform", "repeat_factor", "class_balanced")
 
 
@@ -37,12 +39,12 @@ def image_weights(
         raise ValueError(f"data.repeat_threshold = {threshold}: must be a share of the images, above 0 and up to 1")
     if rule == "uniform":
         return None
-    holds = presence(found, rows)
-    images_with = holds.sum(0)
+    images_with = sum(holds.sum(0) for holds in presence(found, rows))
     if rule == "repeat_factor":
         share = np.maximum(images_with, 1) / len(rows)
         factors = np.maximum(1, np.sqrt(threshold / share))
-        weights = np.where(holds, factors, 1).max(axis=1, initial=1)
+        parts = [np.where(holds, factors, 1).max(axis=1, initial=1) for holds in presence(found, rows)]
+        weights = np.concatenate(parts)
         if (weights == 1).all():
             log.warning(
                 "data.sampling = repeat_factor changes nothing: every category is in at least %.2g of the images; "
@@ -51,21 +53,24 @@ def image_weights(
             )
             return None
         return weights
-    weights = (holds / np.maximum(images_with, 1)).sum(1)
-    empty = ~holds.any(1)
+    weights = np.concatenate([(holds / np.maximum(images_with, 1)).sum(1) for holds in presence(found, rows)])
+    empty = np.concatenate([~holds.any(1) for holds in presence(found, rows)])
     if not empty.all():
         weights *= (~empty).sum() / weights.sum()  # the mean over images with objects is 1
     weights[empty] = 1
     return weights
 
 
-def presence(found: Annotations, rows: np.ndarray) -> np.ndarray:
-    """[I, K] bool: which of the images `rows` hold an object of which category."""
-    images_of = np.repeat(np.arange(len(found)), np.diff(found.object_starts))
-    holds = np.zeros((len(found), len(found.categories)), bool)
-    counted = ~found.crowd
-    holds[images_of[counted], found.labels[counted] - 1] = True
-    return holds[rows]
+def presence(found: Annotations, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """[I, K] bool: which of the images `rows` hold an object of which category; some images at a time."""
+    for start in range(0, len(rows), PART):
+        some = rows[start : start + PART]
+        objects = ranges(found.object_starts, some)
+        images_of = np.repeat(np.arange(len(some)), np.diff(found.object_starts)[some])
+        holds = np.zeros((len(some), len(found.categories)), bool)
+        counted = ~found.crowd[objects]
+        holds[images_of[counted], found.labels[objects][counted] - 1] = True
+        yield holds
 
 
 def draw_epoch(weights: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import tracemalloc
 from itertools import chain, islice
 
 import numpy as np
@@ -198,3 +199,20 @@ def test_validation_takes_the_categories_of_training(shapes, shapes_tiny):
     assert build_dataset(cfg.data, "val", categories=shapes.categories).category_ids == shapes.category_ids
     with pytest.raises(ValueError, match="matched by name"):
         build_dataset(cfg.data, "val", categories=["person"])
+
+
+def test_an_order_is_no_list_of_all_images():
+    """An image takes the bytes of some arrays; as lists of Python numbers it takes over 180."""
+    length, aspect = 100_000, ratios(100_000, 0)
+    tracemalloc.start()
+    try:
+        first = next(iter(TrainingSampler(length, 16, aspect_ratios=aspect)))
+        training = tracemalloc.get_traced_memory()[1] / length
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        evaluation = EvaluationSampler(length, 16, aspect_ratios=aspect)
+        list(islice(evaluation, 9))
+        evaluating = (tracemalloc.get_traced_memory()[1] - before) / length
+    finally:
+        tracemalloc.stop()
+    assert len(first) == 16 and training < 140 and evaluating < 30, (training, evaluating)

@@ -109,3 +109,10 @@ def test_the_same_picture_is_augmented_anew(rare):
     samples = [sample for sample in next(iter(sampler)) if sample[1] == 9]
     keys = {rare[sample].key for sample in samples}
     assert len(keys) == len(samples) > 5 and keys == {rare[sample].key for sample in samples}
+
+
+@pytest.mark.parametrize("rule", ["repeat_factor", "class_balanced"])
+def test_weights_do_not_depend_on_how_many_images_are_looked_at_together(rare, monkeypatch, rule):
+    whole = weights(rare, rule, 0.5)
+    monkeypatch.setattr("detector.data.sampling.PART", 3)
+    assert weights(rare, rule, 0.5).tolist() == whole.tolist()
