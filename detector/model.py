@@ -9,8 +9,9 @@ Dimensions: N images, P proposals, R RoIs, D detections, C channels, K classes, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,25 @@ from detector.heads.box import SampledRoIs
 from detector.heads.trunk import SharedTrunk
 from detector.ops import losses
 from detector.ops.boxes import area
-from detector.protocols import Backbone, BoxHead, DetectionHead, Neck
+from detector.protocols import Backbone, BoxHead, DetectionHead, ExtraHead, Neck
 from detector.rpn import RPN
 from detector.structures import Batch, Detections, RoIFeatures, Targets, each
 
 Output = Detections | dict[str, Tensor] | tuple[dict[str, Tensor], dict[str, Tensor]]
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+# what a result says of a detection beside the fields of extra heads
+NAMED = ("id", "image_id", "category_id", "bbox", "score", "area", "iscrowd", "segmentation", "keypoints", "track_id")
+
+
+def joined(
+    found: Mapping[str, Tensor], more: Mapping[str, Tensor], head: str, taken: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Both together. Raises ValueError where `head` gives `more` by a name that is taken."""
+    if twice := [name for name in more if name in found or name in taken]:
+        raise ValueError(f"{head}: {', '.join(twice)}: another part of the model has this name; choose one of its own")
+    return {**found, **more}
 
 
 def parts(canvases: Tensor, alone: bool) -> list[Tensor]:
@@ -67,6 +81,7 @@ class TwoStageDetector(nn.Module):
         size_divisibility: padding beyond the next multiple of it is cut off again before the backbone; None keeps all
             in training.
         pad_multiple: in inference, where size_divisibility is None, an image is padded to the next multiple of it.
+        extra_heads: factories like box_head's of further heads by name, see protocols.ExtraHead.
     """
 
     pixel_mean: Tensor
@@ -89,6 +104,7 @@ class TwoStageDetector(nn.Module):
         channels_last: bool = True,
         size_divisibility: int | None = None,
         pad_multiple: int = 32,
+        extra_heads: Mapping[str, Callable[..., ExtraHead]] | None = None,
     ):
         super().__init__()
         if num_classes < 1:
@@ -106,8 +122,13 @@ class TwoStageDetector(nn.Module):
             raise ValueError(f"pixel_std={list(pixel_std)}: expected positive numbers")
         if channel_order == "bgr" and channels != 3:
             raise ValueError(f"channel_order='bgr': {channels} channels have no such order; expected 'rgb'")
-        if box_head is None and (mask_head is not None or keypoint_head is not None):
-            raise ValueError("mask_head or keypoint_head without box_head: they work on the box head's detections")
+        if box_head is None and (mask_head or keypoint_head or extra_heads):
+            raise ValueError(
+                "mask_head, keypoint_head or extra_heads without box_head: they work on the box head's detections"
+            )
+        for name in extra_heads or {}:
+            if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+                raise ValueError(f"extra_heads.{name}: cannot be a name; choose another word of letters and digits")
         self.num_classes, self.channel_order = num_classes, channel_order
         self.offset_loss_weight = offset_loss_weight
         self.size_divisibility, self.pad_multiple = size_divisibility, pad_multiple
@@ -123,6 +144,8 @@ class TwoStageDetector(nn.Module):
         shared = {"trunk": partial(SharedTrunk, head=self.box_head)} if share_trunk else {}
         self.mask_head = mask_head and mask_head(*roi_args, **shared)
         self.keypoint_head = keypoint_head and keypoint_head(*roi_args)
+        made: dict[str, Any] = {name: head(*roi_args) for name, head in (extra_heads or {}).items()}
+        self.extra_heads: Any = nn.ModuleDict(made)  # of ExtraHeads, which mypy does not take for modules
 
     def forward(self, batch: Batch, targets: Targets | None = None, stats: bool = False) -> Output:
         """Losses in training, detections in inference.
@@ -149,15 +172,18 @@ class TwoStageDetector(nn.Module):
             return (found, {}) if stats else found
 
         sampled, positives = self.box_head.sample(proposals, batch, targets)
-        heads = {"box_head": (self.box_head, sampled)}
+        heads: dict[str, tuple[Any, SampledRoIs]] = {"box_head": (self.box_head, sampled)}
         for name in ("mask_head", "keypoint_head"):
             if getattr(self, name) is not None:
                 heads[name] = (getattr(self, name), positives)
+        for name, head in self.extra_heads.items():
+            heads[f"extra_heads.{name}"] = (head, sampled if getattr(head, "negatives", False) else positives)
         roi_features: dict[str, tuple[RoIFeatures, SampledRoIs]] = {}
         for name, (head, rows) in heads.items():
             prediction = head(features, rows.rois)
-            found |= head.losses(prediction, rows, targets)
-            roi_features[name] = prediction.roi_features, rows
+            found = joined(found, head.losses(prediction, rows, targets), name)
+            if prediction.roi_features is not None:
+                roi_features[name] = prediction.roi_features, rows
         found |= self.offset_loss(roi_features)
         return (found, self.stats(roi_features, positives)) if stats else found
 
@@ -205,7 +231,19 @@ class TwoStageDetector(nn.Module):
         detections = self.box_head.detect(features, proposals, batch)
         for head in (self.mask_head, self.keypoint_head):
             detections = detections if head is None else head.detect(features, detections)
-        return detections
+        return self.with_extra(features, detections)
+
+    def with_extra(self, features: Sequence[Tensor], detections: Detections) -> Detections:
+        """The detections [N, D] with the fields of the extra heads."""
+        extra = dict(detections.extra or {})
+        for name, head in self.extra_heads.items():
+            fields = head.detect(features, detections)
+            for field, values in fields.items():
+                if values.shape[:2] != detections.valid.shape:
+                    wanted = list(detections.valid.shape)
+                    raise ValueError(f"extra_heads.{name}: {field} is {list(values.shape)}, expected {wanted} and more")
+            extra = joined(extra, fields, f"extra_heads.{name}", NAMED)
+        return detections._replace(extra=extra or None)
 
     def offset_loss(self, roi_features: dict[str, tuple[RoIFeatures, SampledRoIs]]) -> dict[str, Tensor]:
         """The weighted L2 loss on the offsets that the heads' RoI methods predicted, if any of them predicts some."""

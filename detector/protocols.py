@@ -5,7 +5,7 @@ All of them are nn.Modules. Dimensions: N images, R RoIs, D detections, C channe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -67,7 +67,7 @@ class Prediction(Protocol):
     """What a head predicts for R RoIs."""
 
     @property
-    def roi_features(self) -> RoIFeatures: ...
+    def roi_features(self) -> RoIFeatures | None: ...  # None of a head that looks at the maps alone
 
 
 class Head(Protocol):
@@ -101,3 +101,21 @@ class DetectionHead(Head, Protocol):
 
     def detect(self, features: Sequence[Tensor], detections: Detections) -> Detections:
         """The detections [N, D] with one field more."""
+
+
+class ExtraHead(Protocol):
+    """A head of a user's own over the box head's RoIs and detections: `model.extra_heads` gives it a name.
+
+    Two attributes may say more of it. `negatives: bool`: in training it sees all sampled RoIs as the box head does, not
+    those of objects alone. `writers: Mapping[str, Callable[[np.ndarray], Any]]`: what predictions.json says of a
+    detection's value of a field, by the field's name; without one it is the number, or the list of numbers.
+    """
+
+    def __call__(self, features: Sequence[Tensor], rois: Tensor) -> Prediction:
+        """From levels [N, C, Hl, Wl] and RoIs [R, 5] = (batch_index, x1, y1, x2, y2), in training and inference."""
+
+    def losses(self, prediction: Any, sampled: Any, targets: Targets) -> dict[str, Tensor]:
+        """Scalar losses for the RoIs, a `heads.box.SampledRoIs`: the same names for every batch, none of others'."""
+
+    def detect(self, features: Sequence[Tensor], detections: Detections) -> Mapping[str, Tensor]:
+        """Fields [N, D, ...] of the detections by name, in units that do not depend on the size of the image."""

@@ -88,6 +88,7 @@ class Data:
     pad_multiple: int
     pad_to: tuple[int, int] | None
     neighbours: int = 0
+    attributes: bool | list[str] = False
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Evaluation:
         require(not (self.losses and self.tiles.size), "losses", self.losses, "false with tiles, which have no truth")
         if self.every is not None:
             to_iterations(self.every, 1, 1, "every")
-        known = re.fullmatch(r"auto|(bbox|segm|keypoints)\.A[PR]\w*", self.metric)
+        known = re.fullmatch(r"auto|(bbox|segm|keypoints)\.A[PR]\w*|attributes\.(AP|accuracy)", self.metric)
         require(known is not None, "metric", self.metric, "auto, or like bbox.AP, segm.AP50, bbox.APs")
         check_limits(self.max_detections)
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")

@@ -9,13 +9,13 @@ of the network's input image, continuous and half-open, float32. Labels: 0 backg
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-Fields = TypeVar("Fields", bound=tuple[Tensor | None, ...])
+Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
 
 class Batch(NamedTuple):
@@ -39,6 +39,7 @@ class Targets(NamedTuple):
     mask_windows: Tensor | None = None  # [N, G, 4] float32, the image rectangle that the S x S cells cover
     has_mask: Tensor | None = None  # [N, G] bool: False for objects that came with a box only
     keypoints: Tensor | None = None  # [N, G, points, 3] float32 (x, y, visibility 0/1/2)
+    attributes: Tensor | None = None  # [N, G, A] int64, codes of data/attributes.py; -1: unknown
 
 
 class Proposals(NamedTuple):
@@ -66,12 +67,20 @@ class Detections(NamedTuple):
     valid: Tensor  # [N, D] bool
     masks: Tensor | None = None  # [N, D, M, M] float in (0, 1)
     keypoints: Tensor | None = None  # [N, D, points, 3] float (x, y, score)
+    extra: Mapping[str, Tensor] | None = None  # [N, D, ...] of each field that heads beside the usual ones give
 
 
-def each(change: Callable[..., Tensor], *tuples: Fields) -> Fields:
-    """A tuple of their kind with what `change` makes of each field of the tuples; None where the first has None."""
+def each(change: Callable[..., Any], *tuples: Fields) -> Fields:
+    """A tuple of their kind with what `change` makes of each field of the tuples, and of each entry of those that are
+    mappings; None where the first has None."""
+
+    def changed(*fields: Any) -> Any:
+        if isinstance(fields[0], Mapping):
+            return {name: change(*(field[name] for field in fields)) for name in fields[0]}
+        return None if fields[0] is None else change(*fields)
+
     kind: Callable[..., Fields] = type(tuples[0])
-    return kind(*(None if fields[0] is None else change(*fields) for fields in zip(*tuples)))
+    return kind(*(changed(*fields) for fields in zip(*tuples)))
 
 
 def to_device(batch: Fields, device: torch.device | str, non_blocking: bool = True) -> Fields:

@@ -34,6 +34,7 @@ PLACES = {
     "neck": "model.neck",
     "roi": "model.box_head.roi",
     "class_loss": "model.box_head.class_loss",
+    "extra_head": "model.extra_heads.attributes",
     "heads/fit": "",
     "experiment": "",
     "heads": "",

@@ -92,7 +92,7 @@ class Stopwatch:
             (model.rpn, "forward", self.timed("RPN", model.rpn.forward)),
             (model.rpn, "propose", partial(model.rpn.propose, suppress=suppress)),
         ]
-        for head in (model.box_head, model.mask_head, model.keypoint_head):
+        for head in (model.box_head, model.mask_head, model.keypoint_head, *model.extra_heads.values()):
             changed += [(head, "detect", self.timed("heads", head.detect))] if head is not None else []
         changed += [(box, "select", partial(box.select, suppress=suppress))] if box is not None else []
         for module in model.modules():

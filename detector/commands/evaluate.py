@@ -33,7 +33,7 @@ from detector.config import ConfigError, as_program, config_errors, make_folder
 from detector.data import CocoDataset, build_dataset, build_loader
 from detector.data.contents import contents, same, short_key
 from detector.evaluation.evaluator import evaluate, ground_truth
-from detector.evaluation.fit import rehearse
+from detector.evaluation.fit import attribute_groups, rehearse
 from detector.evaluation.froc import FROC, write_froc
 from detector.evaluation.operating_point import (
     OPERATING_POINT,
@@ -44,7 +44,14 @@ from detector.evaluation.operating_point import (
 )
 from detector.evaluation.operating_point import operating_point as find_operating_point
 from detector.evaluation.proposals import without_classes
-from detector.evaluation.tables import SHOWN_CLASSES, class_csv, class_table, summary_table
+from detector.evaluation.tables import (
+    SHOWN_CLASSES,
+    attribute_csv,
+    attribute_table,
+    class_csv,
+    class_table,
+    summary_table,
+)
 from detector.inference.load import load, merge
 from detector.inference.predict import Detector
 from detector.inference.tiles import results_by_image, tiles_of
@@ -61,7 +68,7 @@ def evaluate_checkpoint(
     *,
     output: str | None = None,
     evaluator: Literal["hotcoco", "pycocotools"] = "hotcoco",
-    iou_types: list[Literal["bbox", "segm", "boundary", "keypoints", "voc"]] | None = None,
+    iou_types: list[Literal["bbox", "segm", "boundary", "keypoints", "voc", "attributes"]] | None = None,
     sigmas: list[float] | None = None,
     max_detections: list[int] | None = None,
     batch_size: int = 8,
@@ -103,7 +110,8 @@ def evaluate_checkpoint(
     keep_enough(network, limits[-1], ((model or {}).get("box_head") or {}).get("detections_per_image"))
     with config_errors("data"):
         categories = None if proposals_only else detector.categories
-        dataset = build_dataset(data, "val", detector.config["augment"], categories=categories)
+        known = {"categories": categories, "attributes": attribute_groups(network)}
+        dataset = build_dataset(data, "val", detector.config["augment"], **known)
         options = {"keypoint_names": detector.keypoint_names, "max_detections": limits}
         kinds = list(rehearse(network, dataset, evaluator, iou_types, sigmas, **options))
         padding = {key: data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
@@ -154,6 +162,13 @@ def evaluate_checkpoint(
         with optional("table of classes"):
             (folder / "table.txt").write_text(f"{summary}\n\n{class_table(metrics, truth)}\n", encoding="utf-8")
             print(f"{class_table(metrics, truth, SHOWN_CLASSES)}\n")
+        if "attributes" in metrics:
+            found = attribute_table(metrics)
+            print(f"{found}\n")
+            with open(folder / "table.txt", "a", encoding="utf-8") as file:
+                file.write(f"\n{found}\n")
+            (folder / "attributes.csv").write_text(attribute_csv(metrics), encoding="utf-8")
+            written.append("attributes.csv")
         if not proposals_only:
             with optional("operating point"):
                 kind = main_kind(metrics)

@@ -40,6 +40,7 @@ from detector.config import ConfigError, RunError, as_program, config_errors, ma
 from detector.data import Pictures
 from detector.evaluation.operating_point import check_threshold
 from detector.inference.draw import draw as draw_objects
+from detector.inference.draw import note
 from detector.inference.load import load, merge
 from detector.inference.result import Result, with_area
 from detector.inference.tiles import Masks, find, tiles_of
@@ -48,6 +49,7 @@ from detector.inference.video import USUAL_RATE, Span, is_video
 from detector.runtime import start_ranks
 from detector.settings import Runtime
 from detector.structures import Detections
+from detector.structures import each as each_field
 
 log = logging.getLogger(__name__)
 DRAWN_SIDE = 2000  # px: large pictures that are seen tile by tile are drawn no larger
@@ -176,8 +178,8 @@ def predict_files(
 
     def finish(path: Path, page: int | None, image: np.ndarray, found: Result) -> None:
         record(path, page, *image.shape[:2], found.to_coco(0))
-        arrays = (None if t is None else t.numpy() for t in found)
-        save_picture(picture_of(path, page), image, Detections(*arrays))
+        arrays = each_field(lambda t: t.numpy(), Detections(*found))
+        save_picture(picture_of(path, page), image, arrays, found.notes())
 
     def look_by_tiles(path: Path, page: int | None) -> bool:
         """Record what is found in a picture; whether there may be more."""
@@ -185,15 +187,16 @@ def predict_files(
         with pictures.parts(path, page) as picture:
             found = find(detector.model, picture, wanted, detector.preprocess, threshold=least, **options)
             small = picture.reduced(DRAWN_SIDE) if draw else None
-        record(path, page, found.height, found.width, [with_area(e) for e in found.results(0, detector.category_ids)])
+        entries = found.results(0, detector.category_ids)
+        record(path, page, found.height, found.width, [with_area(e) for e in entries])
         if small is not None:
             seen = found.shrunk(*small.shape[:2])
             outlines = None if seen.windows is None else Masks(seen)
             arrays = seen.boxes, seen.scores, seen.labels, None, outlines, seen.keypoints
-            save_picture(picture_of(path, page), small, Detections(*arrays))
+            save_picture(picture_of(path, page), small, Detections(*arrays), [note(entry) for entry in entries])
         return found.full
 
-    def save_picture(target: Path, image: np.ndarray, found: Detections) -> None:
+    def save_picture(target: Path, image: np.ndarray, found: Detections, notes: Sequence[str]) -> None:
         """found: arrays."""
         if draw:
             picture = draw_objects(
@@ -203,6 +206,7 @@ def predict_files(
                 found.keypoints,
                 with_boxes=boxes,
                 with_labels=labels,
+                notes=notes,
             )
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(target, pnginfo=about)

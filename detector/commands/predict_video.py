@@ -17,6 +17,7 @@ from tqdm import tqdm
 from detector.config import RunError
 from detector.data import Pictures
 from detector.inference.draw import draw as draw_objects
+from detector.inference.draw import note
 from detector.inference.predict import Detector
 from detector.inference.result import Result
 from detector.inference.tracks import NONE, Tracking, Tracks, Trails, appearance, packed, unpacked
@@ -265,6 +266,7 @@ class Work:
             with_labels=shown.labels,
             ids=ids,
             trails=trails,
+            notes=[note(one) for one in entry["objects"]],
         )
 
     def arrays(self, entry: Mapping[str, Any]) -> Detections:

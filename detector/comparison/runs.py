@@ -210,14 +210,15 @@ def relevant(run: Run) -> dict[str, Any]:
 
 def label(config: Mapping, settings: Mapping[str, Any]) -> str:
     """A short name from the settings in which a run differs from others: RoI methods by their config's file name."""
-    parts = []
-    if not settings or any(key.startswith(("roi.", *(f"{head}." for head in HEADS))) for key in settings):
+    heads = [*HEADS, *(f"model.extra_heads.{name}.roi" for name in lookup(config, "model.extra_heads") or ())]
+    parts, of_roi = [], ("roi.", *(f"{head}." for head in heads))
+    if not settings or any(key.startswith(of_roi) for key in settings):
         parts.append(roi_name(config.get("roi")))
-        for head in HEADS:
+        for head in heads:
             node = lookup(config, head)
             if node is not None and node != config.get("roi"):
-                parts.append(f"{head.split('.')[1]}={roi_name(node)}")
-    others = [key for key in settings if not key.startswith(("roi.", *(f"{head}." for head in HEADS)))]
+                parts.append(f"{head.split('.')[-2]}={roi_name(node)}")
+    others = [key for key in settings if not key.startswith(of_roi)]
     parts += [f"{key.split('.')[-1]}={settings[key]}" for key in others[:4]]
     return ", ".join(parts + (["..."] if len(others) > 4 else []))
 

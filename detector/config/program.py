@@ -144,9 +144,11 @@ def share_roi(cfg: DictConfig, hydras: DictConfig) -> None:
     if "roi" not in cfg or "model" not in cfg:
         return
     usual = OmegaConf.load(files(hydras, f"roi/{choices.roi}")[0])
-    heads = [name for name in cfg.model if isinstance(cfg.model.get(name), DictConfig)]  # null: left away
-    for name in [name for name in heads if choices.get(f"roi@model.{name}.roi") == choices.roi]:
-        head, shared = cfg.model[name], copy.deepcopy(cfg.roi)
+    slots = [slot for slot, choice in choices.items() if slot.startswith("roi@model.") and choice == choices.roi]
+    for slot in slots:
+        head, shared = OmegaConf.select(cfg, slot.removeprefix("roi@").removesuffix(".roi")), copy.deepcopy(cfg.roi)
+        if head is None:  # left away
+            continue
         for key in leaves(head.roi):
             value = OmegaConf.select(head.roi, key)
             if not isinstance(value, DictConfig) and value != OmegaConf.select(usual, key):

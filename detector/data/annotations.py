@@ -22,6 +22,7 @@ class Objects(NamedTuple):
     crowd: np.ndarray  # [G] bool
     outlines: Outlines
     keypoints: np.ndarray  # [G, N, 3] float32 (x, y, visibility 0, 1, 2); N = 0 where they were not asked for
+    attributes: np.ndarray  # [G, A] int16, codes of attributes.py; A = 0 where they were not asked for
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Truth(Images):
     negative: np.ndarray  # labels, int32
     unsure_starts: np.ndarray  # [I + 1] int64: `not_exhaustive_category_ids`
     unsure: np.ndarray  # labels, int32
+    attribute_groups: list[list[str]]  # A of them, see attributes.py
+    attributes: np.ndarray  # [M, A] int16; A = 0 where they were not asked for
 
     def has_mask(self) -> np.ndarray:
         """[M] bool."""
@@ -94,7 +97,7 @@ class Truth(Images):
         runs, run_starts = cut(self.runs, self.run_starts, objects)
         negative, negative_starts = cut(self.negative, self.negative_starts, images)
         unsure, unsure_starts = cut(self.unsure, self.unsure_starts, images)
-        own = ("object_ids", "labels", "boxes", "areas", "crowd", "ignored", "keypoints", "num_keypoints")
+        own = ("object_ids", "labels", "boxes", "areas", "crowd", "ignored", "keypoints", "num_keypoints", "attributes")
         return replace(
             self,
             image_ids=self.image_ids[images],
@@ -203,6 +206,8 @@ class Annotations(Images):
     point_starts: np.ndarray  # [Q + 1] int64: first point of each ring
     points: np.ndarray  # [P, 2] float32
     keypoints: np.ndarray  # [M, N, 3] float32 (x, y, visibility); continuous: the centre of pixel 0 is 0.5
+    attribute_groups: list[list[str]]  # A of them, see attributes.py
+    attributes: np.ndarray  # [M, A] int16
     truth: Truth | None = None  # what evaluation compares with; None where it was not asked for
 
     def objects(self, index: int) -> Objects:
@@ -216,4 +221,5 @@ class Annotations(Images):
             even_odd=self.even_odd[start:end],
         )
         labels = self.labels[start:end].astype(np.int64)
-        return Objects(self.boxes[start:end], labels, self.crowd[start:end], outlines, self.keypoints[start:end])
+        own = self.keypoints[start:end], self.attributes[start:end]
+        return Objects(self.boxes[start:end], labels, self.crowd[start:end], outlines, *own)

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from detector.data.annotations import Objects
+from detector.data.attributes import Groups
 from detector.data.copy_paste import paste
 from detector.data.file_names import find_in_folders, leads_out, nearby
 from detector.data.outlines import fill, mask_windows
@@ -47,6 +48,7 @@ class Sample(NamedTuple):
     mask_windows: np.ndarray | None  # [G, 4] float32
     has_mask: np.ndarray | None  # [G] bool
     keypoints: np.ndarray | None = None  # [G, N, 3] float32
+    attributes: np.ndarray | None = None  # [G, A] int64
 
 
 class CocoDataset(Dataset):
@@ -73,6 +75,7 @@ class CocoDataset(Dataset):
         copy_paste: share of the images that get some objects of another, drawn by chance (see copy_paste.py).
         problems: collects what is wrong instead of reporting it, for those who report by themselves.
         truth: keep what evaluation compares with.
+        attributes: give what objects say beside their class: see `read_coco`.
         setting: the key of a config that names `images`, and the folder that it counts from, for messages.
 
     Attributes:
@@ -101,6 +104,7 @@ class CocoDataset(Dataset):
         copy_paste: float = 0.0,
         problems: Problems | None = None,
         truth: bool = True,
+        attributes: bool | Sequence[str] | Groups = False,
         setting: tuple[str, str | Path] = ("", ""),
     ):
         if mask_size < 1:
@@ -128,6 +132,7 @@ class CocoDataset(Dataset):
         self.masks, self.mask_size, self.seed = masks, mask_size, seed
         self.on_error, self.training, self.pictures, self.cache = on_error, training, pictures, cache
         options = {"keypoints": keypoints, "cache": cache, "truth": truth, "problems": problems}
+        options["attributes"] = self.attributes = attributes
         limit = pictures.max_pixels
         self.annotations = open_coco(self.annotation_files, categories, masks, on_error, limit, **options)
         if masks and not len(self.annotations.points):
@@ -272,7 +277,7 @@ class CocoDataset(Dataset):
         key = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0] >> 1)
         image, index = self._readable(index)
         objects, out = self._augmented(image, index, key)
-        labels, crowd = objects.labels, objects.crowd
+        labels, crowd, said = objects.labels, objects.crowd, objects.attributes
         chance = np.random.default_rng((key, 1))
         if self.copy_paste and chance.random() < self.copy_paste:
             image, other = self._readable(int(chance.integers(len(self))))
@@ -282,6 +287,7 @@ class CocoDataset(Dataset):
             chosen = np.isin(np.arange(len(above.kept)), some)
             out = paste(out, above, chosen, len(labels), self.pipeline.min_size)
             labels, crowd = np.concatenate([labels, others.labels]), np.concatenate([crowd, others.crowd])
+            said = np.concatenate([said, others.attributes])
         masks = windows = has_mask = None
         if self.masks:
             windows = mask_windows(out.boxes, self.mask_size)
@@ -299,6 +305,7 @@ class CocoDataset(Dataset):
             mask_windows=windows,
             has_mask=has_mask,
             keypoints=out.keypoints,
+            attributes=said[out.kept].astype(np.int64) if self.annotations.attribute_groups else None,
         )
 
     def _readable(self, index: int) -> tuple[np.ndarray, int]:
@@ -399,5 +406,5 @@ def collate_targets(samples: Sequence[Sample]) -> Targets:
             row[: len(value)] = value
         return torch.from_numpy(joined)
 
-    names = ("boxes", "labels", "crowd", "masks", "mask_windows", "has_mask", "keypoints")
+    names = ("boxes", "labels", "crowd", "masks", "mask_windows", "has_mask", "keypoints", "attributes")
     return Targets(valid=torch.arange(most) < counts[:, None], **{name: padded(name) for name in names})

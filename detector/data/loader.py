@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from torch.utils.data import DataLoader, Sampler
 
 from detector.config import RunError
+from detector.data.attributes import Groups
 from detector.data.dataset import CocoDataset, collate
 from detector.data.pictures import Pictures
 from detector.data.read_coco import Problems
@@ -35,6 +36,7 @@ def build_dataset(
     categories: Sequence[str] | None = None,
     problems: Problems | None = None,
     truth: bool | None = None,
+    attributes: Groups | None = None,
 ) -> CocoDataset:
     """The data set of one split.
 
@@ -47,6 +49,7 @@ def build_dataset(
             evaluation.
         problems: collects what is wrong in the files, instead of `data.on_error`.
         truth: keep what evaluation compares with; by default for "val".
+        attributes: the groups of the training set or the checkpoint, in place of all that `data.attributes` wants.
     """
     return CocoDataset(
         *split_files(data, split),
@@ -64,6 +67,7 @@ def build_dataset(
         copy_paste=augment.get("copy_paste", 0.0) if augment and split == "train" else 0.0,
         problems=problems,
         truth=split != "train" if truth is None else truth,
+        attributes=(attributes or data["attributes"]) if data.get("attributes") else False,
         setting=(f"data.{split}.images", data["root"]),
     )
 

@@ -25,6 +25,7 @@ import numpy as np
 from pycocotools import mask as rle_tools
 
 from detector.data.annotations import Annotations, Truth, starts_of
+from detector.data.attributes import AttributeReader, Groups, Said, encode
 from detector.data.columns import Columns, Rows, Seen, chosen, counts_of, interleave, order_of
 from detector.data.json_lists import Block, JsonList, blocks_of, read_lists
 from detector.data.outlines import rle_counts, run_rings
@@ -110,6 +111,7 @@ def read_coco(
     problems: Problems | None = None,
     truth: bool = True,
     alone: bool = True,
+    attributes: bool | Sequence[str] | Groups = False,
 ) -> Annotations:
     """Read COCO instances to train on or to evaluate a model on.
 
@@ -125,6 +127,8 @@ def read_coco(
         problems: collects what is wrong instead of reporting it, for those who report by themselves.
         truth: keep what evaluation compares with.
         alone: refuse a file in which there is nothing to learn; one among several may hold pictures without objects.
+        attributes: keep what objects say beside their class: True for all, names of some, or the groups of a training
+            set (see attributes.py).
 
     Raises:
         FileNotFoundError: no such file.
@@ -136,6 +140,10 @@ def read_coco(
     names, ids = labels_of(name, classes.names, classes.ids, categories)
     keypoint_names = _read_keypoint_names(name, content["categories"]) if keypoints else []
     reader = _Reader(problems, classes, masks, len(keypoint_names), max_pixels, truth)
+    if attributes:
+        table = content.get("attributes")
+        table = list(table) if isinstance(table, (list, JsonList)) else ()
+        reader.attributes = AttributeReader(name, table, attributes, problems.error, problems.notice)
     reader.read(content)
     if collected is None:
         problems.report()
@@ -405,6 +413,8 @@ class _Reader:
         self.objects.append(self._kept(self._columns([])), 0)
         self.num_learnt = self.num_learnt_crowds = 0
         self.maskless, self.crowds, self.any_mask = Places(), Places(), False
+        self.attributes: AttributeReader | None = None  # where they are wanted,
+        self.said: list[Said] = []  # and what each object says of them
 
     def read(self, content: Mapping) -> None:
         wrong = self._read_images(content["images"])
@@ -416,6 +426,9 @@ class _Reader:
         if self.learning and self.masks and self.any_mask:
             kind = "object without a segmentation, whose mask is neither learnt nor measured"
             self.problems.notices(kind, self.maskless)
+        self.groups = self.attributes.groups(self.said) if self.attributes else []
+        said: Sequence = self.said if self.attributes else range(self.objects.length)
+        self.codes = encode(said, self.groups, self.problems.notice)
         if self.learning and self.crowds.count > MANY_CROWDS * self.objects.length:
             count = self.objects.length
             kind = f"crowd region (iscrowd: 1) among only {count} objects: neither learnt from nor to be found"
@@ -531,9 +544,12 @@ class _Reader:
         }
         ids, label, crowd = (objects.take(name, places) for name in ("id", "label", "crowd"))
         keypoints = objects.take("keypoints", places)
+        attributes = {"attribute_groups": self.groups, "attributes": self.codes[order]}
         truth, arrays = None, {}
         if self.learning:
-            arrays = pictures | self._pack_learnt(places, image[order], ids, label, crowd, keypoints, labels)
+            learnt = objects.take("learnt", places)
+            arrays = pictures | self._pack_learnt(places, image[order], ids, label, crowd, keypoints, labels, learnt)
+            arrays |= attributes | {"attributes": attributes["attributes"][learnt]}
         if self.truth:
             lists = {}
             for key in ("negative", "unsure"):
@@ -563,6 +579,7 @@ class _Reader:
                 runs=runs,
                 keypoints=keypoints,
                 num_keypoints=objects.take("num_keypoints", places),
+                **attributes,
             )
         return truth, arrays
 
@@ -575,10 +592,11 @@ class _Reader:
         crowd: np.ndarray,
         keypoints: np.ndarray,
         labels: Sequence[int],
+        learnt: np.ndarray,
     ) -> dict[str, np.ndarray]:
-        """The objects of `Annotations`. image, ids, label, crowd, keypoints: of all objects, in their last order."""
+        """The objects of `Annotations`. image, ids, label, crowd, keypoints, learnt: of all objects, in their last
+        order."""
         objects = self.objects
-        learnt = objects.take("learnt", places)
         keep = slice(None) if learnt.all() else learnt
         rings, ring_starts = objects.take_lists("learnt_rings", places)
         starts = starts_of(np.bincount(image[keep], minlength=len(self.image_ids)))
@@ -604,7 +622,7 @@ class _Reader:
         """Reads the annotations of a block."""
         own, has_id = np.zeros(block.count, np.int64), np.zeros(block.count, bool)
         rows, plain = np.zeros(0, np.int64), None
-        if isinstance(block.data, bytes) and not self.num_keypoints:
+        if isinstance(block.data, bytes) and not self.num_keypoints and not self.attributes:
             where = self._rows.of, self.sizes, self.classes.ids
             rows, plain = plain_objects(block.data, self.masks, *where, self.learning)
             own[rows], has_id[rows] = plain["id"], True
@@ -636,6 +654,8 @@ class _Reader:
                 continue
             items.append(item)
             places.append(row)
+            if self.attributes:
+                self.said.append(self.attributes.read(record, where))
             if not item.crowd and item.mask is None and not record.get("segmentation"):
                 maskless[row] = where
             if item.crowd:

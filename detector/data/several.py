@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from detector.data.annotations import Annotations, Images, Truth, starts_of
+from detector.data.attributes import join, recode
 from detector.data.read_coco import Problems, labels_of, read_coco, read_truth
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
@@ -100,6 +101,9 @@ def _join_truths(parts: Sequence[Truth], problems: Problems) -> Truth:
 def _joined(parts: Sequence[Images], **values) -> Images:
     """Their arrays one after the other; values: of the fields that are no arrays, or need more than that."""
     most = max(part.keypoints.shape[1] for part in parts)
+    groups = join([part.attribute_groups for part in parts])
+    recoded = [recode(part.attributes, part.attribute_groups, groups) for part in parts]
+    values |= {"attribute_groups": groups, "attributes": np.concatenate(recoded)}
     for item in fields(parts[0]):
         columns = [getattr(part, item.name) for part in parts]
         if item.name in values or not isinstance(columns[0], np.ndarray):

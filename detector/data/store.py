@@ -22,12 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from detector.data.annotations import Annotations, Truth
+from detector.data.attributes import Groups
 from detector.data.read_coco import Places, Problems
 from detector.data.several import Paths, as_paths, read_several, shown
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4  # of what a store holds; older ones are not read
+VERSION = 5  # of what a store holds; older ones are not read
 SMALL = 20_000_000  # bytes of JSON that are parsed faster than it is worth storing
 
 
@@ -38,6 +39,7 @@ def open_coco(
     on_error: str = "raise",
     max_pixels: int = 100_000_000,
     keypoints: bool = False,
+    attributes: bool | Sequence[str] | Groups = False,
     cache: str | os.PathLike | None = None,
     small: int = SMALL,
     truth: bool = True,
@@ -51,7 +53,7 @@ def open_coco(
     """
     paths = as_paths(paths)
     options = {"categories": categories and list(categories), "masks": masks, "max_pixels": max_pixels}
-    options |= {"keypoints": keypoints, "truth": truth}
+    options |= {"keypoints": keypoints, "truth": truth, "attributes": attributes}
     collected, problems = problems, problems or Problems(shown(paths), on_error)
     exist = all(path.is_file() for path in paths)
     if cache is None or not exist or sum(path.stat().st_size for path in paths) < small:

@@ -162,7 +162,11 @@ def introduce(run: Run, state: State, checkpoint: Mapping[str, Any] | None, weig
         sum(p.numel() for p in ps) / 1e6 for ps in (model.parameters(), state.parameters, frozen)
     )
     heads = {name: getattr(model, name) for name in ("box_head", "mask_head", "keypoint_head")}
-    ops = {name: head.stages[0].extractor.op for name, head in heads.items() if head is not None}
+    heads = {name: head for name, head in heads.items() if head is not None}
+    extra: Any = model.extra_heads
+    heads |= {f"extra_heads.{name}": head for name, head in extra.items()}
+    seen = {name: getattr(head, "stages", [head])[0] for name, head in heads.items()}
+    ops = {name: head.extractor.op for name, head in seen.items() if hasattr(head, "extractor")}
     methods = [
         f"{name}: {type(op).__name__}, {op.output_size[0]} x {op.output_size[1]} bins" for name, op in ops.items()
     ]
@@ -176,7 +180,7 @@ def introduce(run: Run, state: State, checkpoint: Mapping[str, Any] | None, weig
     epochs = run.total / run.per_epoch
     lines = {
         "device": f"{world.device}, {run.runtime.precision}{threads}{ranks}",
-        "model": ", ".join([*parts, *(type(getattr(model, name)).__name__ for name in ops)]),
+        "model": ", ".join([*parts, *(type(head).__name__ for head in heads.values())]),
         "RoI methods": "; ".join(methods) or "none",
         "parameters": f"{all_of_it:.2f} M, trained {trained - held:.2f} M",
         "classes": f"{len(run.train_set.categories)}: {', '.join(run.train_set.categories[:10])}"
@@ -214,17 +218,21 @@ def datasets(cfg: DictConfig) -> tuple[Any, Any]:
     """The training and the validation set; the latter may have no category that the former lacks (matched by name)."""
     with config_errors("data"):
         train_set = build_dataset(cfg.data, "train", cfg.augment, seed=cfg.seed)
-        val_set = build_dataset(cfg.data, "val", cfg.augment, seed=cfg.seed, categories=train_set.categories)
+        known: Any = {"categories": train_set.categories, "attributes": train_set.annotations.attribute_groups}
+        val_set = build_dataset(cfg.data, "val", cfg.augment, seed=cfg.seed, **known)
     return train_set, val_set
 
 
 def fit(cfg: DictConfig, train_set: Any, val_set: Any, evaluation: Evaluation) -> None:
-    """Put the data's number of keypoints into `cfg` where it is left open, and the number of detections that are
-    measured where the box head keeps fewer; refuse what the model cannot learn from the data, and what cannot be
-    measured."""
+    """Put the data's number of keypoints and attributes into `cfg` where they are left open, and the number of
+    detections that are measured where the box head keeps fewer; refuse what the model cannot learn from the data, and
+    what cannot be measured."""
     names = train_set.annotations.keypoint_names
     if names and OmegaConf.select(cfg, "model.keypoint_head.num_keypoints", default=0) is None:
         cfg.model.keypoint_head.num_keypoints = len(names)
+    for head in (cfg.model.get("extra_heads") or {}).values():
+        if "attributes" in head and head.attributes is None:
+            head.attributes = train_set.annotations.attribute_groups
     keep_enough(cfg, evaluation.max_detections[-1])
     model = skeleton(cfg)
     check_training(model, train_set)

@@ -13,14 +13,15 @@ from tqdm import tqdm
 
 from detector.checkpoint import write_json
 from detector.data.annotations import Truth
+from detector.evaluation.attributes import attribute_metrics
 from detector.evaluation.coco import Results, check_annotations, coco_metrics
 from detector.evaluation.lvis import lvis_metrics
 from detector.evaluation.proposals import OBJECT, proposal_recall, without_classes
-from detector.evaluation.results import detections_to_coco
+from detector.evaluation.results import detections_to_coco, writers_of
 from detector.evaluation.voc import voc_metrics
 from detector.runtime import autocast, eval_mode
 from detector.settings import COCO_LIMITS
-from detector.structures import to_device
+from detector.structures import Detections, to_device
 
 log = logging.getLogger(__name__)
 TELL_EVERY = 30.0  # seconds
@@ -49,7 +50,7 @@ def evaluate(
     part, and an image that several ranks see counts once. dataset: a CocoDataset, whose truth is compared with.
     precision: fp32, or bf16/fp16 autocast. iou_types: what to measure; None: boxes, and masks or keypoints where model
     and data set have them. Besides those of coco_metrics there is "voc": VOC's AP of boxes. Boxes and masks of a data
-    set with LVIS's lists of checked categories are measured by LVIS's federated AP.
+    set with LVIS's lists of checked categories are measured by LVIS's federated AP. "attributes": see attributes.py.
     folder: predictions.json and metrics.json are written there, the former before anything is measured. sigmas: of
     keypoints, and max_detections: see coco_metrics; LVIS's AP always takes 300. detect(model, category_ids): gives what
     `predict` gives, in its place; `loader` is not used then. `fit.rehearse` tells beforehand whether all this can be
@@ -118,21 +119,27 @@ def predict(
     progress: rank 0 shows a bar on a terminal, elsewhere a line every TELL_EVERY seconds.
     """
     results: dict[int, list[dict]] = {}
-    kinds = {"bbox"}
+    kinds, writers = {"bbox"}, writers_of(model)
     progress, told = progress and _rank() == 0, time.monotonic()
     bar = tqdm(total=total, desc="evaluate", unit="image", disable=None if progress else True, leave=False)
     with bar, eval_mode(model), torch.inference_mode(), autocast(device, precision):
         for batch, _ in loader:
             detections = model(to_device(batch, device))
-            kinds |= {k for k, v in (("segm", detections.masks), ("keypoints", detections.keypoints)) if v is not None}
+            kinds |= kinds_of(detections)
             results |= {image: [] for image in batch.image_ids.tolist()}
-            for entry in detections_to_coco(detections, batch, category_ids, paste=paste):
+            for entry in detections_to_coco(detections, batch, category_ids, paste=paste, writers=writers):
                 results[entry["image_id"]].append(entry)
             bar.update(len(batch.images))
             if progress and bar.disable and time.monotonic() - told > TELL_EVERY:
                 told = time.monotonic()
                 log.info("evaluated %d of %s images", len(results), total or "all")
     return results, kinds
+
+
+def kinds_of(detections: Detections) -> set[str]:
+    """What detections tell beside the box that can be measured."""
+    there = {"segm": detections.masks is not None, "keypoints": detections.keypoints is not None}
+    return {kind for kind, known in there.items() if known} | {"attributes"} & {*(detections.extra or ())}
 
 
 def ground_truth(dataset) -> Truth:
@@ -147,7 +154,8 @@ def measurable(truth: Truth, predicted: set[str]) -> list[str]:
     """Those of the predicted IoU types that objects of the data set have the truth for; the others are logged."""
     objects = ~truth.crowd
     known = {"segm": truth.has_mask(), "keypoints": truth.num_keypoints > 0}
-    kinds = [kind for kind in ("bbox", "segm", "keypoints") if kind in predicted]
+    known["attributes"] = (truth.attributes >= 0).any(axis=1)
+    kinds = [kind for kind in ("bbox", "segm", "keypoints", "attributes") if kind in predicted]
     for kind in [kind for kind in kinds if kind in known]:
         lacking = int((objects & ~known[kind]).sum())
         if lacking and lacking == objects.sum():
@@ -167,11 +175,14 @@ def measure(
     sigmas: Sequence[float] | None = None,
     max_detections: Sequence[int] = COCO_LIMITS,
 ) -> dict:
-    """The layout of metrics.json: {iou type: numbers} and, if asked for, {"per_class": {iou type: {name: numbers}}}."""
+    """The layout of metrics.json: {iou type: numbers} and, if asked for, {"per_class": {iou type: {name: numbers}}},
+    with attributes {"per_attribute": {name: numbers}} beside it."""
 
     def numbers(kind: str) -> dict:
         if kind == "voc":
             return voc_metrics(annotations, results, per_class)
+        if kind == "attributes":
+            return attribute_metrics(check_annotations(annotations), results, per_class)
         if kind in ("bbox", "segm") and check_annotations(annotations, kind).federated:
             return lvis_metrics(annotations, results, kind, per_class)
         options = {"sigmas": sigmas, "max_detections": max_detections}
@@ -179,7 +190,9 @@ def measure(
 
     metrics = {kind: numbers(kind) for kind in iou_types}
     if per_class:
-        metrics["per_class"] = {kind: metrics[kind].pop("per_class") for kind in iou_types}
+        metrics["per_class"] = {kind: metrics[kind].pop("per_class") for kind in iou_types if kind != "attributes"}
+        if "attributes" in metrics:
+            metrics["per_attribute"] = metrics["attributes"].pop("per_attribute")
     return metrics
 
 

@@ -14,13 +14,15 @@ from torch import nn
 from detector.evaluation.coco import coco_sigmas
 from detector.evaluation.evaluator import ground_truth, measurable, measure
 from detector.evaluation.proposals import proposal_recall, without_classes
+from detector.heads import AttributeHead
 from detector.ops.checks import ConfigError
 from detector.settings import COCO_LIMITS, LVIS_LIMIT
 
 log = logging.getLogger(__name__)
 
 NEEDS = {"bbox": "bbox", "voc": "bbox", "segm": "segm", "boundary": "segm", "keypoints": "keypoints"}
-NAMES = {"segm": "masks", "keypoints": "keypoints"}
+NEEDS["attributes"] = "attributes"
+NAMES = {"segm": "masks", "keypoints": "keypoints", "attributes": "attributes"}
 
 
 def check_training(model: nn.Module, dataset: Any) -> None:
@@ -49,6 +51,28 @@ def check_training(model: nn.Module, dataset: Any) -> None:
                 f"model.keypoint_head learns from; {way_out}"
             )
         check_keypoints(num_keypoints(model), found.keypoint_names, file)
+    for name, head in attribute_heads(model).items():
+        key, way_out = f"model.extra_heads.{name}", f"~model.extra_heads.{name} trains without"
+        if not dataset.attributes:
+            raise ConfigError(
+                f"data.attributes = False: {key} learns from attributes; data.attributes=true reads them, {way_out}"
+            )
+        if not (found.attributes >= 0).any():
+            raise ConfigError(f"data.train: no object of {file} has attributes, which {key} learns from; {way_out}")
+        if head.groups != found.attribute_groups:
+            raise ConfigError(
+                f"{key}.attributes = {head.groups}: {file} has {found.attribute_groups}; null takes the data's, and "
+                f"data.attributes={[group[0] for group in head.groups]} only those"
+            )
+
+
+def attribute_heads(model: nn.Module) -> dict[str, AttributeHead]:
+    return {name: head for name, head in model.extra_heads.items() if isinstance(head, AttributeHead)}
+
+
+def attribute_groups(model: nn.Module) -> list[list[str]] | None:
+    """What a model tells apart, as data sets are read for it; None for one without such a head."""
+    return next((head.groups for head in attribute_heads(model).values()), None)
 
 
 def num_keypoints(model: nn.Module) -> int:
@@ -96,6 +120,7 @@ def rehearse(
     truth = without_classes(ground_truth(dataset)) if proposals_only else ground_truth(dataset)
     names = dataset.annotations.keypoint_names
     heads = {"bbox": True, "segm": model.mask_head is not None, "keypoints": model.keypoint_head is not None and names}
+    heads["attributes"] = bool(attribute_heads(model))
     predicted = {kind for kind, there in heads.items() if there}
     kinds = measurable(truth, predicted)
     if iou_types is not None:

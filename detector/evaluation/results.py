@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from detector.ops.boxes import area, clip
 from detector.ops.paste import encode_window, paste_window
-from detector.structures import Batch, Detections
+from detector.structures import Batch, Detections, each
+
+Writers = Mapping[str, Callable[[np.ndarray], Any]]
 
 
 def to_original(detections: Detections, batch: Batch) -> Detections:
@@ -29,15 +33,16 @@ def detections_to_coco(
     category_ids: Sequence[int | None],
     threshold: float = 0.5,
     paste: str = "aligned",
+    writers: Writers | None = None,
 ) -> list[dict]:
     """COCO results, best first in each image: image_id, category_id, bbox [x, y, width, height], score, and where the
-    model predicts them segmentation (compressed RLE, text counts) and keypoints [x, y, score] * points.
+    model predicts them segmentation (compressed RLE, text counts), keypoints [x, y, score] * points and `extra` fields.
 
     detections: in pixels of the network's input. category_ids: the id of label 1, 2, ... in the annotation file;
     labels without one (categories that the data set does not have) are left out. threshold, paste: as in
-    masks.paste_window.
+    masks.paste_window. writers: see `writers_of`.
     """
-    found = Detections(*(None if t is None else t.float().cpu().numpy() for t in to_original(detections, batch)))
+    found = each(lambda t: t.float().cpu().numpy(), to_original(detections, batch))
     results = []
     for n, image_id in enumerate(batch.image_ids.tolist()):
         height, width = batch.original_sizes[n].tolist()
@@ -59,8 +64,25 @@ def detections_to_coco(
                 result["segmentation"] = encode_window(*window, height, width)
             if found.keypoints is not None:
                 result["keypoints"] = coco_keypoints(found.keypoints[n, d])
-            results.append(result)
+            results.append(result | written(found.extra, (n, d), writers or {}))
     return results
+
+
+def writers_of(model: nn.Module) -> Writers:
+    """What predictions.json says of the fields of a model's extra heads, by the name of the field."""
+    heads = getattr(model, "extra_heads", {}).values()
+    return {name: writer for head in heads for name, writer in getattr(head, "writers", {}).items()}
+
+
+def written(extra: Mapping[str, Any] | None, index: Any, writers: Writers) -> dict[str, Any]:
+    """The `extra` fields of the detection at `index`, as predictions.json has them."""
+    values = {name: np.asarray(field[index]) for name, field in (extra or {}).items()}
+    return {name: writers.get(name, plain)(value) for name, value in values.items()}
+
+
+def plain(value: np.ndarray) -> Any:
+    """A number, or lists of numbers, to six digits."""
+    return np.vectorize(lambda number: float(f"{number:.6g}"), otypes=[object])(value).tolist()
 
 
 def coco_keypoints(keypoints) -> list[float]:

@@ -71,6 +71,40 @@ def by_class(metrics: dict, annotations: dict | Truth) -> list[tuple[str, int, i
     return sorted(rows, key=quality, reverse=True)
 
 
+ATTRIBUTE_COLUMNS = ("objects", "positives", "AP", "accuracy")
+
+
+def attribute_rows(metrics: dict) -> list[list]:
+    """Of each attribute, and of each word that one can be, its name and the numbers of ATTRIBUTE_COLUMNS."""
+    return [[name, *(row.get(key) for key in ATTRIBUTE_COLUMNS)] for name, row in metrics["per_attribute"].items()]
+
+
+def attribute_table(metrics: dict) -> str:
+    """A line with the mean over all attributes and the share of the objects that were found, and a row for each."""
+    mean = metrics["attributes"]
+    rows = [
+        [one_line(name), str(objects), "" if positives is None else str(positives), *map(percent, numbers)]
+        for name, objects, positives, *numbers in attribute_rows(metrics)
+    ]
+    return "\n".join(
+        [
+            f"attributes: AP {percent(mean['AP'])}, accuracy {percent(mean['accuracy'])}, of the "
+            f"{percent(mean['found'])} % of the objects that were found",
+            table(["attribute", *ATTRIBUTE_COLUMNS], rows),
+        ]
+    )
+
+
+def attribute_csv(metrics: dict) -> str:
+    """The same as CSV, fractions of 1, empty where there is none."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["attribute", *ATTRIBUTE_COLUMNS])
+    for name, *values in attribute_rows(metrics):
+        writer.writerow([name, *("" if value is None or value < 0 else value for value in values)])
+    return out.getvalue()
+
+
 def class_csv(metrics: dict, annotations: dict | Truth, points: Mapping[str, Mapping] | None = None) -> str:
     """The table of `class_table` as CSV with all numbers, as fractions of 1, empty where there is none.
 

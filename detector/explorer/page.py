@@ -44,7 +44,7 @@ from detector.roi import (
     SumLevels,
     assign_levels,
 )
-from detector.structures import Detections, rois_from_boxes
+from detector.structures import each, rois_from_boxes
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def collect(detector: Detector, image: np.ndarray, head: str, max_mb: float) -> 
         batch = detector.as_batch([image], scale)
         features = model.features(batch)
     found = model.detect(features, batch)
-    found = Detections(*(None if t is None else t[0][found.valid[0]][:SHOWN].cpu() for t in found))
+    found = each(lambda t: t[0][found.valid[0]][:SHOWN].cpu(), found)
     features = [f[:1].float().cpu() for f in features[: model.neck.roi_levels]]
     maps = [encode(f[0], left * 0.9 * f.numel() / sum(f.numel() for f in features)) for f in features]
 

@@ -159,7 +159,7 @@ def check_exportable(model: nn.Module) -> None:
     """Raise ValueError naming each part of the model that `Exportable` has no form for."""
     if not isinstance(model, TwoStageDetector):
         raise TypeError(f"model is a {type(model).__name__}, not a TwoStageDetector: give detector.load(...).model")
-    wrong = []
+    wrong = [f"extra_heads.{name} has no form in a program" for name in model.extra_heads]
     for name, part in model.named_modules():
         if isinstance(part, BoxHead) and part.nms not in ("hard", "mmcv"):
             wrong.append(f"{name}.nms is {part.nms!r}, not 'hard'")

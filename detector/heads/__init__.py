@@ -1,3 +1,4 @@
+from detector.heads.attributes import AttributeHead
 from detector.heads.box import BoxHead
 from detector.heads.cascade import CascadeBoxHead, CascadeMaskHead
 from detector.heads.double import DoubleBoxHead, ResidualTrunk

@@ -10,10 +10,11 @@ others; servers and containers have no fonts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
@@ -58,6 +59,7 @@ def draw(
     with_labels: bool = True,
     ids: Sequence[int] | None = None,
     trails: Sequence[np.ndarray] | None = None,
+    notes: Sequence[str] = (),
 ) -> np.ndarray:
     """The picture [h, w, 3] uint8 of an image [H, W, 3] uint8 RGB with its objects, enlarged by an integer if small.
 
@@ -65,7 +67,8 @@ def draw(
     scores: [D]; masks: [D, H, W] bool; keypoints: [D, P, 3] (x, y, visibility or score), drawn where above 0.
     with_boxes, with_labels: whether frames, and names with scores, are drawn. Where objects are many a label stays
     only where it hides no other object, but each class is named once. ids: [D] of objects that are followed, each with
-    a colour of its own and its number before its name; trails: the way [P, 2] of each.
+    a colour of its own and its number before its name; trails: the way [P, 2] of each. notes: [D] or none, what stands
+    behind the names.
     """
     zoom = ceil(VIEW / max(image.shape[:2]))
     picture = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC) if zoom > 1 else image.copy()
@@ -102,7 +105,22 @@ def draw(
         texts = [f"{one} {text}".strip() for one, text in zip(ids, texts)]
     if scores is not None:
         texts = [f"{text} {score:.2f}".strip() for text, score in zip(texts, scores)]
+    if any(notes):
+        texts = [" ".join(filter(None, pair)) for pair in zip(texts, map(_legible, notes))]
     return _draw_labels(picture, boxes, texts, colors, scale, labels)
+
+
+def note(entry: Mapping[str, Any]) -> str:
+    """What a result says of an object in fields of probabilities by name, as text: names of at least 0.5, and of those
+    that exclude each other, in a mapping of their own, the likeliest."""
+    found = []
+    for field in entry.values():
+        for name, value in field.items() if isinstance(field, Mapping) else ():
+            if isinstance(value, Mapping):
+                found.append(max(value, key=value.get))
+            elif value >= 0.5:
+                found.append(name)
+    return ", ".join(found)
 
 
 def _name(categories: Sequence[str], label: int) -> str:

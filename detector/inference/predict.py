@@ -17,7 +17,7 @@ from torch import Tensor
 from detector.data import Pictures, Pipeline, collate_images
 from detector.data.pictures import resized
 from detector.evaluation.operating_point import BEST, check_threshold, thresholds
-from detector.evaluation.results import to_original
+from detector.evaluation.results import to_original, writers_of
 from detector.inference.inputs import Picture, check_order, check_path, several, to_array, with_max_pixels
 from detector.inference.result import Result
 from detector.model import TwoStageDetector
@@ -25,7 +25,7 @@ from detector.ops.checks import ConfigError
 from detector.ops.paste import paste_masks
 from detector.runtime import autocast
 from detector.settings import Tiles
-from detector.structures import Batch, Detections, to_device, with_image
+from detector.structures import Batch, Detections, each, to_device, with_image
 
 log = logging.getLogger(__name__)
 OLD_THRESHOLD = 0.5  # of checkpoints without an operating point
@@ -90,9 +90,10 @@ class Detector:
         {"recall": 0.9} are the scores that reach this on those images. The result's `threshold` tells which it was.
 
         inference/inputs.py says how each is read. Returns a `Result`: boxes [D, 4] in pixels of the image, scores [D],
-        labels [D] (1..K), valid [D] (all True) and, of a model with a mask head, masks [D, H, W] bool; best first, on
-        the CPU; with names, draw, crop, to_coco and to_supervision. Of a list, and of a batch [N, ...], a list of
-        results; of a generator or another iterable a generator of results, which takes `batch_size` images at a time.
+        labels [D] (1..K), valid [D] (all True) and, of a model with a mask head, masks [D, H, W] bool, of one with
+        extra heads `extra`, their fields [D, ...] by name; best first, on the CPU; with names, draw, crop, to_coco and
+        to_supervision. Of a list, and of a batch [N, ...], a list of results; of a generator or another iterable a
+        generator of results, which takes `batch_size` images at a time.
 
         precision: fp32, or bf16, fp16: autocast of the network's layers. max_pixels: files of more pixels are refused;
         None: as in training. order: of arrays with three channels: RGB, or BGR as cv2.imread gives them.
@@ -164,7 +165,7 @@ class Detector:
         results = []
         for image, array, found in zip(images, arrays, detect(self.model, arrays, self.preprocess, precision)):
             keep = passing(found.scores, found.labels, threshold)
-            one = Detections(*(None if t is None else t[keep] for t in found))
+            one = each(lambda t, keep=keep: t[keep], found)
             if one.masks is not None:
                 masks = paste_masks(one.masks.float().numpy(), one.boxes.numpy(), *array.shape[:2], paste=paste)
                 one = one._replace(masks=torch.from_numpy(masks))
@@ -182,7 +183,7 @@ class Detector:
     def _result(self, found: Detections, threshold: float | np.ndarray, picture: Picture) -> Result:
         result = Result(*found)
         result.categories, result.category_ids, result.picture = self.categories, self.category_ids, picture
-        result.threshold = threshold
+        result.threshold, result.writers = threshold, writers_of(self.model)
         return result
 
     def least_score(self, threshold: float | str | Mapping[str, float]) -> tuple[float | np.ndarray, str]:
@@ -261,7 +262,7 @@ def detect(
     with autocast(batch.images.device, precision):
         found = model(batch)
     found = to_original(found, batch)
-    return [Detections(*(None if t is None else t[n][found.valid[n]].cpu() for t in found)) for n in range(len(arrays))]
+    return [each(lambda t, n=n: t[n][found.valid[n]].cpu(), found) for n in range(len(arrays))]
 
 
 def passing(scores: Any, labels: Any, threshold: float | np.ndarray) -> Any:

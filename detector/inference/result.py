@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle_tools
 
-from detector.evaluation.results import coco_keypoints
+from detector.evaluation.results import Writers, coco_keypoints, written
 from detector.inference.draw import draw as draw_objects
+from detector.inference.draw import note
 from detector.inference.inputs import Picture
 from detector.inference.supervision import to_supervision
 from detector.ops.paste import encode_window
@@ -26,7 +27,8 @@ SCORES, CLASSES = 5, 8  # that the line of a result shows
 
 class Result(Detections):
     """Detections in one image, best first: boxes [D, 4] in its pixels, scores [D], labels [D] (1..K), valid [D] (all
-    True), of a mask model masks [D, H, W] bool, of a keypoint model keypoints [D, P, 3].
+    True), of a mask model masks [D, H, W] bool, of a keypoint model keypoints [D, P, 3], of one with extra heads
+    `extra`, their fields [D, ...] by name.
 
     As text it is one line: "3 objects: 2 person 0.98 0.71, 1 dog 0.66".
     """
@@ -35,6 +37,7 @@ class Result(Detections):
     category_ids: Sequence[int] = ()  # their COCO ids
     picture: Picture | None = None
     threshold: float | np.ndarray = 0.0  # the least score, or that of each class [K]
+    writers: Writers = {}  # noqa: RUF012  of the fields of `extra`, see evaluation.results
 
     def _replace(self, **fields) -> Result:
         result = super()._replace(**fields)
@@ -83,8 +86,17 @@ class Result(Detections):
             None if self.keypoints is None else self.keypoints.numpy(),
             with_boxes=boxes,
             with_labels=labels,
+            notes=self.notes(),
         )
         return Image.fromarray(drawn)
+
+    def written(self, index: int) -> dict[str, Any]:
+        """What extra heads say of an object, as predictions.json has it."""
+        return written(self.extra, index, self.writers)
+
+    def notes(self) -> list[str]:
+        """The same of each object, as it is drawn."""
+        return [note(self.written(index)) for index in range(len(self.labels))]
 
     def crop(self, margin: float = 0.0, masked: bool = False) -> list[np.ndarray]:
         """The part [h, w, C] uint8 of the image in each box, grown by `margin` of its sides at every side.
@@ -106,7 +118,7 @@ class Result(Detections):
 
     def to_coco(self, image_id: int = 1) -> list[dict[str, Any]]:
         """COCO annotations with a score: category_id, bbox [x, y, width, height], area, segmentation (run lengths),
-        keypoints. They are COCO results, too."""
+        keypoints, and the fields of extra heads. They are COCO results, too."""
         entries = []
         for d, (x1, y1, x2, y2) in enumerate(self.boxes.tolist()):
             entry: dict[str, Any] = {"image_id": image_id, "category_id": self.category_ids[self.labels[d] - 1]}
@@ -116,7 +128,7 @@ class Result(Detections):
                 entry["segmentation"] = encode_window(mask, 0, 0, *mask.shape)
             if self.keypoints is not None:
                 entry["keypoints"] = coco_keypoints(self.keypoints[d])
-            entries.append(with_area(entry))
+            entries.append(with_area(entry) | self.written(d))
         return entries
 
     def to_supervision(self) -> supervision.Detections:

@@ -19,7 +19,7 @@ Dimensions: H x W pixels of the picture, D detections, V looks, P keypoints.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
@@ -29,11 +29,11 @@ from torch import nn
 
 from detector.data import CocoDataset, Pipeline
 from detector.data.pictures import Parts
-from detector.evaluation.results import coco_keypoints
+from detector.evaluation.results import Writers, coco_keypoints, writers_of, written
 from detector.inference.predict import detect, passing
 from detector.ops.paste import encode_window, paste_window
 from detector.settings import Tiles
-from detector.structures import Detections
+from detector.structures import Detections, each
 
 SLACK = 1 / 10  # of a tile's side, by which another tile must see more around a detection to decide alone
 COVERED = 0.7  # share of a cut box inside another, from which it is a part of that
@@ -52,6 +52,8 @@ class Found:
     windows: list[tuple[np.ndarray, int, int]] | None = None
     keypoints: np.ndarray | None = None  # [D, P, 3]
     full: bool = False  # some look gave as many detections as the model gives at most
+    extra: dict[str, np.ndarray] | None = None  # [D, ...] of the fields of extra heads, and how they are written:
+    writers: Writers = field(default_factory=dict)
 
     def mask(self, index: int) -> np.ndarray:
         """[H, W] bool."""
@@ -65,8 +67,8 @@ class Found:
         masks = None if self.windows is None else np.zeros((len(self.boxes), self.height, self.width), bool)
         for index in range(len(self.boxes) if masks is not None else 0):
             masks[index] = self.mask(index)
-        arrays = self.boxes, self.scores, self.labels, np.ones(len(self.boxes), bool), masks, self.keypoints
-        return Detections(*(None if array is None else torch.from_numpy(array) for array in arrays))
+        arrays = self.boxes, self.scores, self.labels, np.ones(len(self.boxes), bool), masks, self.keypoints, self.extra
+        return each(torch.from_numpy, Detections(*arrays))
 
     def results(self, image_id: int, category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
         """COCO results; labels without a category are left out."""
@@ -81,7 +83,7 @@ class Found:
                 entry["segmentation"] = encode_window(*self.windows[index], self.height, self.width)
             if self.keypoints is not None:
                 entry["keypoints"] = coco_keypoints(self.keypoints[index])
-            entries.append(entry)
+            entries.append(entry | written(self.extra, index, self.writers))
         return entries
 
     def shrunk(self, height: int, width: int) -> Found:
@@ -167,7 +169,7 @@ def find(
         scales.append((width / small[1], height / small[0]))
         least.append(float(shared))
     head = model.box_head and model.box_head.stages[-1]
-    kept: list[tuple] = []  # (look, boxes, scores, labels, windows, keypoints)
+    kept: list[tuple] = []  # (look, boxes, scores, labels, windows, keypoints, extra)
     full = False
     for start in range(0, len(views), batch_size):
         batch = [array for _, array in zip(range(min(batch_size, len(views) - start)), arrays)]
@@ -178,8 +180,9 @@ def find(
     boxes, scores, labels = (np.concatenate([part[i] for part in kept]) for i in (1, 2, 3))
     windows = None if kept[0][4] is None else [window for part in kept for window in part[4]]
     keypoints = None if kept[0][5] is None else np.concatenate([part[5] for part in kept])
+    extra = kept[0][6] and {name: np.concatenate([part[6][name] for part in kept]) for name in kept[0][6]}
     look = np.repeat(np.arange(len(views)), count)
-    everything = Found(height, width, boxes, scores, labels, windows, keypoints, full)
+    everything = Found(height, width, boxes, scores, labels, windows, keypoints, full, extra, writers_of(model))
     if len(views) == 1:
         return everything
     nms_threshold = head.nms_threshold if head is not None else model.rpn.nms_threshold
@@ -205,7 +208,8 @@ def _placed(look, found, views, scales, least, threshold, height, width, paste) 
     if found.keypoints is not None:
         keypoints = found.keypoints.numpy()[keep].copy()
         keypoints[..., :2] = keypoints[..., :2] * scale + np.array([x1, y1], np.float32)
-    return look, boxes[keep], scores[keep], found.labels.numpy()[keep], windows, keypoints
+    extra = found.extra and {name: values.numpy()[keep] for name, values in found.extra.items()}
+    return look, boxes[keep], scores[keep], found.labels.numpy()[keep], windows, keypoints, extra
 
 
 def merge(found: Found, views: np.ndarray, look: np.ndarray, nms_threshold: float, size: int) -> Found:
@@ -305,7 +309,8 @@ def _seen_better(
 
 
 def _united(found: Found, groups: list[list[int]], scores: np.ndarray) -> Found:
-    """One detection for each group: the first one's label and keypoints, the box around all, all masks in one."""
+    """One detection for each group: the first one's label, keypoints and extra fields, the box around all, all masks in
+    one."""
     first = [group[0] for group in groups]
     boxes = np.array([[*found.boxes[g, :2].min(0), *found.boxes[g, 2:].max(0)] for g in groups], np.float32)
     return Found(
@@ -317,6 +322,8 @@ def _united(found: Found, groups: list[list[int]], scores: np.ndarray) -> Found:
         None if found.windows is None else [_joined([found.windows[i] for i in group]) for group in groups],
         None if found.keypoints is None else found.keypoints[first],
         found.full,
+        found.extra and {name: values[first] for name, values in found.extra.items()},
+        found.writers,
     )
 
 
@@ -374,4 +381,5 @@ def results_by_image(
         image_id = int(dataset.image_ids[index])
         results[image_id] = found.results(image_id, category_ids)
     heads = {"segm": getattr(model, "mask_head", None), "keypoints": getattr(model, "keypoint_head", None)}
-    return results, {"bbox"} | {kind for kind, head in heads.items() if head is not None}
+    extra = {"attributes"} & {name for head in model.extra_heads.values() for name in getattr(head, "writers", ())}
+    return results, {"bbox"} | {kind for kind, head in heads.items() if head is not None} | extra

@@ -2,7 +2,8 @@
 
 Boxes of all views compete in one NMS. For those that are left, masks and keypoints are predicted in every view, in the
 frame of the box: masks' probabilities are averaged, and so are the logits of keypoints' heat maps, as in Detectron
-(its HM_AVG); those of a mirrored view are mirrored back, left and right keypoints changing places.
+(its HM_AVG); those of a mirrored view are mirrored back, left and right keypoints changing places. Extra heads see the
+first view alone, which is not mirrored: nobody knows what a mirror makes of their fields.
 Dimensions: N images, V views, D detections per image, R of them valid, P keypoints.
 """
 
@@ -60,6 +61,11 @@ class Augmented(nn.Module):
         self.model, self.mirrored = model, mirrored
         self.views = [View(scale, turned) for scale in scales for turned in ([False, True] if flip else [False])]
 
+    @property
+    def extra_heads(self) -> nn.ModuleDict:
+        """The model's."""
+        return self.model.extra_heads
+
     def forward(self, batch: Batch) -> Detections:
         """Detections [N, D] in pixels of `batch.images`; those of an image are what it gets alone."""
         return part_by_part(self.detect, batch, batch.image_sizes)  # of one size, so are their views
@@ -88,7 +94,9 @@ class Augmented(nn.Module):
             merged = merged._replace(masks=torch.stack(masks).mean(dim=0))
         if heatmaps:
             merged = self.model.keypoint_head.decode(torch.stack(heatmaps).mean(dim=0), merged)
-        return merged
+        (seen, features), *_ = looks
+        there = merged._replace(boxes=to_view(merged.boxes, self.views[0], batch, seen))
+        return merged._replace(extra=self.model.with_extra(features, there).extra)
 
     def heatmaps(self, features: Sequence[Tensor], there: Detections, view: View) -> Tensor:
         """Logits [R, P, H, H] of the keypoints in the boxes of a view, as they would be without the mirror."""

@@ -1,7 +1,7 @@
 """From a state dict under our names to a model: what is kept, what starts anew, what is left, and what is refused.
 
-A part is what a key begins with: backbone, neck, rpn, box_head, mask_head, keypoint_head. Predictors keep the rows of
-the classes that both have, by name:
+A part is what a key begins with: backbone, neck, rpn, box_head, mask_head, keypoint_head, extra_heads. Predictors keep
+the rows of the classes that both have, by name:
     class_logits [K + 1, ...], the background first;  box_deltas [4 K, ...];  mask_logits [K, ...]
 """
 
@@ -25,7 +25,7 @@ BODY = ("backbone.", "box_head.trunk.layer4.")  # what a classifier's weights fi
 OFFSETS = ".conv2.offset."  # of deformable convolutions: no classifier has them
 PREDICTOR = r"(?:box|mask|keypoint)_head\.(?:stages\.\d+\.)?predictor\."  # what depends on classes and keypoints
 PER_CLASS = {"class_logits": (1, 1), "box_deltas": (4, 0), "mask_logits": (1, 0)}  # rows of a class; before the first
-PARTS = ("backbone", "neck", "rpn", "box_head", "mask_head", "keypoint_head")
+PARTS = ("backbone", "neck", "rpn", "box_head", "mask_head", "keypoint_head", "extra_heads")
 HEADS = PARTS[3:]  # a model may have them or not
 KINDS = ("missing", "not of this model", "of another shape")
 

@@ -48,6 +48,7 @@ NO_PATHS = {  # settings that are texts, or may be, and no paths: a new one stan
     *("size", "ways", "froc", "tracking.appearance", "tracking.lost", "tracking.trail"),  # numbers
     *(
         "baseline",
+        "data.attributes",
         "data.intensity",
         "data.page",
         "data.sampling",
