@@ -34,7 +34,12 @@ SMALL = {  # keys that are made small where a config has them
     "mask_head.upsample_channels": 32,
     "mask_head.trunk.conv_channels": [32],
     "keypoint_head.trunk.conv_channels": [32],
+    "mask_head.score_channels": [16, 16],
+    "mask_head.score_fc": [32],
+    "extra_heads.attributes.trunk.fc_channels": [32],
+    "extra_heads.attributes.attributes": [["old"], ["color", "blue", "red"]],
 }
+LOSSES = {"mask_scoring_rcnn": {"loss_mask_iou"}, "attribute_rcnn": {"loss_attributes"}}  # beside the usual ones
 
 
 def config(*overrides: str):
@@ -84,6 +89,7 @@ def random_input(keypoints: int = 17) -> tuple[Batch, Targets]:
         mask_windows=boxes + torch.tensor([0.0, 0, 1e-3, 1e-3]),
         has_mask=valid,
         keypoints=torch.cat([points, visible], dim=-1),
+        attributes=torch.tensor([[[1, 0], [-1, 1]], [[0, -1], [0, 0]]]),
     )
     return Batch(images, sizes, sizes, torch.arange(2), torch.arange(2)), targets
 
@@ -109,7 +115,7 @@ def test_a_training_step_and_an_inference(group, name):
     expected = {"loss_objectness", "loss_rpn_box_reg"}
     expected |= set() if name == "rpn" else {"loss_classifier", "loss_box_reg"}
     expected |= {"loss_mask"} if "mask" in name else {"loss_keypoint"} if "keypoint" in name else set()
-    assert set(losses) == expected
+    assert set(losses) == expected | LOSSES.get(name, set())
     if name != "rpn":
         for head in model.box_head.modules():
             if hasattr(head, "score_threshold"):
@@ -127,8 +133,9 @@ def test_position_sensitive_methods_fit_every_model(name):
     """Each head makes the maps that they read of features whose channels are no multiple of the bins."""
     with torch.device("meta"):
         model = build(config(f"model={name}", "roi=position_sensitive_align"), "model", num_classes=3)
-    layers = {key.partition(".")[0]: p for key, p in model.named_parameters() if key.endswith(".op.maps.weight")}
-    assert set(layers) == {part for part, _ in model.named_children() if part.endswith("_head")}
+    layers = {key: p for key, p in model.named_parameters() if key.endswith(".op.maps.weight")}
+    heads = {part for part, _ in model.named_children() if part.endswith("_head")}
+    assert {key.partition(".")[0] for key in layers} == heads | ({"extra_heads"} if model.extra_heads else set())
     assert {layer.shape[:2] for layer in layers.values()} == {(490, model.neck.out_channels)}
 
 
@@ -192,6 +199,7 @@ def test_as_many_parameters_as_torchvisions(builder, overrides):
         (["model=cascade_mask_rcnn_per_stage"], 77_271_486),
         (["model=faster_rcnn", "neck@model.neck=pafpn"], 45_240_416),
         (["model=keypoint_rcnn"], 59_133_158),
+        (["model=mask_scoring_rcnn"], 44_343_216 + 257 * 256 * 9 + 3 * 256 * 256 * 9 + 4 * 256 + 13_977_680),
     ],
 )
 def test_as_many_parameters_as_published(overrides, parameters):

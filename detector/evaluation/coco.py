@@ -179,8 +179,12 @@ def check_annotations(
     return truth
 
 
-def for_backend(truth: Truth, results: list[dict], iou_type: str = "bbox") -> tuple[dict, list[dict]]:
+def for_backend(
+    truth: Truth, results: list[dict], iou_type: str = "bbox", rescore: bool = True
+) -> tuple[dict, list[dict]]:
     """Truth and results as every backend takes them, fresh objects that it may change.
+
+    rescore: masks count by their own score, `mask_score`, where results have one.
 
     Images and categories have ids 1, 2, ... in the order of the file's, which may be negative. Where masks are
     compared, an object without one is the crowd region of its box: nothing on it counts.
@@ -206,7 +210,10 @@ def for_backend(truth: Truth, results: list[dict], iou_type: str = "bbox") -> tu
             x, y, w, h = entry["bbox"]
             entry |= {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]], "iscrowd": 1, "ignore": 1}
     ids = ((image_of[entry["image_id"]], category_of[entry["category_id"]]) for entry in results)
-    return content, [{**r, "image_id": image, "category_id": category} for r, (image, category) in zip(results, ids)]
+    found = [{**r, "image_id": image, "category_id": category} for r, (image, category) in zip(results, ids)]
+    for entry in found if masks and rescore else ():
+        entry["score"] = entry.get("mask_score", entry["score"])
+    return content, found
 
 
 def check_predictions(predictions: str | Path | list[dict], truth: Truth, iou_type: str = "bbox") -> Results:
@@ -238,6 +245,10 @@ def check_predictions(predictions: str | Path | list[dict], truth: Truth, iou_ty
         if isinstance(entry["score"], str):
             problems.notice("score written as text, read as a number", f"{label} score={entry['score']!r}")
         result["score"] = score
+        if "mask_score" in entry:
+            if (own := number(entry["mask_score"])) is None:
+                raise ValueError(f"{label}: mask_score is {entry['mask_score']!r}; it must be a finite number")
+            result["mask_score"] = own
         if entry.get(field) is None:
             raise ValueError(f"{label} has no {field!r}, which iou_type={iou_type!r} needs; it has {sorted(entry)}")
         if entry.get("bbox") is not None:

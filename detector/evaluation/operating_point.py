@@ -52,7 +52,8 @@ def kept_matches(annotations, predictions, iou_type: str = "bbox", limit: int = 
     from hotcoco import COCO, COCOeval, LVISeval, LVISResults
 
     checked = check_annotations(annotations, iou_type)
-    truth, results = for_backend(checked, check_predictions(predictions, checked, iou_type), iou_type)
+    found = check_predictions(predictions, checked, iou_type)
+    truth, results = for_backend(checked, found, iou_type, rescore=False)  # objects are shown by their boxes' scores
     ground_truth = COCO(truth)
     if checked.federated:
         evaluator = LVISeval(ground_truth, LVISResults(ground_truth, results, LVIS_LIMIT), iou_type)

@@ -6,6 +6,7 @@ The exported network is the inference path for one image:
         and what lies beyond its next multiple of the model's divisor is cut off, as in the model's own path
     -> boxes [D, 4] in pixels of the canvas, scores [D], labels [D] (0 in rows that only pad)
     -> masks [D, M, M] of a model with a mask head: probabilities in the box's frame, for evaluation.masks.paste_masks
+    -> mask_score [D] of a Mask Scoring R-CNN
     -> keypoints [D, P, 3] = (x, y, score) of a model with a keypoint head
 
     detector export runs/quickstart/best.pt detector.onnx
@@ -30,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.ops import nms
 
 from detector.checkpoint import save_safetensors
-from detector.heads import BoxHead
+from detector.heads import BoxHead, MaskScoringHead
 from detector.heads.keypoint import from_heatmaps
 from detector.inference.load import load, read
 from detector.model import TwoStageDetector
@@ -81,8 +82,11 @@ class Exportable(nn.Module):
         detections = model.box_head.stages[-1].select(boxes, scores, image, sizes, survivors)
         found, rois, labels = [t[0] for t in detections[:3]], with_image(detections.boxes)[0], detections.labels[0]
         if model.mask_head is not None:
-            logits = [head.predictor(head(features, rois).hidden, labels) for head in model.mask_head.stages]
+            predictions = [head(features, rois) for head in model.mask_head.stages]
+            logits = [head.predictor(seen.hidden, labels) for head, seen in zip(model.mask_head.stages, predictions)]
             found.append(torch.stack([values.float().sigmoid() for values in logits]).mean(0))
+            if isinstance(model.mask_head, MaskScoringHead):
+                found.append(model.mask_head.scores(predictions[0], logits[0], labels, detections.scores[0]))
         if model.keypoint_head is not None:
             logits = model.keypoint_head(features, rois).keypoint_logits.float()
             keypoints = from_heatmaps(logits, detections.boxes[0], model.keypoint_head.score)
@@ -151,8 +155,12 @@ class HeavyLayers(TorchFunctionMode):
 
 def output_names(model: TwoStageDetector) -> list[str]:
     """Names of what `Exportable(model)` returns."""
-    optional = [name for name in ("mask", "keypoint") if getattr(model, f"{name}_head") is not None]
-    return ["boxes", "scores", "labels", *(f"{name}s" for name in optional)]
+    optional = {
+        "masks": model.mask_head is not None,
+        "mask_score": isinstance(model.mask_head, MaskScoringHead),
+        "keypoints": model.keypoint_head is not None,
+    }
+    return ["boxes", "scores", "labels", *(name for name, there in optional.items() if there)]
 
 
 def check_exportable(model: nn.Module) -> None:

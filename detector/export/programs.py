@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from detector.data import Pipeline
+from detector.export.export import output_names
 from detector.inference.predict import as_batch
 from detector.model import TwoStageDetector
 from detector.structures import Batch, Detections
@@ -47,7 +48,7 @@ class Program(nn.Module):
         self.pad_multiple, self.divisor = model.pad_multiple, model.divisor
         self.register_buffer("pixel_mean", model.pixel_mean.cpu(), persistent=False)
         self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # says where batches go: the CPU
-        self.names = [n for n in ("masks", "keypoints") if getattr(model, f"{n[:-1]}_head") is not None]
+        self.names = output_names(model)[3:]
         try:
             self.run = open_program(str(file), runtime, threads)
         except Exception as error:  # each runtime has its own kinds
@@ -63,7 +64,9 @@ class Program(nn.Module):
         count = max(len(one[0]) for one in found)
         boxes, scores, labels, *rest = (torch.stack([_padded(v, count) for v in values]) for values in zip(*found))
         optional = dict(zip(self.names, rest))
-        return Detections(boxes, scores, labels.long(), labels > 0, optional.get("masks"), optional.get("keypoints"))
+        extra = {"mask_score": optional["mask_score"]} if "mask_score" in optional else None
+        own = optional.get("masks"), optional.get("keypoints"), extra
+        return Detections(boxes, scores, labels.long(), labels > 0, *own)
 
 
 def _padded(values: Tensor, count: int) -> Tensor:

@@ -5,4 +5,5 @@ from detector.heads.double import DoubleBoxHead, ResidualTrunk
 from detector.heads.dynamic import DynamicBoxHead
 from detector.heads.keypoint import KeypointHead
 from detector.heads.mask import MaskHead
+from detector.heads.mask_scoring import MaskScoringHead
 from detector.heads.trunk import ConvTrunk, FCTrunk, ResNetTrunk

@@ -103,6 +103,12 @@ class MaskHead(nn.Module):
     def losses(self, prediction: MaskPrediction, positives: SampledRoIs, targets: Targets) -> dict[str, Tensor]:
         """loss_mask of the predictions for `positives`; objects without a mask do not count."""
         logits = self.predictor(prediction.hidden, positives.labels)
+        return self.losses_of(logits, prediction, positives, targets)
+
+    def losses_of(
+        self, logits: Tensor, prediction: MaskPrediction, positives: SampledRoIs, targets: Targets
+    ) -> dict[str, Tensor]:
+        """The same, of the predicted logits [R, M, M] of the objects' classes."""
         weight = positives.weight * positives.of_targets(targets.has_mask)
         count = losses.global_mean_count(weight.sum())
         return {"loss_mask": losses.mask(logits, self.targets(positives, targets, logits.shape[1:]), weight, count)}
@@ -123,9 +129,17 @@ class MaskHead(nn.Module):
     def detect(self, features: Sequence[Tensor], detections: Detections) -> Detections:
         """`detections` with masks [N, D, M, M]: probabilities of each detection's label in its box's frame."""
         prediction = self(features, rois_from_boxes(detections.boxes, detections.valid))
+        return with_masks(detections, self.logits(prediction, detections.labels[detections.valid]))
+
+    def logits(self, prediction: MaskPrediction, labels: Tensor) -> Tensor:
+        """Logits [R, M, M] of the classes labels [R]."""
         # a few at a time, or the predictor's wide maps fall out of a CPU's cache
-        parts = zip(prediction.hidden.split(32), detections.labels[detections.valid].split(32))
-        logits = torch.cat([self.predictor(*part) for part in parts])
-        masks = logits.new_zeros(*detections.valid.shape, *logits.shape[1:], dtype=torch.float32)
-        masks[detections.valid] = logits.float().sigmoid()
-        return detections._replace(masks=masks)
+        parts = zip(prediction.hidden.split(32), labels.split(32))
+        return torch.cat([self.predictor(*part) for part in parts])
+
+
+def with_masks(detections: Detections, logits: Tensor) -> Detections:
+    """The detections with masks of logits [R, M, M], one for each that is valid."""
+    masks = logits.new_zeros(*detections.valid.shape, *logits.shape[1:], dtype=torch.float32)
+    masks[detections.valid] = logits.float().sigmoid()
+    return detections._replace(masks=masks)

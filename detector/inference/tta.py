@@ -1,9 +1,9 @@
 """Test-time augmentation: the same images at several scales and mirrored, their detections merged.
 
 Boxes of all views compete in one NMS. For those that are left, masks and keypoints are predicted in every view, in the
-frame of the box: masks' probabilities are averaged, and so are the logits of keypoints' heat maps, as in Detectron
-(its HM_AVG); those of a mirrored view are mirrored back, left and right keypoints changing places. Extra heads see the
-first view alone, which is not mirrored: nobody knows what a mirror makes of their fields.
+frame of the box: masks' probabilities and scores are averaged, and so are the logits of keypoints' heat maps, as in
+Detectron (its HM_AVG); those of a mirrored view are mirrored back, left and right keypoints changing places. Extra
+heads see the first view alone, which is not mirrored: nobody knows what a mirror makes of their fields.
 Dimensions: N images, V views, D detections per image, R of them valid, P keypoints.
 """
 
@@ -82,16 +82,18 @@ class Augmented(nn.Module):
             detections = self.model.box_head.detect(features, proposals, seen)
             found.append(detections._replace(boxes=from_view(detections.boxes, view, batch, seen)))
             looks.append((seen, features))
-        merged, masks, heatmaps = self.merge(found, batch), [], []
+        merged, masks, extras, heatmaps = self.merge(found, batch), [], [], []
         for view, (seen, features) in zip(self.views, looks):
             there = merged._replace(boxes=to_view(merged.boxes, view, batch, seen))
             if self.model.mask_head is not None:
-                mask = self.model.mask_head.detect(features, there).masks
-                masks.append(mask.flip(-1) if view.flip else mask)
+                seen_masks = self.model.mask_head.detect(features, there)
+                masks.append(seen_masks.masks.flip(-1) if view.flip else seen_masks.masks)
+                extras.append(seen_masks.extra or {})
             if self.model.keypoint_head is not None:
                 heatmaps.append(self.heatmaps(features, there, view))
         if masks:
-            merged = merged._replace(masks=torch.stack(masks).mean(dim=0))
+            extra = {name: torch.stack([own[name] for own in extras]).mean(dim=0) for name in extras[0]}
+            merged = merged._replace(masks=torch.stack(masks).mean(dim=0), extra=extra)
         if heatmaps:
             merged = self.model.keypoint_head.decode(torch.stack(heatmaps).mean(dim=0), merged)
         (seen, features), *_ = looks

@@ -223,7 +223,7 @@ def mask_head(state: dict[str, Tensor]) -> dict[str, Any]:
         "conv_channels": widths(state, f"{first}trunk.conv."),
         "norm": norm_of(state, f"{first}trunk.conv.0.1"),
     }
-    return {
+    config = {
         **part("heads.CascadeMaskHead" if cascade else "heads.MaskHead"),
         "roi": roi(state, "mask_head"),
         "output_size": 14,
@@ -231,6 +231,11 @@ def mask_head(state: dict[str, Tensor]) -> dict[str, Any]:
         "upsample_channels": state[f"{first}predictor.mask_logits.weight"].shape[1],
         "class_agnostic": masks == 1,
     }
+    if has(state, "mask_head.scorer."):
+        config |= part("heads.MaskScoringHead")
+        config["score_channels"] = widths(state, "mask_head.scorer.conv.")
+        config["score_fc"] = widths(state, "mask_head.scorer.fc.")
+    return config
 
 
 def keypoint_head(state: dict[str, Tensor]) -> dict[str, Any]:

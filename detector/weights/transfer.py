@@ -2,7 +2,7 @@
 
 A part is what a key begins with: backbone, neck, rpn, box_head, mask_head, keypoint_head, extra_heads. Predictors keep
 the rows of the classes that both have, by name:
-    class_logits [K + 1, ...], the background first;  box_deltas [4 K, ...];  mask_logits [K, ...]
+    class_logits [K + 1, ...], the background first;  box_deltas [4 K, ...];  mask_logits, mask_iou [K, ...]
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from detector.weights.presets import has
 COUNTER = ("num_batches_tracked", "class_loss.seen")
 BODY = ("backbone.", "box_head.trunk.layer4.")  # what a classifier's weights fill: the latter in C4 models
 OFFSETS = ".conv2.offset."  # of deformable convolutions: no classifier has them
-PREDICTOR = r"(?:box|mask|keypoint)_head\.(?:stages\.\d+\.)?predictor\."  # what depends on classes and keypoints
-PER_CLASS = {"class_logits": (1, 1), "box_deltas": (4, 0), "mask_logits": (1, 0)}  # rows of a class; before the first
+# what depends on classes and keypoints
+PREDICTOR = r"(?:(?:box|mask|keypoint)_head\.(?:stages\.\d+\.)?predictor\.|mask_head\.scorer\.(?=mask_iou\.))"
+# rows of a class; before the first
+PER_CLASS = {"class_logits": (1, 1), "box_deltas": (4, 0), "mask_logits": (1, 0), "mask_iou": (1, 0)}
 PARTS = ("backbone", "neck", "rpn", "box_head", "mask_head", "keypoint_head", "extra_heads")
 HEADS = PARTS[3:]  # a model may have them or not
 KINDS = ("missing", "not of this model", "of another shape")

@@ -109,8 +109,14 @@ def test_ranks_are_answered_with_the_launcher():
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("iou_types=[mask]", r"iou_types\[0\] = 'mask': .* takes bbox, segm, boundary, keypoints, voc, attributes here$"),
-        ("iou_types=segm", r"iou_types = 'segm': .* takes a list of bbox, segm, boundary, keypoints, voc, attributes here$"),
+        (
+            "iou_types=[mask]",
+            r"iou_types\[0\] = 'mask': .* takes bbox, segm, boundary, keypoints, voc, attributes here$",
+        ),
+        (
+            "iou_types=segm",
+            r"iou_types = 'segm': .* takes a list of bbox, segm, boundary, keypoints, voc, attributes here$",
+        ),
     ],
 )
 def test_words_that_are_allowed_are_told(call, typed, message):

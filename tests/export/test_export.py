@@ -27,6 +27,7 @@ from detector.heads import (
     FCTrunk,
     KeypointHead,
     MaskHead,
+    MaskScoringHead,
     ResNetTrunk,
 )
 from detector.model import TwoStageDetector
@@ -110,7 +111,11 @@ def everything():
     )
 
 
-MODELS = {"everything": everything, "c4": c4, "proposals": lambda: two_levels(box_head=None)}
+def mask_scores():
+    return two_levels(heads=mask_head(MaskScoringHead, score_channels=[8], score_fc=[8]))
+
+
+MODELS = {"everything": everything, "c4": c4, "proposals": lambda: two_levels(box_head=None), "scores": mask_scores}
 ROIS = {
     "align_adaptive": partial(RoIAlign, sampling_ratio=0),
     "align_max": partial(RoIAlign, reduction="max", placement="edge"),
@@ -171,6 +176,17 @@ def test_the_exportable_path_is_the_models():
     assert same_detections(nothing, Exportable(nothing), *CASES[0]) == 0
     large = small_model(min_size=30.0, min_size_last=True, nms_agnostic=True)
     assert same_detections(large, Exportable(large), *CASES[1]) > 0
+
+
+def test_masks_scores_go_along():
+    model = mask_scores()
+    batch, _ = random_batch(images=1, size=(96, 128))
+    with torch.no_grad():
+        expected, outputs = model(batch), Exportable(model)(batch.images, batch.image_sizes[0])
+        found = dict(zip(output_names(model), outputs, strict=True))
+    assert [*found] == ["boxes", "scores", "labels", "masks", "mask_score"] and expected.valid.any()
+    there = expected.valid[0]
+    torch.testing.assert_close(found["mask_score"][there], expected.extra["mask_score"][0, there], atol=1e-5, rtol=0)
 
 
 def test_a_first_entry_that_is_not_finite_harms_nobody():

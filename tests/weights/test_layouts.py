@@ -70,6 +70,20 @@ def test_every_key_is_used_once_and_fits(shared, name):
     assert presets["rpn.post_nms_top_n"][0] == (2000 if single or cascade else 1500 if "keypoint" in name else 1000)
 
 
+def test_mmdetections_mask_scoring(shared):
+    """Its keys beside those of Mask R-CNN, as MaskIoUHead names them: convolutions, layers, an IoU per class."""
+    shapes = read_layout(shared, "mmdet-mask-rcnn_r50_fpn_1x_coco")["state_dict"]
+    convs = {f"convs.{i}": [256, 257 if i == 0 else 256, 3, 3] for i in range(4)}
+    layers = convs | {"fcs.0": [1024, 256 * 49], "fcs.1": [1024, 1024], "fc_mask_iou": [80, 1024]}
+    for name, shape in layers.items():
+        shapes |= {f"roi_head.mask_iou_head.{name}.weight": shape, f"roi_head.mask_iou_head.{name}.bias": shape[:1]}
+    with torch.device("meta"):
+        (state, presets), source, *_ = read_foreign({key: torch.empty(shape) for key, shape in shapes.items()})
+        model = hydra.utils.instantiate(model_config(state, presets), _convert_="all")
+    assert source == "mmdet" and len(state) == len(shapes) and not misfit(model, state)
+    assert type(model.mask_head).__name__ == "MaskScoringHead"
+
+
 def check_numerics(numerics: dict, presets: dict, config: dict) -> None:
     """The settings that the layout lists are those that come along."""
     box = config.get("box_head", {})
