@@ -36,10 +36,17 @@ SMALL = {  # keys that are made small where a config has them
     "keypoint_head.trunk.conv_channels": [32],
     "mask_head.score_channels": [16, 16],
     "mask_head.score_fc": [32],
+    "mask_head.fc_channels": [32],
+    "mask_head.point_channels": [16],
+    "mask_head.subdivisions": 3,
     "extra_heads.attributes.trunk.fc_channels": [32],
     "extra_heads.attributes.attributes": [["old"], ["color", "blue", "red"]],
 }
-LOSSES = {"mask_scoring_rcnn": {"loss_mask_iou"}, "attribute_rcnn": {"loss_attributes"}}  # beside the usual ones
+LOSSES = {  # beside the usual ones
+    "mask_scoring_rcnn": {"loss_mask_iou"},
+    "pointrend_rcnn": {"loss_mask", "loss_point"},
+    "attribute_rcnn": {"loss_attributes"},
+}
 
 
 def config(*overrides: str):
@@ -124,7 +131,7 @@ def test_a_training_step_and_an_inference(group, name):
         found = model.eval()(batch)
     assert found.valid.any(dim=1).all()
     assert (found.boxes[1] <= torch.tensor([128.0, 80, 128, 80])).all()
-    assert (found.masks is not None) == ("mask" in name)
+    assert (found.masks is not None) == ("loss_mask" in losses)
     assert (found.keypoints is not None) == ("keypoint" in name)
 
 

@@ -6,4 +6,5 @@ from detector.heads.dynamic import DynamicBoxHead
 from detector.heads.keypoint import KeypointHead
 from detector.heads.mask import MaskHead
 from detector.heads.mask_scoring import MaskScoringHead
+from detector.heads.point_rend import PointRendHead
 from detector.heads.trunk import ConvTrunk, FCTrunk, ResNetTrunk

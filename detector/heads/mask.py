@@ -113,18 +113,9 @@ class MaskHead(nn.Module):
         count = losses.global_mean_count(weight.sum())
         return {"loss_mask": losses.mask(logits, self.targets(positives, targets, logits.shape[1:]), weight, count)}
 
-    @torch.no_grad()
     def targets(self, positives: SampledRoIs, targets: Targets, size: Sequence[int]) -> Tensor:
-        """What `positives` should predict, [R, *size] float: the matched object's mask seen through the RoI."""
-        masks, window = positives.of_targets(targets.masks), positives.of_targets(targets.mask_windows)
-        # The RoI in cells of the stored grid, which covers its window of the image. A frame of zeros keeps what lies
-        # beside the window from being read as its edge.
-        scale = masks.shape[-1] / (window[:, 2:] - window[:, :2]).clamp(min=1e-6)
-        boxes = (positives.rois[:, 1:].view(-1, 2, 2) - window[:, None, :2]) * scale[:, None] + 1
-        rois = torch.cat([torch.arange(len(boxes), device=boxes.device)[:, None], boxes.flatten(1)], dim=1)
-        framed = F.pad(masks[:, None].float(), (1, 1, 1, 1))
-        target = roi_align(framed, rois, tuple(size), 1.0, -1, self.target_aligned)[:, 0]
-        return target if self.target_threshold is None else (target >= self.target_threshold).float()
+        """What `positives` should predict, [R, *size] float."""
+        return mask_targets(positives, targets, size, self.target_threshold, self.target_aligned)
 
     def detect(self, features: Sequence[Tensor], detections: Detections) -> Detections:
         """`detections` with masks [N, D, M, M]: probabilities of each detection's label in its box's frame."""
@@ -136,6 +127,22 @@ class MaskHead(nn.Module):
         # a few at a time, or the predictor's wide maps fall out of a CPU's cache
         parts = zip(prediction.hidden.split(32), labels.split(32))
         return torch.cat([self.predictor(*part) for part in parts])
+
+
+@torch.no_grad()
+def mask_targets(
+    positives: SampledRoIs, targets: Targets, size: Sequence[int], threshold: float | None, aligned: bool = True
+) -> Tensor:
+    """The matched objects' masks seen through the RoIs, [R, *size] float; threshold, aligned: see MaskHead."""
+    masks, window = positives.of_targets(targets.masks), positives.of_targets(targets.mask_windows)
+    # The RoI in cells of the stored grid, which covers its window of the image. A frame of zeros keeps what lies
+    # beside the window from being read as its edge.
+    scale = masks.shape[-1] / (window[:, 2:] - window[:, :2]).clamp(min=1e-6)
+    boxes = (positives.rois[:, 1:].view(-1, 2, 2) - window[:, None, :2]) * scale[:, None] + 1
+    rois = torch.cat([torch.arange(len(boxes), device=boxes.device)[:, None], boxes.flatten(1)], dim=1)
+    framed = F.pad(masks[:, None].float(), (1, 1, 1, 1))
+    target = roi_align(framed, rois, tuple(size), 1.0, -1, aligned)[:, 0]
+    return target if threshold is None else (target >= threshold).float()
 
 
 def with_masks(detections: Detections, logits: Tensor) -> Detections:

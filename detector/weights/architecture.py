@@ -215,6 +215,14 @@ def stage_trunk(state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def mask_head(state: dict[str, Tensor]) -> dict[str, Any]:
+    if has(state, "mask_head.points."):
+        return {
+            **part("heads.PointRendHead"),
+            "roi": roi(state, "mask_head"),
+            "output_size": 14,
+            "fc_channels": widths(state, "mask_head.coarse.fc."),
+            "point_channels": widths(state, "mask_head.points.fc."),
+        }
     cascade = has(state, "mask_head.stages.")
     first = "mask_head.stages.0." if cascade else "mask_head."
     masks = state[f"{first}predictor.mask_logits.weight"].shape[0]

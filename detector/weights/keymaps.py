@@ -177,6 +177,11 @@ MMDET: Table = {
     **mmdet_box_head("roi_head.bbox_head.{k}.", "box_head.stages.{k}."),  # Cascade R-CNN
     **mmdet_mask_head("roi_head.mask_head.", "mask_head."),
     "roi_head.mask_iou_head.convs.{i}.*": "mask_head.scorer.conv.{i}.*",  # Mask Scoring R-CNN
+    "roi_head.mask_head.downsample_conv.conv.*": "mask_head.coarse.downsample.*",  # PointRend
+    "roi_head.mask_head.fcs.{i}.*": "mask_head.coarse.fc.{i}.*",
+    "roi_head.mask_head.fc_logits.*": "mask_head.coarse.mask_logits.*",
+    "roi_head.point_head.fcs.{i}.conv.*": "mask_head.points.fc.{i}.*",
+    "roi_head.point_head.fc_logits.*": "mask_head.points.mask_logits.*",
     "roi_head.mask_iou_head.fcs.{i}.*": "mask_head.scorer.fc.{i}.*",
     "roi_head.mask_iou_head.fc_mask_iou.*": "mask_head.scorer.mask_iou.*",
     **mmdet_mask_head("roi_head.mask_head.{k}.", "mask_head.stages.{k}."),

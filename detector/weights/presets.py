@@ -71,7 +71,11 @@ def presets_of(source: str, state: dict[str, Tensor], style: str | None = None) 
         presets |= {"rpn.pre_nms_top_n": [12000, 12000], "rpn.post_nms_top_n": [2000, 2000]}
     elif not heads:
         presets |= {"rpn.pre_nms_top_n": [2000, 2000]} if source == "mmdet" else {"rpn.post_nms_top_n": [1000, 2000]}
+    point_rend = has(state, "mask_head.points.")
     for head in heads:
+        if head == "mask_head" and point_rend:  # the finest level alone, read at the centres of bins
+            presets |= {"mask_head.roi.sampling_ratio": 1, "mask_head.roi.aligned": True}
+            continue
         presets[f"{head}.level_rule"] = LEVEL_RULE[source]
         if not has(state, f"{head}.extractor.op."):  # RoI Align
             presets[f"{head}.roi.sampling_ratio"] = 2 if source == "torchvision" else 0

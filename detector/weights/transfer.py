@@ -24,7 +24,10 @@ COUNTER = ("num_batches_tracked", "class_loss.seen")
 BODY = ("backbone.", "box_head.trunk.layer4.")  # what a classifier's weights fill: the latter in C4 models
 OFFSETS = ".conv2.offset."  # of deformable convolutions: no classifier has them
 # what depends on classes and keypoints
-PREDICTOR = r"(?:(?:box|mask|keypoint)_head\.(?:stages\.\d+\.)?predictor\.|mask_head\.scorer\.(?=mask_iou\.))"
+PREDICTOR = (
+    r"(?:(?:box|mask|keypoint)_head\.(?:stages\.\d+\.)?predictor\.|mask_head\.scorer\.(?=mask_iou\.)"
+    r"|mask_head\.coarse\.(?=mask_logits\.)|mask_head\.points\.)"
+)
 # rows of a class; before the first
 PER_CLASS = {"class_logits": (1, 1), "box_deltas": (4, 0), "mask_logits": (1, 0), "mask_iou": (1, 0)}
 PARTS = ("backbone", "neck", "rpn", "box_head", "mask_head", "keypoint_head", "extra_heads")

@@ -84,6 +84,22 @@ def test_mmdetections_mask_scoring(shared):
     assert type(model.mask_head).__name__ == "MaskScoringHead"
 
 
+def test_mmdetections_point_rend(shared):
+    """Its keys in the place of Mask R-CNN's, as CoarseMaskHead and MaskPointHead name them."""
+    shapes = read_layout(shared, "mmdet-mask-rcnn_r50_fpn_1x_coco")["state_dict"]
+    shapes = {key: shape for key, shape in shapes.items() if not key.startswith("roi_head.mask_head.")}
+    layers = {"mask_head.downsample_conv.conv": [256, 256, 2, 2], "mask_head.fcs.0": [1024, 256 * 49]}
+    layers |= {"mask_head.fcs.1": [1024, 1024], "mask_head.fc_logits": [80 * 49, 1024]}
+    layers |= {f"point_head.fcs.{i}.conv": [256, 336, 1] for i in range(3)} | {"point_head.fc_logits": [80, 336, 1]}
+    for name, shape in layers.items():
+        shapes |= {f"roi_head.{name}.weight": shape, f"roi_head.{name}.bias": shape[:1]}
+    with torch.device("meta"):
+        (state, presets), source, *_ = read_foreign({key: torch.empty(shape) for key, shape in shapes.items()})
+        model = hydra.utils.instantiate(model_config(state, presets), _convert_="all")
+    assert source == "mmdet" and len(state) == len(shapes) and not misfit(model, state)
+    assert type(model.mask_head).__name__ == "PointRendHead"
+
+
 def check_numerics(numerics: dict, presets: dict, config: dict) -> None:
     """The settings that the layout lists are those that come along."""
     box = config.get("box_head", {})
