@@ -22,14 +22,10 @@ from detector.ops import losses
 from detector.ops.boxes import area
 from detector.protocols import Backbone, BoxHead, DetectionHead, ExtraHead, Neck
 from detector.rpn import RPN
-from detector.structures import Batch, Detections, RoIFeatures, Targets, each
+from detector.structures import RESULT_FIELDS, Batch, Detections, RoIFeatures, Targets, each
 
 Output = Detections | dict[str, Tensor] | tuple[dict[str, Tensor], dict[str, Tensor]]
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-
-
-# what a result says of a detection beside the fields of extra heads
-NAMED = ("id", "image_id", "category_id", "bbox", "score", "area", "iscrowd", "segmentation", "keypoints", "track_id")
 
 
 def joined(
@@ -143,6 +139,11 @@ class TwoStageDetector(nn.Module):
         self.box_head = box_head and box_head(*roi_args)
         shared = {"trunk": partial(SharedTrunk, head=self.box_head)} if share_trunk else {}
         self.mask_head = mask_head and mask_head(*roi_args, **shared)
+        stages = [len(head.stages) for head in (self.mask_head, self.box_head) if head is not None]
+        if hasattr(self.mask_head, "interleaved") and stages[0] != stages[1]:
+            raise ValueError(
+                f"mask_head has {stages[0]} stages and box_head {stages[1]}: expected as many, as in model=htc"
+            )
         self.keypoint_head = keypoint_head and keypoint_head(*roi_args)
         made: dict[str, Any] = {name: head(*roi_args) for name, head in (extra_heads or {}).items()}
         self.extra_heads: Any = nn.ModuleDict(made)  # of ExtraHeads, which mypy does not take for modules
@@ -178,9 +179,12 @@ class TwoStageDetector(nn.Module):
                 heads[name] = (getattr(self, name), positives)
         for name, head in self.extra_heads.items():
             heads[f"extra_heads.{name}"] = (head, sampled if getattr(head, "negatives", False) else positives)
+        predictions: dict[str, Any] = {}
         roi_features: dict[str, tuple[RoIFeatures, SampledRoIs]] = {}
         for name, (head, rows) in heads.items():
-            prediction = head(features, rows.rois)
+            if hasattr(head, "interleaved"):  # it learns on what the box head has refined
+                rows = head.interleaved(self.box_head, predictions["box_head"], sampled, targets)
+            prediction = predictions[name] = head(features, rows.rois)
             found = joined(found, head.losses(prediction, rows, targets), name)
             if prediction.roi_features is not None:
                 roi_features[name] = prediction.roi_features, rows
@@ -242,7 +246,7 @@ class TwoStageDetector(nn.Module):
                 if values.shape[:2] != detections.valid.shape:
                     wanted = list(detections.valid.shape)
                     raise ValueError(f"extra_heads.{name}: {field} is {list(values.shape)}, expected {wanted} and more")
-            extra = joined(extra, fields, f"extra_heads.{name}", NAMED)
+            extra = joined(extra, fields, f"extra_heads.{name}", RESULT_FIELDS)
         return detections._replace(extra=extra or None)
 
     def offset_loss(self, roi_features: dict[str, tuple[RoIFeatures, SampledRoIs]]) -> dict[str, Tensor]:

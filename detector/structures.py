@@ -15,6 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+# what a COCO result says of a detection, beside the fields of extra heads
+RESULT_FIELDS = (
+    *("id", "image_id", "category_id", "bbox", "score", "area", "iscrowd", "segmentation", "keypoints", "track_id"),
+)
 Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
 

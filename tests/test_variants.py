@@ -45,6 +45,7 @@ SMALL = {  # keys that are made small where a config has them
 LOSSES = {  # beside the usual ones
     "mask_scoring_rcnn": {"loss_mask_iou"},
     "pointrend_rcnn": {"loss_mask", "loss_point"},
+    "htc": {"loss_mask"},
     "attribute_rcnn": {"loss_attributes"},
 }
 
@@ -204,6 +205,7 @@ def test_as_many_parameters_as_torchvisions(builder, overrides):
         (["model=rpn"], 27_393_231),
         (["model=cascade_mask_rcnn"], 71_984_926),
         (["model=cascade_mask_rcnn_per_stage"], 77_271_486),
+        (["model=htc"], 77_271_486 + 2 * (256 * 256 + 256)),
         (["model=faster_rcnn", "neck@model.neck=pafpn"], 45_240_416),
         (["model=keypoint_rcnn"], 59_133_158),
         (["model=mask_scoring_rcnn"], 44_343_216 + 257 * 256 * 9 + 3 * 256 * 256 * 9 + 4 * 256 + 13_977_680),

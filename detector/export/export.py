@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.ops import nms
 
 from detector.checkpoint import save_safetensors
-from detector.heads import BoxHead, MaskHead, MaskScoringHead
+from detector.heads import BoxHead, HybridMaskHead, MaskScoringHead, PointRendHead
 from detector.heads.keypoint import from_heatmaps
 from detector.inference.load import load, read
 from detector.model import TwoStageDetector
@@ -168,7 +168,7 @@ def check_exportable(model: nn.Module) -> None:
     if not isinstance(model, TwoStageDetector):
         raise TypeError(f"model is a {type(model).__name__}, not a TwoStageDetector: give detector.load(...).model")
     wrong = [f"extra_heads.{name} has no form in a program" for name in model.extra_heads]
-    if model.mask_head is not None and not all(isinstance(head, MaskHead) for head in model.mask_head.stages):
+    if isinstance(model.mask_head, PointRendHead | HybridMaskHead):
         wrong.append(f"mask_head is a {type(model.mask_head).__name__}, which has no form in a program")
     for name, part in model.named_modules():
         if isinstance(part, BoxHead) and part.nms not in ("hard", "mmcv"):

@@ -24,6 +24,7 @@ from detector.structures import Batch, Detections, Proposals, RoIFeatures, Targe
 class CascadePrediction(NamedTuple):
     stages: list[BoxPrediction]
     rois: list[Tensor]  # T x [R, 5]: what each stage looked at
+    refined: Tensor  # [R, 5]: what the last one makes of it
     roi_features: RoIFeatures  # the first stage's features; offsets of all stages side by side
 
 
@@ -84,7 +85,7 @@ class CascadeBoxHead(nn.Module):
             predictions.append(prediction)
             boxes = stage.coder.decode(prediction.box_deltas[:, 0].detach(), rois[:, 1:])
             rois = torch.cat([rois[:, :1], clip(boxes, sizes)], dim=1)
-        return CascadePrediction(predictions, seen, side_by_side([p.roi_features for p in predictions]))
+        return CascadePrediction(predictions, seen, rois, side_by_side([p.roi_features for p in predictions]))
 
     def sample(self, proposals: Proposals, batch: Batch, targets: Targets) -> tuple[SampledRoIs, SampledRoIs]:
         """RoIs of the first stage; the later ones look at the same after refinement."""

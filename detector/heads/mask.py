@@ -120,7 +120,8 @@ class MaskHead(nn.Module):
     def detect(self, features: Sequence[Tensor], detections: Detections) -> Detections:
         """`detections` with masks [N, D, M, M]: probabilities of each detection's label in its box's frame."""
         prediction = self(features, rois_from_boxes(detections.boxes, detections.valid))
-        return with_masks(detections, self.logits(prediction, detections.labels[detections.valid]))
+        logits = self.logits(prediction, detections.labels[detections.valid])
+        return with_masks(detections, logits.float().sigmoid())
 
     def logits(self, prediction: MaskPrediction, labels: Tensor) -> Tensor:
         """Logits [R, M, M] of the classes labels [R]."""
@@ -145,8 +146,8 @@ def mask_targets(
     return target if threshold is None else (target >= threshold).float()
 
 
-def with_masks(detections: Detections, logits: Tensor) -> Detections:
-    """The detections with masks of logits [R, M, M], one for each that is valid."""
-    masks = logits.new_zeros(*detections.valid.shape, *logits.shape[1:], dtype=torch.float32)
-    masks[detections.valid] = logits.float().sigmoid()
+def with_masks(detections: Detections, found: Tensor) -> Detections:
+    """The detections with masks, of probabilities [R, M, M], one for each that is valid."""
+    masks = found.new_zeros(*detections.valid.shape, *found.shape[1:])
+    masks[detections.valid] = found
     return detections._replace(masks=masks)

@@ -134,4 +134,4 @@ class MaskScoringHead(MaskHead):
         logits = self.logits(prediction, labels)
         scores = torch.zeros_like(detections.scores)
         scores[valid] = self.scores(prediction, logits, labels, detections.scores[valid])
-        return with_masks(detections, logits)._replace(extra={"mask_score": scores})
+        return with_masks(detections, logits.float().sigmoid())._replace(extra={"mask_score": scores})

@@ -193,7 +193,8 @@ class PointRendHead(nn.Module):
         rois, labels = rois_from_boxes(detections.boxes, detections.valid), detections.labels[detections.valid]
         # a few at a time: what all points of all RoIs read would be large
         parts = zip(rois.split(32), labels.split(32))
-        return with_masks(detections, torch.cat([self.refined(self(features, part), of) for part, of in parts]))
+        logits = torch.cat([self.refined(self(features, part), of) for part, of in parts])
+        return with_masks(detections, logits.float().sigmoid())
 
 
 def of_class(logits: Tensor, labels: Tensor) -> Tensor:

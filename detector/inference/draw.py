@@ -26,7 +26,7 @@ from torch import Tensor
 from detector.data import Pictures
 from detector.ops.paste import paste_masks
 from detector.ops.text import JOINERS, escaped, one_line
-from detector.structures import Batch, Detections, Targets
+from detector.structures import RESULT_FIELDS, Batch, Detections, Targets
 
 log = logging.getLogger(__name__)
 
@@ -114,11 +114,11 @@ def note(entry: Mapping[str, Any]) -> str:
     """What a result says of an object in fields of probabilities by name, as text: names of at least 0.5, and of those
     that exclude each other, in a mapping of their own, the likeliest."""
     found = []
-    for field in entry.values():
-        for name, value in field.items() if isinstance(field, Mapping) else ():
+    for key, field in entry.items():
+        for name, value in field.items() if isinstance(field, Mapping) and key not in RESULT_FIELDS else ():
             if isinstance(value, Mapping):
                 found.append(max(value, key=value.get))
-            elif value >= 0.5:
+            elif isinstance(value, (int, float)) and value >= 0.5:
                 found.append(name)
     return ", ".join(found)
 

@@ -239,6 +239,8 @@ def mask_head(state: dict[str, Tensor]) -> dict[str, Any]:
         "upsample_channels": state[f"{first}predictor.mask_logits.weight"].shape[1],
         "class_agnostic": masks == 1,
     }
+    if has(state, "mask_head.flow."):
+        config |= part("heads.HybridMaskHead")
     if has(state, "mask_head.scorer."):
         config |= part("heads.MaskScoringHead")
         config["score_channels"] = widths(state, "mask_head.scorer.conv.")

@@ -185,6 +185,7 @@ MMDET: Table = {
     "roi_head.mask_iou_head.fcs.{i}.*": "mask_head.scorer.fc.{i}.*",
     "roi_head.mask_iou_head.fc_mask_iou.*": "mask_head.scorer.mask_iou.*",
     **mmdet_mask_head("roi_head.mask_head.{k}.", "mask_head.stages.{k}."),
+    "roi_head.mask_head.{k}.conv_res.conv.*": "mask_head.flow.{k-1}.*",  # Hybrid Task Cascade
 }
 
 # Caffe2's names as Detectron wrote them; "gn" where the norm is a group norm. bn_rm, bn_riv: running mean and variance.

@@ -65,6 +65,7 @@ def test_probabilities_their_words_and_nothing_found():
     said = model.writers["attributes"](np.array([0.75, 0.2, 0.8], np.float32))
     assert said == {"near": 0.75, "half": {"left": 0.2, "right": 0.8}}
     assert note({"attributes": said, "fill": 0.9}) == "near, right" and note({"attributes": {"near": 0.4}}) == ""
+    assert note({"segmentation": {"size": [4, 5], "counts": "0"}, "bbox": [1, 2, 3, 4], "own": {"x": "y"}}) == ""
 
 
 @pytest.mark.parametrize("groups", [[["a"], ["a"]], [["a", "x"]], [["a", "x", "x"]], [[]]])

@@ -100,6 +100,19 @@ def test_mmdetections_point_rend(shared):
     assert type(model.mask_head).__name__ == "PointRendHead"
 
 
+def test_mmdetections_hybrid_task_cascade(shared):
+    """Its keys beside Cascade Mask R-CNN's, as HTCMaskHead names them: what flows into the other two heads."""
+    shapes = read_layout(shared, "mmdet-cascade-mask-rcnn_r50_fpn_1x_coco")["state_dict"]
+    for k in (1, 2):
+        name = f"roi_head.mask_head.{k}.conv_res.conv"
+        shapes |= {f"{name}.weight": [256, 256, 1, 1], f"{name}.bias": [256]}
+    with torch.device("meta"):
+        (state, presets), source, *_ = read_foreign({key: torch.empty(shape) for key, shape in shapes.items()})
+        model = hydra.utils.instantiate(model_config(state, presets), _convert_="all")
+    assert source == "mmdet" and len(state) == len(shapes) and not misfit(model, state)
+    assert type(model.mask_head).__name__ == "HybridMaskHead" and len(model.mask_head.flow) == 2
+
+
 def check_numerics(numerics: dict, presets: dict, config: dict) -> None:
     """The settings that the layout lists are those that come along."""
     box = config.get("box_head", {})
