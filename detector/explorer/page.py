@@ -109,7 +109,7 @@ def collect(detector: Detector, image: np.ndarray, head: str, max_mb: float) -> 
     batch = detector.as_batch([image])
     features = model.features(batch)
     whole, scale, wanted = batch.image_sizes[0].tolist(), 1.0, None
-    while (needed := 2 * sum(f[0].numel() for f in features[: model.neck.roi_levels])) > left:
+    while (needed := 2 * sum(f[0].numel() for f in features[: len(extractor.strides)])) > left:
         wanted = wanted or (needed + size_of(learned)) * 4 / 3
         scale *= min((left / needed) ** 0.5, 0.95)  # padding does not shrink along
         if scale * min(whole) < 16:
@@ -118,7 +118,7 @@ def collect(detector: Detector, image: np.ndarray, head: str, max_mb: float) -> 
         features = model.features(batch)
     found = model.detect(features, batch)
     found = each(lambda t: t[0][found.valid[0]][:SHOWN].cpu(), found)
-    features = [f[:1].float().cpu() for f in features[: model.neck.roi_levels]]
+    features = [f[:1].float().cpu() for f in features[: len(extractor.strides)]]
     maps = [encode(f[0], left * 0.9 * f.numel() / sum(f.numel() for f in features)) for f in features]
 
     height, width = batch.image_sizes[0].tolist()

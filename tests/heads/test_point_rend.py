@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import detector
+from detector.explorer.page import collect
 from detector.export.export import check_exportable
 from detector.heads import PointRendHead
 from detector.heads.box import SampledRoIs
 from detector.roi import RoIAlign
 from detector.structures import Detections, Targets
 from tests.tiny import tiny_model
+from tests.untrained import SMALL, configured, untrained
 
 ROIS = torch.tensor([[0, 8.0, 8, 64, 60], [1, 20, 12, 76, 40], [0, 0, 0, 28, 30]])
 LABELS = torch.tensor([2, 1, 3])
@@ -145,6 +148,15 @@ def test_programs_have_no_place_for_it():
     model.mask_head = PointRendHead(16, model.neck.strides[:4], 3, roi=RoIAlign, output_size=8, fc_channels=[8])
     with pytest.raises(ValueError, match=r"mask_head is a PointRendHead.*\.safetensors"):
         check_exportable(model.eval())
+
+
+def test_the_explorer_shows_the_level_that_it_reads(shapes_tiny):
+    small = [text for text in SMALL if "mask_head" not in text] + ["model=pointrend_rcnn", "roi=deformable"]
+    small += [f"model.{name}_head.roi.predictor_width=8" for name in ("box", "mask")]
+    small += ["model.mask_head.fc_channels=[8]", "model.mask_head.point_channels=[8]", f"data.root={shapes_tiny}"]
+    model = detector.load(untrained(configured(*small)))
+    image = model.pictures.read(shapes_tiny / "val" / "000000.jpg")
+    assert [len(collect(model, image, f"{name}_head", 8)["maps"]) for name in ("box", "mask")] == [4, 1]
 
 
 @pytest.mark.parametrize(
