@@ -14,6 +14,7 @@ import numpy as np
 from detector.data.annotations import cut, starts_of
 
 COUNTS = "_counts"
+JOINED = 1 << 28  # bytes of blocks that are made one
 
 
 class Seen:
@@ -77,12 +78,18 @@ class Columns:
 
     def __init__(self):
         self.blocks: dict[str, deque[np.ndarray]] = {}
-        self.length = 0
+        self.length = self.loose = self.bytes = 0
 
     def append(self, block: Mapping[str, np.ndarray], length: int) -> None:
         for name, values in block.items():
             self.blocks.setdefault(name, deque()).append(values)
         self.length += length
+        self.loose += 1
+        self.bytes += sum(values.nbytes for values in block.values())
+        if self.bytes > JOINED:  # the memory of many small blocks would stay with the process when they are let go
+            for blocks in self.blocks.values():
+                blocks.append(np.concatenate([blocks.pop() for _ in range(self.loose)][::-1]))
+            self.loose = self.bytes = 0
 
     def take(self, name: str, places: np.ndarray | None = None) -> np.ndarray:
         """A column, whose blocks are let go; places: [length] the row of the result that each row becomes."""

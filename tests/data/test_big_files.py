@@ -332,7 +332,9 @@ def test_order_is_stable(keys):
     assert order_of(np.array(keys, np.int32)).tolist() == sorted(range(len(keys)), key=keys.__getitem__)
 
 
-def test_columns_are_put_in_order():
+@pytest.mark.parametrize("joined", [1, 40, 1 << 28])
+def test_columns_are_put_in_order(monkeypatch, joined):
+    monkeypatch.setattr("detector.data.columns.JOINED", joined)
     columns = Columns()
     for values, lists in (([1, 2], [[7], [8, 9]]), ([3], [[]]), ([4], [[5]])):
         flat = [value for group in lists for value in group]
