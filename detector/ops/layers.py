@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from torch.utils.module_tracker import ModuleTracker
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FrozenBatchNorm2d
 
 from detector.ops import winograd
 
 Layer = TypeVar("Layer", bound=nn.Module)
+TRACKER = ModuleTracker()  # never entered: asked for what it tells at any time
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):
@@ -136,8 +138,13 @@ def count_once(model: nn.Module) -> None:
             module.register_forward_hook(_put_back, always_call=True)  # a part may end early, by an exception
 
 
+def in_backward_pass() -> bool:
+    """Whether this thread computes gradients at the moment, by PyTorch's public word for it."""
+    return TRACKER.is_bw
+
+
 def _take_copies(norm: nn.Module, args: Any) -> None:
-    if torch._C._current_graph_task_id() != -1:  # in a backward pass
+    if in_backward_pass():
         norm.__dict__["counted"] = dict(norm._buffers)
         norm._buffers.update({name: value.clone() for name, value in norm._buffers.items() if value is not None})
 
