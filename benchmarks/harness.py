@@ -60,16 +60,17 @@ def apart(
     repeats: int,
     device: str = "cpu",
     environments: Mapping[str, Mapping[str, str]] | None = None,
-) -> tuple[dict[str, list[float]], dict[str, Any], dict[str, float]]:
+) -> tuple[dict[str, list[float]], dict[str, list[Any]], dict[str, float]]:
     """As `interleave`, each contender in a process of its own, with its own settings of memory and threads.
 
     A builder, picklable, is called there and gives the unit of work; environments: variables that some contenders have.
-    Returns the seconds of the counted turns, what the first turn returned, and the peak memory in MiB: of the GPU's
-    allocator, or of the process.
+    Returns the seconds of the counted turns, what each turn returned, the first one's too, and the peak memory in MiB:
+    of the GPU's allocator, or of the process.
     """
     context = multiprocessing.get_context("spawn")
     seconds: dict[str, list[float]] = {name: [] for name in builders}
-    first, memory, ends = {}, {}, {}
+    results: dict[str, list[Any]] = {name: [] for name in builders}
+    memory, ends = {}, {}
     for name, build in builders.items():
         ends[name], theirs = context.Pipe()
         with patch.dict(os.environ, (environments or {}).get(name, {})):
@@ -79,13 +80,12 @@ def apart(
         for name, end in ends.items():
             end.send(True)
             taken, result, memory[name] = end.recv()
+            results[name].append(result)
             if turn:
                 seconds[name].append(taken)
-            else:
-                first[name] = result
     for end in ends.values():
         end.send(False)
-    return seconds, first, memory
+    return seconds, results, memory
 
 
 def _serve(connection: Any, build: Callable[[], Callable[[], Any]], device: str) -> None:

@@ -137,9 +137,9 @@ def main() -> None:
         names += [f"torchvision in {runtime}" for runtime in runtimes if runtime != "openvino"]
     for batch in args.batch:
         builders = {name: partial(build, name, batch, args) for name in names}
-        seconds, first, _ = harness.apart(builders, args.repeats, args.device)
+        seconds, results, _ = harness.apart(builders, args.repeats, args.device)
         # in half precision boxes near a threshold come and go
-        same = difference(first["ours"], first["torchvision with RLE"]) if args.dtype == "fp32" else None
+        same = difference(results["ours"][0], results["torchvision with RLE"][0]) if args.dtype == "fp32" else None
         figures = harness.summary(seconds, reference="torchvision")
         for name, row in figures.items():
             row["images_per_s"] = round(1000 * batch / row["median_ms"], 3)

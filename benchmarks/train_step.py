@@ -98,7 +98,8 @@ def main() -> None:
     args = options.parse_args()
     peak = matmul_rate(args.device, DTYPES[args.dtype], args.threads)
     builders = {name: partial(build, name, args) for name in args.contenders}
-    seconds, first, memory = harness.apart(builders, args.repeats, args.device)
+    seconds, results, memory = harness.apart(builders, args.repeats, args.device)
+    first = {name: each[0] for name, each in results.items()}
     figures = harness.summary(seconds, reference=args.contenders[-1])
     flops = {name: losses.pop("flops", None) for name, losses in first.items()}
     for name, row in figures.items():
