@@ -44,7 +44,11 @@ class AnchorGenerator(nn.Module):
         super().__init__()
         sizes = list(sizes) * len(strides) if len(sizes) == 1 else list(sizes)
         if len(sizes) != len(strides):
-            raise ValueError(f"anchor sizes for {len(sizes)} levels, but the neck gives {len(strides)} (sizes={sizes})")
+            hint = "; of the one map of a plain ViT neck@model.neck=simple_pyramid makes five levels"
+            raise ValueError(
+                f"anchor sizes for {len(sizes)} levels, but the neck gives {len(strides)} (sizes={sizes})"
+                + hint * (len(strides) <= 2 and len(sizes) == 5)
+            )
         if len({len(level) for level in sizes}) != 1 or min(min(level) for level in sizes) <= 0:
             raise ValueError(f"anchor sizes={sizes}: expected the same number of positive sizes on each level")
         if min(aspect_ratios) <= 0:

@@ -34,6 +34,8 @@ from detector.checkpoint import flatten
 from detector.config.typed import literal
 from detector.ops.checks import ConfigError
 
+CONFIGS = (Path(__file__).parents[1] / "configs").resolve()  # in the wheel; in a checkout a link to configs/
+PARTNERS = {"backbone@model.backbone=vit": "neck@model.neck=simple_pyramid"}  # options that need one of another group
 SPECIAL = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 FILES = ("model.weights", "model.backbone.weights")  # what a model starts from: for weights.Start, not for constructors
 LATER = ("model.num_classes",)  # `???` until the data set's categories are known
@@ -157,10 +159,18 @@ def check_arguments(arguments: dict, target: Callable, path: str, name: str) -> 
                     wrong = next(i for i, item in enumerate(value) if item not in words)
                     raise ConfigError(f"{where}[{wrong}] = {value[wrong]!r}: {name} takes {', '.join(words)} here")
                 raise ConfigError(f"{where} = {value!r}: {name} takes a list of {', '.join(words)} here")
+            if isinstance(value, str) and (CONFIGS / key / f"{value}.yaml").is_file():
+                raise ConfigError(f"{where} = {value!r}: here that is {choice(f'{key}@{where}', value)}")
             wanted = re.sub(r"(typing|collections\.abc|torch)\.([a-z.]+\.)?", "", inspect.formatannotation(hint))
             raise ConfigError(f"{where} = {value!r}: {name} takes {wanted} here, not {type(value).__name__}")
         if is_dataclass(hint) and "_target_" not in value:
             check_arguments(value, hint, where, where)
+
+
+def choice(slot: str, option: str) -> str:
+    """The override that takes an option of a group, and the one that has to go with it."""
+    text = f"{slot}={option}"
+    return f"{text} {PARTNERS[text]}" if text in PARTNERS else text
 
 
 def words_of(hint: Any) -> list[str]:

@@ -17,10 +17,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from detector.config.schema import build, find_target, near
+from detector.config.schema import CONFIGS, build, choice, find_target, near
 from detector.ops.checks import ConfigError
 
-CONFIGS = (Path(__file__).parents[1] / "configs").resolve()  # in the wheel; in a checkout a link to configs/
 # What other frameworks call things, and the override that does it here; a key of which only the last part is given is
 # found without this table.
 ELSEWHERE = {
@@ -207,7 +206,7 @@ def with_value(override: str, value: str, known: DictConfig | None) -> str:
     """An override with the value that was typed, where it can be one of that key, and what has to go with it."""
     key, _, example = override.partition("=")
     if "@" in key:  # a choice, which has an example
-        return f"{key}={value if value in options_of_groups(()).get(key.partition('@')[0], ()) else example}"
+        return choice(key, value if value in options_of_groups(()).get(key.partition("@")[0], ()) else example)
     if value.lower() in ("", "true", "false", "null", "none"):
         value = "..."  # a switch elsewhere, no switch here
     elif key == "runtime.device" and value.isdigit():

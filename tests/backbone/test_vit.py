@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import detector
 from detector import checkpoint
 from detector.backbone import SimplePyramid, TimmBackbone, ViT, vit
+from detector.config import ConfigError, build
 from detector.data import read_image
 from detector.engine.train import train
 from detector.explorer import write_page
@@ -273,6 +274,12 @@ def test_settings_that_make_no_simple_pyramid():
     with pytest.raises(ValueError, match="top='conv': expected 'max_pool' or 'none'"):
         SimplePyramid([8], [16], top="conv")
     assert SimplePyramid([8], [16], levels=[8, 16], top="none").strides == [8, 16]
+
+
+def test_a_plain_vit_on_another_neck_is_told_which_it_needs():
+    cfg = checked("experiment=none", "backbone@model.backbone=vit", "model.backbone.name=test_vit")
+    with pytest.raises(ConfigError, match=r"the neck gives 2 .*; .* neck@model.neck=simple_pyramid makes five levels"):
+        build(cfg.model, "model", num_classes=2)
 
 
 def test_maps_at_several_strides_are_advised_to_take_this():

@@ -82,6 +82,7 @@ def answer(*overrides: str) -> str | DictConfig:
         ("batch_size=4", ["training.batch_size", "evaluation.batch_size"]),
         ("imgsz=640", ["augment.max_size"]),
         ("backbone=resnet18", []),
+        ("model.backbone=vit", []),
         ("schedule.warmup=2", ["schedule.peak"]),
         ("schedule.warmup=2 epochs", ["schedule.peak"]),
         ("gpu=0", ["runtime.device"]),
@@ -104,6 +105,11 @@ def test_what_the_answer_to_a_word_of_another_framework_says_works(shapes_tiny, 
 
 def test_ranks_are_answered_with_the_launcher():
     assert suggest.elsewhere("gpus", [], "2") == "; here that is torchrun --nproc-per-node=2 before the command"
+
+
+def test_a_choice_is_answered_with_what_goes_with_it():
+    said = suggest.elsewhere("backbone", ["backbone@model.backbone"], "vit")
+    assert said == "; here that is backbone@model.backbone=vit neck@model.neck=simple_pyramid"
 
 
 @pytest.mark.parametrize(
