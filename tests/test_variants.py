@@ -11,6 +11,7 @@ from torchvision.models import detection, resnet18, resnet34, resnet101
 
 from detector.config import CONFIGS, build, check
 from detector.structures import Batch, Targets
+from tests.tiny import small_swins
 
 GROUPS = ("model", "backbone", "neck")
 NAMES = {group: sorted(file.stem for file in (CONFIGS / group).glob("*.yaml")) for group in GROUPS}
@@ -19,7 +20,8 @@ MODEL_FOR = {"resnet50_c4": "faster_rcnn_c4", "resnet50_dc5": "faster_rcnn_dc5",
 VIT = ["backbone@model.backbone=vit", "neck@model.neck=simple_pyramid"]
 TIMM = {
     "timm": ["model.backbone.name=resnet18"],
-    **{name: [] for name in ("convnext_tiny", "swin_tiny", "mask_rcnn_vitdet", "cascade_mask_rcnn_vitdet")},
+    **{name: [] for name in ("convnext_tiny", "swin", "swin_tiny")},
+    **{name: [] for name in ("mask_rcnn_vitdet", "cascade_mask_rcnn_vitdet", "cascade_mask_rcnn_swin")},
     **{"vit": VIT, "simple_pyramid": VIT},
 }
 SMALL = {  # keys that are made small where a config has them
@@ -103,9 +105,11 @@ def random_input(keypoints: int = 17) -> tuple[Batch, Targets]:
 
 
 @pytest.mark.parametrize("group, name", [(group, name) for group, names in NAMES.items() for name in names])
-def test_a_training_step_and_an_inference(group, name):
+def test_a_training_step_and_an_inference(group, name, monkeypatch):
     if name in TIMM:
         pytest.importorskip("timm")
+    if "swin" in name:
+        small_swins(monkeypatch)
     torch.manual_seed(0)
     model = build(small(config(*choose(group, name))), "model", num_classes=3)
     with torch.no_grad():

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from detector.backbone import FPN, ResNet
+from detector.backbone import FPN, ResNet, swin, timm
 from detector.heads import BoxHead, ConvTrunk, FCTrunk, MaskHead
 from detector.model import TwoStageDetector
 from detector.roi import RoIAlign
@@ -49,6 +49,15 @@ def tiny_model(roi=RoIAlign, mask=True, num_classes=3, box_head=None, rpn=None, 
         mask_head if mask else None,
         **settings,
     )
+
+
+def small_swins(monkeypatch) -> None:
+    """For this test Swin transformers have a third of Swin-T's channels and few blocks, whatever their names."""
+    size, create = {"embed_dim": 32, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)}, timm.created
+    for module in (swin, timm):
+        monkeypatch.setattr(
+            module, "created", lambda name, **rest: create(name, **rest, **size if "swin" in name else {})
+        )
 
 
 def random_batch(images: int = 2, objects: int = 3, size: tuple[int, int] = (96, 128), num_classes: int = 3, seed=0):

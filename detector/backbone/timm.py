@@ -48,6 +48,7 @@ class TimmBackbone(nn.Module):
         strides: of the maps that are returned, finest first.
         image_size: what models with a fixed input size (Swin) are built for; they take other sizes too.
         frozen: train none of its parameters.
+        fixed_statistics: batch norms normalise by their running statistics in training too, and leave them as they are.
         drop_path_rate: stochastic depth.
         in_channels: of the images.
         checkpointing: keep only what goes into each block (in some models: each stage) for the backward pass, which
@@ -65,9 +66,11 @@ class TimmBackbone(nn.Module):
         drop_path_rate: float = 0.0,
         in_channels: int = 3,
         checkpointing: bool = False,
+        fixed_statistics: bool = False,
     ):
         super().__init__()
         known_model(name)
+        self.fixed_statistics = fixed_statistics
         settings: dict[str, Any] = {"features_only": True}
         if in_channels != 3:
             settings["in_chans"] = in_channels
@@ -92,6 +95,13 @@ class TimmBackbone(nn.Module):
             for part in parts[1:] or parts:  # the first one is the whole, and takes its stages
                 part.grad_checkpointing = True
             count_once(self)
+
+    def train(self, mode: bool = True) -> TimmBackbone:
+        super().train(mode)
+        for module in self.modules() if self.fixed_statistics else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def published(self, name: str) -> dict[str, Tensor]:
         """The weights that timm publishes for this model ('pretrained'), downloaded once. Raises ValueError for another

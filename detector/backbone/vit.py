@@ -246,11 +246,17 @@ def attended(attention: nn.Module, x: Tensor, grid: tuple[int, int], rope: Tenso
     return attention(x) if rope is None else attention(x, rope=rope)
 
 
-def to_windows(x: Tensor, side: int) -> Tensor:
-    """[N windows, side side, C], row by row, of a map [N, H, W, C] padded with zeros to whole windows."""
+def to_whole(x: Tensor, side: int) -> Tensor:
+    """A map [N, H, W, C] padded with zeros below and to the right to whole windows."""
     rows, columns = ((length + side - 1) // side * side - length for length in x.shape[1:3])
     if torch.compiler.is_exporting() or rows or columns:  # a program does not know whether there is something to pad
         x = F.pad(x, (0, 0, 0, columns, 0, rows))
+    return x
+
+
+def to_windows(x: Tensor, side: int) -> Tensor:
+    """[N windows, side side, C], row by row, of a map [N, H, W, C] padded to whole windows."""
+    x = to_whole(x, side)
     x = x.unflatten(2, (x.shape[2] // side, side)).unflatten(1, (x.shape[1] // side, side))
     return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 

@@ -13,7 +13,7 @@ from detector.config import compose
 from detector.weights.architecture import build_model, model_config
 from detector.weights.categories import published
 from detector.weights.loading import read_foreign
-from detector.weights.presets import RESIZING, is_vit
+from detector.weights.presets import RESIZING, in_squares
 
 
 def convert(
@@ -48,7 +48,7 @@ def convert(
     usual = {key: OmegaConf.to_container(usual[key], resolve=True) for key in ("augment", "data")}
     for split in ("train", "val"):
         usual["augment"][split][0] |= RESIZING[framework]
-    if is_vit(weights.state_dict):  # ViTDet's images have 1024 px at most, and are padded to squares
+    if in_squares(framework, weights.state_dict):  # images have 1024 px at most
         usual["augment"]["val"][0] |= {"size": 1024, "max_size": 1024}
         usual["data"]["pad_multiple"] = 1024
     config = {"model": config, **usual, "seed": 0}

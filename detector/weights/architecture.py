@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from detector.weights.loading import ForeignWeights
-from detector.weights.presets import groups, has, is_vit
+from detector.weights.presets import groups, has, is_swin, is_timms, is_vit
 from detector.weights.transfer import load_into
 
 DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
@@ -20,6 +21,29 @@ VITS = {  # timm's names by channels; heads follow from them
     768: "vit_base_patch16_224",
     1024: "vit_large_patch16_224",
     1280: "vit_huge_patch14_224",
+}
+REGNETS = {  # timm's names by blocks of the stages: RegNetX, and RegNetY, which squeezes and excites
+    False: {
+        (1, 1, 4, 7): "regnetx_002",
+        (1, 2, 7, 12): "regnetx_004",
+        (1, 3, 5, 7): "regnetx_006",
+        (1, 3, 7, 5): "regnetx_008",
+        (2, 4, 10, 2): "regnetx_016",
+        (2, 6, 15, 2): "regnetx_032",
+        (2, 5, 14, 2): "regnetx_040",
+        (2, 4, 10, 1): "regnetx_064",
+        (2, 5, 15, 1): "regnetx_080",
+        (2, 5, 11, 1): "regnetx_120",
+    },
+    True: {(1, 1, 4, 7): "regnety_002", (2, 6, 12, 2): "regnety_040"},
+}
+SWINS = {  # timm's names by channels, blocks of the third stage, and side of the windows; the other stages have two
+    (96, 6, 7): "swin_tiny_patch4_window7_224",
+    (96, 18, 7): "swin_small_patch4_window7_224",
+    (128, 18, 7): "swin_base_patch4_window7_224",
+    (192, 18, 7): "swin_large_patch4_window7_224",
+    (128, 18, 12): "swin_base_patch4_window12_384",
+    (192, 18, 12): "swin_large_patch4_window12_384",
 }
 PYRAMID_SIZES, SINGLE_SIZES = [[32], [64], [128], [256], [512]], [[32, 64, 128, 256, 512]]
 
@@ -31,14 +55,14 @@ def model_config(state: dict[str, Tensor], presets: dict[str, Any]) -> dict[str,
     """
     if not has(state, "rpn.head."):
         raise ValueError("these weights are a backbone, not a detector: give the model config they start")
-    c4, pyramid = not has(state, "backbone.layer4.") and not is_vit(state), has(state, "neck.lateral.")
+    c4, pyramid = not has(state, "backbone.layer4.") and not is_timms(state), has(state, "neck.lateral.")
     single = {"_target_": "detector.backbone.SingleLevel", "_partial_": True}
     config: dict[str, Any] = {
         "_target_": "detector.model.TwoStageDetector",
         "num_classes": 1,
         # layouts and norms as the others run them: the same sums in the same order, so that near-ties fall as there
         "channels_last": False,
-        "backbone": vit(state) if is_vit(state) else backbone(state, c4, pyramid),
+        "backbone": timms(state) if is_timms(state) else backbone(state, c4, pyramid),
         "neck": neck(state) if pyramid else single,
         "rpn": {
             **part("rpn.RPN"),
@@ -94,12 +118,12 @@ def widths(state: dict[str, Tensor], prefix: str) -> list[int]:
 
 
 def norm_of(state: dict[str, Tensor], prefix: str, frozen: bool = False) -> str | None:
-    """The norm at `prefix`: 'group_norm' has no running statistics, and 'layer_norm' with a ViT; None if there is none
-    at all."""
+    """The norm at `prefix`: 'group_norm' has no running statistics, and 'layer_norm' with a transformer; None if there
+    is none at all."""
     if f"{prefix}.weight" not in state:
         return None
     if f"{prefix}.running_mean" not in state:
-        return "layer_norm" if is_vit(state) else "group_norm"
+        return "layer_norm" if is_vit(state) or is_swin(state) else "group_norm"
     return "plain_frozen_batch_norm" if frozen else "batch_norm"
 
 
@@ -135,6 +159,42 @@ def backbone(state: dict[str, Tensor], c4: bool, pyramid: bool) -> dict[str, Any
         config["deform_modulated"] = channels % 27 == 0
         config["deform_groups"] = channels // (27 if channels % 27 == 0 else 18)
     return config
+
+
+def timms(state: dict[str, Tensor]) -> dict[str, Any]:
+    """A backbone of timm's parts."""
+    if is_vit(state):
+        return vit(state)
+    return swin(state) if is_swin(state) else regnet(state)
+
+
+def regnet(state: dict[str, Tensor]) -> dict[str, Any]:
+    squeezes = any(".se." in key for key in state)
+    blocks = tuple(
+        len({key.split(".")[3] for key in state if key.startswith(f"backbone.model.s{s}.")}) for s in (1, 2, 3, 4)
+    )
+    name = REGNETS[squeezes].get(blocks)
+    if name is None:
+        raise ValueError(
+            f"the backbone is no RegNet{'XY'[squeezes]} of the family: {blocks} blocks in its stages, expected those "
+            f"of {', '.join(REGNETS[squeezes].values())}"
+        )
+    return {"_target_": "detector.backbone.TimmBackbone", "name": name}
+
+
+def swin(state: dict[str, Tensor]) -> dict[str, Any]:
+    prefix = "backbone.model."
+    blocks = [
+        len({key.split(".")[5] for key in state if key.startswith(f"{prefix}layers.{s}.blocks.")}) for s in range(4)
+    ]
+    table = state.get(f"{prefix}layers.0.blocks.0.attn.relative_position_bias_table")
+    kind = state[f"{prefix}patch_embed.proj.weight"].shape[0], blocks[2], (math.isqrt(len(table)) + 1) // 2
+    if kind not in SWINS or blocks != [2, 2, blocks[2], 2]:
+        raise ValueError(
+            f"the backbone is no Swin transformer of the family: {kind[0]} channels, {blocks} blocks in its stages, "
+            f"windows of {kind[2]}; expected {', '.join(SWINS.values())}"
+        )
+    return {"_target_": "detector.backbone.Swin", "name": SWINS[kind]}
 
 
 def vit(state: dict[str, Tensor]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What other frameworks call our parameters.
 
-A table has one line per kind of key, `theirs: ours`. `{i}` stands for a number, `{i-1}` and `{i/2}` for that number
-less one or halved, `*` for the rest of the key. A key is renamed by the first line that fits the whole of it.
+A table has one line per kind of key, `theirs: ours`. `{i}` stands for a number, `{i-1}`, `{i+1}` and `{i/2}` for one
+less, one more and half, `*` for the rest of the key. A key is renamed by the first line that fits the whole of it.
 """
 
 from __future__ import annotations
@@ -74,11 +74,45 @@ def simple_pyramid() -> Table:
     return table
 
 
+def detectron2_regnet() -> Table:
+    """By timm's names of RegNets."""
+    block, ours = "backbone.bottom_up.s{s}.b{b}.", "backbone.model.s{s}.b{b}."
+    return {
+        "backbone.bottom_up.stem.conv.weight": "backbone.model.stem.conv.weight",
+        "backbone.bottom_up.stem.bn.*": "backbone.model.stem.bn.*",
+        f"{block}f.{{abc}}.weight": f"{ours}conv{{abc}}.conv.weight",
+        f"{block}f.{{abc}}_bn.*": f"{ours}conv{{abc}}.bn.*",
+        f"{block}f.se.f_ex.0.*": f"{ours}se.fc1.*",
+        f"{block}f.se.f_ex.2.*": f"{ours}se.fc2.*",
+        f"{block}proj.weight": f"{ours}downsample.conv.weight",
+        f"{block}bn.*": f"{ours}downsample.bn.*",
+    }
+
+
+def swin(theirs: str, stages: str, patches: str, parts: dict[str, str]) -> Table:
+    """Both frameworks' Swin transformers, which merge patches at the end of a stage, and timm at the start of the next.
+
+    stages, patches: their words for the list of stages and for the convolution of the patches; parts: for the attention
+    and for the two linear layers of a block.
+    """
+    block, ours = f"{theirs}{stages}.{{s}}.blocks.{{b}}.", "backbone.model.layers.{s}.blocks.{b}."
+    return {
+        f"{theirs}patch_embed.{patches}.*": "backbone.model.patch_embed.proj.*",
+        f"{theirs}patch_embed.norm.*": "backbone.model.patch_embed.norm.*",
+        f"{theirs}norm{{s}}.*": "backbone.norms.{s}.*",
+        f"{theirs}{stages}.{{s}}.downsample.*": "backbone.model.layers.{s+1}.downsample.*",
+        f"{block}norm{{n}}.*": f"{ours}norm{{n}}.*",
+        **{f"{block}{part}.*": f"{ours}{name}.*" for name, part in parts.items()},
+    }
+
+
 DETECTRON2: Table = {
     "backbone.net.*": "backbone.model.*",  # a ViT, whose layers have timm's names
+    **swin("backbone.bottom_up.", "layers", "proj", {name: name for name in ("attn", "mlp.fc1", "mlp.fc2")}),
     **simple_pyramid(),
     **detectron2_resnet("backbone.bottom_up.", "backbone."),
     **detectron2_resnet("backbone.", "backbone."),
+    **detectron2_regnet(),
     **detectron2_resnet("roi_heads.", "box_head.trunk."),  # C4: stage 5 works on RoIs
     "backbone.fpn_lateral{s}.norm.*": "neck.lateral.{s-2}.1.*",
     "backbone.fpn_lateral{s}.*": "neck.lateral.{s-2}.0.*",
@@ -149,8 +183,23 @@ def mmdet_groie(theirs: str, ours: str) -> Table:
     }
 
 
+MMDET_REGNET: Table = {  # whose own names are those of a ResNet
+    "backbone.conv1.*": "backbone.model.stem.conv.*",
+    "backbone.bn1.*": "backbone.model.stem.bn.*",
+    "backbone.layer{s}.{b}.conv{n}.weight": "backbone.model.s{s}.b{b+1}.conv{n}.conv.weight",
+    "backbone.layer{s}.{b}.bn{n}.*": "backbone.model.s{s}.b{b+1}.conv{n}.bn.*",
+    "backbone.layer{s}.{b}.downsample.0.*": "backbone.model.s{s}.b{b+1}.downsample.conv.*",
+    "backbone.layer{s}.{b}.downsample.1.*": "backbone.model.s{s}.b{b+1}.downsample.bn.*",
+}
+
 MMDET: Table = {
     **resnet("backbone.", "backbone."),
+    **swin(
+        "backbone.",
+        "stages",
+        "projection",
+        {"attn": "attn.w_msa", "mlp.fc1": "ffn.layers.0.0", "mlp.fc2": "ffn.layers.1"},
+    ),
     **resnet("roi_head.shared_head.", "box_head.trunk."),  # C4: stage 5 works on RoIs
     **mmdet_convs("neck.lateral_convs", "neck.lateral"),
     **mmdet_convs("neck.fpn_convs", "neck.output"),
@@ -207,6 +256,7 @@ UNUSED = (
     r"pixel_(mean|std)",
     r"proposal_generator\.anchor_generator\..*",
     r"data_preprocessor\..*",
+    r"backbone\..*\.relative_position_index",  # of Swin transformers: follows from the size of the window
     r"conv1_b",  # Caffe2: zero
 )
 
@@ -241,5 +291,5 @@ def rename(key: str, lines: list[tuple[re.Pattern, str]]) -> str | None:
             number = int(value)
             return str(number // 2 if operation == "/2" else number + int(operation or 0))
 
-        return re.sub(r"\{(\w+?)(-\d|/2)?\}", fill, template).replace("*", match.groupdict().get("rest") or "")
+        return re.sub(r"\{(\w+?)([-+]\d|/2)?\}", fill, template).replace("*", match.groupdict().get("rest") or "")
     return None

@@ -19,6 +19,7 @@ from detector.weights.keymaps import (
     CAFFE2_TO_DETECTRON2,
     DETECTRON2,
     MMDET,
+    MMDET_REGNET,
     TORCHVISION,
     UNUSED,
     compile_table,
@@ -37,6 +38,7 @@ TABLES = {
     "detectron2": compile_table(DETECTRON2 | detectron2_resnet("", "backbone.")),
     "mmdet": compile_table(MMDET | resnet("", "backbone.")),
 }
+REGNET = compile_table(MMDET_REGNET)
 CAFFE2 = compile_table(CAFFE2_TO_DETECTRON2)
 RATIOS = 3  # of the anchors; all published models have 0.5, 1 and 2
 WITHOUT_EPS = r"_fpn_coco-[0-9a-f]{8}|RCNN_ResNet50_FPN_Weights\.COCO"  # torchvision's first published detectors
@@ -168,11 +170,13 @@ def translate(theirs: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tens
 
     Raises ValueError listing all keys that no rule knows, and those that would get the same name.
     """
-    names, unused, unknown = {}, [], []
+    table, names, unused, unknown = TABLES[source], {}, [], []
+    if source == "mmdet" and is_regnet(theirs):
+        table = REGNET + table
     for key in theirs:
         if any(re.fullmatch(pattern, key) for pattern in UNUSED):
             unused.append(key)
-        elif ours := rename(rename(key, CAFFE2) or key, TABLES[source]):
+        elif ours := rename(rename(key, CAFFE2) or key, table):
             names[key] = ours
         else:
             unknown.append(key)
@@ -194,6 +198,15 @@ def translate(theirs: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tens
     return state, unused
 
 
+def is_regnet(theirs: Mapping[str, Tensor]) -> bool:
+    """Whether mmdetection's keys are a RegNet's and not a ResNet's: its first convolution is 3 x 3. Raises ValueError
+    for a RegNet with deformable convolutions."""
+    found = "backbone.conv1.weight" in theirs and theirs["backbone.conv1.weight"].shape[2] == 3
+    if found and any(key.startswith("backbone.layer") and ".conv_offset." in key for key in theirs):
+        raise ValueError("mmdet weights: a RegNet with deformable convolutions, which timm's RegNets do not have")
+    return found
+
+
 def reorder(key: str, value: Tensor, source: str, state: Mapping[str, Tensor]) -> Tensor:
     """Rows in our order: background first for class logits, foreground alone for boxes and masks, anchors by ratio."""
     if ".predictor.class_logits." in key and source != "torchvision":
@@ -208,6 +221,9 @@ def reorder(key: str, value: Tensor, source: str, state: Mapping[str, Tensor]) -
         return value.unflatten(0, (sizes, RATIOS, -1)).transpose(0, 1).flatten(0, 2)
     if source == "detectron2" and key == "backbone.model.pos_embed":
         return value[:, -(math.isqrt(value.shape[1]) ** 2) :]  # without the class token's, which they never use
+    if source == "mmdet" and key.startswith("backbone.model.layers.") and ".downsample." in key:
+        # of four patches theirs: channel by channel row by row; timm's: column by column, all channels of each
+        return value.unflatten(-1, (-1, 2, 2)).movedim((-1, -2), (-3, -2)).flatten(-3)
     return value
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 RGB_MEAN, RGB_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 BGR = {"channel_order": "bgr", "pixel_mean": RGB_MEAN[::-1], "pixel_std": [1.0, 1.0, 1.0]}  # Caffe's
 RGB = {"channel_order": "rgb", "pixel_mean": RGB_MEAN, "pixel_std": RGB_STD}
-RESNEXT_STD = RGB_STD[::-1]  # detectron2's X-101 alone is trained on scaled BGR images
+SCALED_STD = RGB_STD[::-1]  # of the BGR images that detectron2's X-101 and all RegNets are trained on
 
 CASCADE_WEIGHTS = {
     "detectron2": [[10.0, 10.0, 5.0, 5.0], [20.0, 20.0, 10.0, 10.0], [30.0, 30.0, 15.0, 15.0]],
@@ -33,16 +33,19 @@ def presets_of(source: str, state: dict[str, Tensor], style: str | None = None) 
         style: 'caffe' or 'pytorch' where the weights alone do not tell; None guesses as `guess_style` says.
     """
     style = style or guess_style(source, state)
-    vit = is_vit(state)
+    squares = in_squares(source, state)
     presets: dict[str, Any] = dict(BGR if style == "caffe" else RGB)
     # models whose strides are PyTorch's, but whose backbone was trained with Caffe2 on BGR images
     resnext = groups(state) > 1 and (source == "detectron2" or state["backbone.layer1.0.conv2.weight"].shape[1] == 8)
-    if (source == "detectron2" and not vit) or (source == "mmdet" and (resnext or group_norm(state))):
+    regnet = is_regnet(state)
+    if (source == "detectron2" and not squares) or (source == "mmdet" and (resnext or regnet or group_norm(state))):
         presets |= BGR
-        if resnext:
-            presets["pixel_std"] = RESNEXT_STD
-    if not vit:
+        if resnext or regnet:
+            presets["pixel_std"] = SCALED_STD
+    if not is_timms(state):
         presets["backbone.stride_in_1x1"] = style == "caffe"
+    if regnet and source == "mmdet":
+        presets["backbone.fixed_statistics"] = True
     if has(state, "box_head.trunk.layer4."):
         presets["box_head.trunk.stride_in_1x1"] = style == "caffe"
     if not any(key.startswith("rpn.") for key in state):
@@ -52,13 +55,13 @@ def presets_of(source: str, state: dict[str, Tensor], style: str | None = None) 
         has(state, "neck.lateral."),
         [h for h in ("box_head", "mask_head", "keypoint_head") if has(state, h)],
     )
-    cascade = has(state, "box_head.stages.") and not vit
+    cascade = has(state, "box_head.stages.") and not squares
     trained_on = 2000 if source == "torchvision" or not pyramid or cascade else 1000
     if source == "detectron2" and "keypoint_head" in heads:
         trained_on = 1500
     presets |= {
-        # a ViT sees its canvas to the end: data.pad_multiple says how large it is
-        "size_divisibility": None if vit else 1 if source == "detectron2" and not pyramid else 32,
+        # windows reach into the padding: data.pad_multiple says how large the canvas is
+        "size_divisibility": None if squares else 1 if source == "detectron2" and not pyramid else 32,
         "rpn.anchor_rounding": source == "torchvision",
         "rpn.pre_nms_top_n": [2000, 1000] if pyramid else [12000, 6000],
         "rpn.post_nms_top_n": [trained_on, 1000],
@@ -112,12 +115,12 @@ RESIZING: dict[str, dict[str, str]] = {
 def guess_style(source: str, state: dict[str, Tensor]) -> str:
     """Where the strides of bottlenecks are, and with it how images are normalised.
 
-    detectron2's ResNets are Caffe's (MSRA) but for ResNeXt and group norm, and its ViTs take RGB.
+    detectron2's ResNets are Caffe's (MSRA) but for ResNeXt and group norm; other bodies have no style.
     mmdetection's published models are PyTorch's but for those without a pyramid (C4, DC5) and those whose norms have no
     statistics.
     """
     if source == "detectron2":
-        return "pytorch" if groups(state) > 1 or group_norm(state) or is_vit(state) else "caffe"
+        return "pytorch" if groups(state) > 1 or group_norm(state) or is_timms(state) else "caffe"
     if source == "mmdet" and has(state, "rpn."):
         # Caffe's norms came without statistics, and mmdetection keeps those frozen at a mean of 0
         means = [value for key, value in state.items() if key.endswith("running_mean") and not value.is_meta]
@@ -130,9 +133,29 @@ def has(state: dict[str, Tensor], prefix: str) -> bool:
     return any(key.startswith(prefix) for key in state)
 
 
+def is_timms(state: dict[str, Tensor]) -> bool:
+    """Whether the backbone is made of timm's parts."""
+    return has(state, "backbone.model.")
+
+
 def is_vit(state: dict[str, Tensor]) -> bool:
     """Whether the backbone is a plain ViT."""
     return has(state, "backbone.model.blocks.")
+
+
+def is_swin(state: dict[str, Tensor]) -> bool:
+    """Whether the backbone is a Swin transformer."""
+    return has(state, "backbone.model.layers.")
+
+
+def is_regnet(state: dict[str, Tensor]) -> bool:
+    """Whether the backbone is a RegNet."""
+    return has(state, "backbone.model.s1.")
+
+
+def in_squares(source: str, state: dict[str, Tensor]) -> bool:
+    """Whether images are padded to squares of 1024 px, as for the models of the ViTDet paper, which take RGB."""
+    return source == "detectron2" and (is_vit(state) or is_swin(state))
 
 
 def group_norm(state: dict[str, Tensor]) -> bool:

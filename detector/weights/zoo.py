@@ -2,9 +2,9 @@
 
     detectron2:mask_rcnn_R_50_FPN_3x      mmdet:mask-rcnn_r50_fpn_1x_coco      torchvision:maskrcnn_resnet50_fpn_v2
 
-zoo.csv holds what the model zoos of detectron2 (MODEL_ZOO.md, model_zoo.py) and mmdetection (configs/*/metafile.yml and
-README.md) say of the two-stage models that the import supports; torchvision tells of its own. AP in percent, as
-published there; recall: AR of 1,000 proposals.
+zoo.csv holds what the model zoos of detectron2 (MODEL_ZOO.md, model_zoo.py, projects/ViTDet) and mmdetection
+(configs/*/metafile.yml and README.md) say of the two-stage models that the import supports; torchvision tells of its
+own. AP in percent, as published there; recall: AR of 1,000 proposals.
 """
 
 from __future__ import annotations
@@ -130,8 +130,9 @@ def find(text: str) -> Published | None:
 
 
 def words(name: str) -> list[str]:
-    """What a name is made of: mmdetection orders and joins its words in two ways."""
-    return sorted(re.split(r"[-_/]", name.removesuffix(".yaml").replace("mstrain", "ms")))
+    """What a name is made of: mmdetection orders, joins and calls its words in two ways."""
+    later = {"mstrain": "ms", "fp16": "amp"}
+    return sorted(later.get(word, word) for word in re.split(r"[-_/]", name.removesuffix(".yaml")))
 
 
 def listing(word: str = "") -> list[tuple[str, Published]]:

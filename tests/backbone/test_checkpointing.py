@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from detector.backbone import ResNet, TimmBackbone, ViT
+from detector.backbone import ResNet, Swin, TimmBackbone, ViT
 from detector.config import CONFIGS, ConfigError
 from detector.engine.run_folder import compare_configs
 from detector.engine.setup import preflight
 from tests.runs import checked
+from tests.tiny import small_swins
 
 MINE = {
     "batch norm": (ResNet, {"depth": 18, "width": 8, "norm": "batch_norm", "frozen_stages": 0}),
@@ -26,6 +27,7 @@ TIMMS = {
         TimmBackbone,
         {"name": "swin_tiny_patch4_window7_224", "strides": [4], "drop_path_rate": 0.5},
     ),
+    "Swin of detectors": (Swin, {"name": "swin_tiny_patch4_window7_224", "strides": [4], "drop_path_rate": 0.5}),
     "ViT, drop path, windows": (ViT, {"name": "test_vit", "window": 3, "drop_path_rate": 0.5}),
 }
 BODIES = MINE | (TIMMS if importlib.util.find_spec("timm") else {})
@@ -67,7 +69,9 @@ def step(body: nn.Module, held: bool) -> tuple[float, dict, dict, int, float]:
 
 
 @pytest.mark.parametrize("kind, settings", BODIES.values(), ids=BODIES)
-def test_changes_nothing_but_what_is_kept(kind, settings):
+def test_changes_nothing_but_what_is_kept(kind, settings, monkeypatch):
+    if "swin" in settings.get("name", ""):
+        small_swins(monkeypatch)
     torch.manual_seed(0)
     plain = kind(**settings)
     tried = kind(**settings, checkpointing=True)

@@ -1,5 +1,6 @@
 """What detectron2 0.6 computes at inference, from its own keys: Faster, Mask, Cascade and Keypoint R-CNN and RPN, with
-FPN, C4 and DC5. Written from its sources' behaviour; it stands in for the framework in tests.
+FPN, C4 and DC5, of ResNets, RegNets, ViTs and Swin transformers. Written from its sources' behaviour; it stands in for
+the framework in tests.
 
 Dimensions: N images, A anchors per cell, R RoIs, K classes, D detections, P keypoints.
 """
@@ -41,7 +42,8 @@ def run(layout: dict, w: Weights, images: list[Tensor], limits: Limits | None = 
     if "backbone.net.pos_embed" in w:
         features = simple_pyramid(w, plain_vit(w, batch, numerics))
     else:
-        features = pyramid(w, batch, caffe) if neck == "FPN" else [single(w, batch, caffe, dilated=neck == "DC5")]
+        maps = body(w, batch, caffe, dilated=neck == "DC5")
+        features = pyramid(w, maps) if neck == "FPN" else maps[-1:]
     strides = [4, 8, 16, 32, 64] if neck == "FPN" else [16]
     proposals = propose(w, features, strides, numerics, sizes, limits)
     if "/rpn_" in layout["config"]:
@@ -63,7 +65,7 @@ def preprocess(images: list[Tensor], numerics: dict, multiple: int) -> Tensor:
 
 
 def residual_stage(w: Weights, prefix: str, x: Tensor, stride: int, dilation: int, caffe: bool) -> Tensor:
-    names = {"offset": "conv2_offset", "shortcut": "shortcut", "shortcut_norm": "shortcut.norm"}
+    names = {"offset": "conv2_offset", "shortcut": "shortcut", "shortcut_norm": "shortcut.norm", "squeeze": "none"}
     names |= {f"{part}{i}": name.format(i) for part, name in PARTS.items() for i in (1, 2, 3)}
     block = 0
     while f"{prefix}.{block}.conv1.weight" in w:
@@ -87,8 +89,60 @@ def stages(w: Weights, prefix: str, x: Tensor, last: int, caffe: bool, dilated: 
     return maps
 
 
-def single(w: Weights, x: Tensor, caffe: bool, dilated: bool) -> Tensor:
-    return stages(w, "backbone.", x, 5 if dilated else 4, caffe, dilated)[-1]
+def body(w: Weights, x: Tensor, caffe: bool, dilated: bool) -> list[Tensor]:
+    """Maps of the stages, whatever makes them."""
+    if "backbone.bottom_up.stem.conv.weight" in w:
+        return regnet(w, x)
+    if "backbone.bottom_up.norm0.weight" in w:
+        return swin(w, x)
+    if "backbone.bottom_up.stem.conv1.weight" in w:
+        return stages(w, "backbone.bottom_up.", x, 5, caffe)
+    return stages(w, "backbone.", x, 5 if dilated else 4, caffe, dilated)
+
+
+def regnet(w: Weights, x: Tensor) -> list[Tensor]:
+    """Every stage halves the map, and so does the stem."""
+    stem, maps = "backbone.bottom_up.stem", []
+    x = parts.norm(w, f"{stem}.bn", parts.conv(w, f"{stem}.conv", x, 2)).relu()
+    names = {"shortcut": "proj", "shortcut_norm": "bn", "offset": "none", "squeeze": "f.se.f_ex.0"}
+    names |= {"excite": "f.se.f_ex.2"}
+    names |= {f"conv{i}": f"f.{c}" for i, c in enumerate("abc", 1)} | {
+        f"norm{i}": f"f.{c}_bn" for i, c in enumerate("abc", 1)
+    }
+    for stage in range(1, 5):
+        block = 1
+        while f"backbone.bottom_up.s{stage}.b{block}.f.a.weight" in w:
+
+            def at(part: str, prefix: str = f"backbone.bottom_up.s{stage}.b{block}.") -> str:
+                return prefix + names[part]
+
+            x, block = parts.bottleneck(w, at, x, 2 if block == 1 else 1, 1, caffe=False), block + 1
+        maps.append(x)
+    return maps
+
+
+def swin(w: Weights, x: Tensor) -> list[Tensor]:
+    """Patches of 4 px, and between the stages four cells, column by column, become one; each stage's map has a norm."""
+    prefix, maps = "backbone.bottom_up.", []
+    names = {"norm1": "norm1", "norm2": "norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2", "qkv": "attn.qkv"}
+    names |= {"proj": "attn.proj", "table": "attn.relative_position_bias_table"}
+    x = F.conv2d(x, w[f"{prefix}patch_embed.proj.weight"], w[f"{prefix}patch_embed.proj.bias"], 4).permute(0, 2, 3, 1)
+    x = parts.layer_norm(w, f"{prefix}patch_embed.norm", x, 1e-5)
+    for stage in range(4):
+        block = 0
+        while f"{prefix}layers.{stage}.blocks.{block}.norm1.weight" in w:
+
+            def at(part: str, block: str = f"{prefix}layers.{stage}.blocks.{block}.") -> str:
+                return block + names[part]
+
+            x, block = parts.shifted_windows(w, at, x, shifted=block % 2 == 1), block + 1
+        maps.append(parts.layer_norm(w, f"{prefix}norm{stage}", x, 1e-5).permute(0, 3, 1, 2))
+        if stage < 3:
+            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+            x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], dim=3)
+            x = parts.layer_norm(w, f"{prefix}layers.{stage}.downsample.norm", x, 1e-5)
+            x = F.linear(x, w[f"{prefix}layers.{stage}.downsample.reduction.weight"])
+    return maps
 
 
 def unit(w: Weights, key: str, x: Tensor) -> Tensor:
@@ -97,8 +151,8 @@ def unit(w: Weights, key: str, x: Tensor) -> Tensor:
     return parts.norm(w, f"{key}.norm", x) if f"{key}.norm.weight" in w else x
 
 
-def pyramid(w: Weights, x: Tensor, caffe: bool) -> list[Tensor]:
-    maps, levels, top = stages(w, "backbone.bottom_up.", x, 5, caffe), [], 0
+def pyramid(w: Weights, maps: list[Tensor]) -> list[Tensor]:
+    levels, top = [], 0
     for stage in (5, 4, 3, 2):
         top = unit(w, f"backbone.fpn_lateral{stage}", maps[stage - 2]) + top
         levels.insert(0, unit(w, f"backbone.fpn_output{stage}", top))
@@ -116,7 +170,7 @@ def plain_vit(w: Weights, x: Tensor, numerics: dict) -> Tensor:
     i = 0
     while (block := f"backbone.net.blocks.{i}.") + "norm1.weight" in w:
         window = len(w[f"{block}attn.rel_pos_h"]) // 2 + 1
-        y = layer_norm(w, f"{block}norm1", x)
+        y = parts.layer_norm(w, f"{block}norm1", x, 1e-6)
         if window == numerics["window"]:
             height, width = y.shape[1:3]
             padded = F.pad(y, (0, 0, 0, -width % window, 0, -height % window))
@@ -130,13 +184,9 @@ def plain_vit(w: Weights, x: Tensor, numerics: dict) -> Tensor:
         else:
             y = self_attention(w, f"{block}attn.", y, numerics)
         x = x + y
-        y = F.gelu(parts.linear(w, f"{block}mlp.fc1", layer_norm(w, f"{block}norm2", x)))
+        y = F.gelu(parts.linear(w, f"{block}mlp.fc1", parts.layer_norm(w, f"{block}norm2", x, 1e-6)))
         x, i = x + parts.linear(w, f"{block}mlp.fc2", y), i + 1
     return x.permute(0, 3, 1, 2)
-
-
-def layer_norm(w: Weights, key: str, x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], w[f"{key}.weight"], w[f"{key}.bias"], 1e-6)
 
 
 def self_attention(w: Weights, prefix: str, x: Tensor, numerics: dict) -> Tensor:

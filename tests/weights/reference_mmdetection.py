@@ -1,6 +1,6 @@
 """What mmdetection 3.3 computes at inference, from its own keys: Faster, Mask and Cascade R-CNN and RPN, with FPN,
-PAFPN, C4, DC5, deformable RoI pooling and GRoIE. Written from its sources' behaviour; it stands in for the framework in
-tests.
+PAFPN, C4, DC5, deformable RoI pooling and GRoIE, of ResNets, RegNets and Swin transformers. Written from its sources'
+behaviour; it stands in for the framework in tests.
 
 Dimensions: N images, A anchors per cell, R RoIs, C channels, K classes, D detections.
 """
@@ -62,7 +62,12 @@ def preprocess(images: list[Tensor], settings: dict) -> Tensor:
 
 
 def residual_stage(w: Weights, prefix: str, x: Tensor, stride: int, dilation: int, caffe: bool) -> Tensor:
-    names = {"offset": "conv2.conv_offset", "shortcut": "downsample.0", "shortcut_norm": "downsample.1"}
+    names = {
+        "offset": "conv2.conv_offset",
+        "shortcut": "downsample.0",
+        "shortcut_norm": "downsample.1",
+        "squeeze": "none",
+    }
     names |= {f"conv{i}": f"conv{i}" for i in (1, 2, 3)} | {f"norm{i}": f"bn{i}" for i in (1, 2, 3)}
     block = 0
     while f"{prefix}.{block}.conv1.weight" in w:
@@ -76,14 +81,50 @@ def residual_stage(w: Weights, prefix: str, x: Tensor, stride: int, dilation: in
 
 
 def backbone(w: Weights, x: Tensor, caffe: bool, strides: list[int]) -> list[Tensor]:
-    """Maps of the stages that there are; with a single stride of 16 a fourth one is dilated instead."""
+    """Maps of the stages that there are; with a single stride of 16 a fourth one is dilated instead. A RegNet's stem is
+    3 x 3, and it halves the map in its first stage instead of pooling."""
+    if "backbone.norm0.weight" in w:
+        return swin(w, x)
+    regnet, maps = w["backbone.conv1.weight"].shape[2] == 3, []
     x = parts.norm(w, "backbone.bn1", parts.conv(w, "backbone.conv1", x, 2)).relu()
-    x, maps = F.max_pool2d(x, 3, 2, 1), []
+    x = x if regnet else F.max_pool2d(x, 3, 2, 1)
     for stage in range(1, 5):
         if f"backbone.layer{stage}.0.conv1.weight" in w:
-            stride, dilation = (1, 2) if stage == 4 and strides == [16] else (1 if stage == 1 else 2, 1)
+            stride, dilation = (1, 2) if stage == 4 and strides == [16] else (1 if stage == 1 and not regnet else 2, 1)
             x = residual_stage(w, f"backbone.layer{stage}", x, stride, dilation, caffe)
             maps.append(x)
+    return maps
+
+
+def swin(w: Weights, x: Tensor) -> list[Tensor]:
+    """Patches of 4 px, and between the stages four cells become one, as F.unfold lays them out; each stage's map has a
+    norm."""
+    names = {
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "fc1": "ffn.layers.0.0",
+        "fc2": "ffn.layers.1",
+        "qkv": "attn.w_msa.qkv",
+    }
+    names |= {"proj": "attn.w_msa.proj", "table": "attn.w_msa.relative_position_bias_table"}
+    projection = w["backbone.patch_embed.projection.weight"], w["backbone.patch_embed.projection.bias"]
+    x, maps = F.conv2d(x, *projection, stride=4).permute(0, 2, 3, 1), []
+    x = parts.layer_norm(w, "backbone.patch_embed.norm", x, 1e-5)
+    for stage in range(4):
+        block = 0
+        while f"backbone.stages.{stage}.blocks.{block}.norm1.weight" in w:
+
+            def at(part: str, block: str = f"backbone.stages.{stage}.blocks.{block}.") -> str:
+                return block + names[part]
+
+            x, block = parts.shifted_windows(w, at, x, shifted=block % 2 == 1), block + 1
+        maps.append(parts.layer_norm(w, f"backbone.norm{stage}", x, 1e-5).permute(0, 3, 1, 2))
+        if stage < 3:
+            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2)).permute(0, 3, 1, 2)
+            height, width = x.shape[2] // 2, x.shape[3] // 2
+            x = F.unfold(x, 2, stride=2).transpose(1, 2).unflatten(1, (height, width))
+            x = parts.layer_norm(w, f"backbone.stages.{stage}.downsample.norm", x, 1e-5)
+            x = F.linear(x, w[f"backbone.stages.{stage}.downsample.reduction.weight"])
     return maps
 
 

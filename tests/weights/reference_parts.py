@@ -55,9 +55,10 @@ def linear(w: Weights, key: str, x: Tensor) -> Tensor:
 
 
 def norm(w: Weights, key: str, x: Tensor) -> Tensor:
-    """Batch norm by its running statistics; without any, group norm of 32 groups, or ViTDet's norm over channels."""
+    """Batch norm by its running statistics; without any, group norm of 32 groups, or, with detectron2's transformers, a
+    norm over channels."""
     weight, bias = w[f"{key}.weight"], w[f"{key}.bias"]
-    if "backbone.net.pos_embed" in w:
+    if "backbone.net.pos_embed" in w or "backbone.bottom_up.norm0.weight" in w:
         variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
         return (x - mean) / (variance + 1e-6).sqrt() * weight[:, None, None] + bias[:, None, None]
     if f"{key}.running_mean" in w:
@@ -66,9 +67,11 @@ def norm(w: Weights, key: str, x: Tensor) -> Tensor:
 
 
 def bottleneck(w: Weights, at: Callable[[str], str], x: Tensor, stride: int, dilation: int, caffe: bool) -> Tensor:
-    """1 x 1, 3 x 3, 1 x 1 and a shortcut; `at` gives the keys of conv1, norm1, ..., offset, shortcut, shortcut_norm.
+    """1 x 1, 3 x 3, 1 x 1 and a shortcut; `at` gives the keys of conv1, norm1, ..., offset, shortcut, shortcut_norm,
+    squeeze, excite.
 
-    The stride is in the first 1 x 1 (caffe) or in the 3 x 3; that one may be deformable (v1: offsets alone).
+    The stride is in the first 1 x 1 (caffe) or in the 3 x 3; that one may be deformable (v1: offsets alone), or squeeze
+    and excite after it.
     """
     first, second = (stride, 1) if caffe else (1, stride)
     out = norm(w, at("norm1"), conv(w, at("conv1"), x, first)).relu()
@@ -79,10 +82,48 @@ def bottleneck(w: Weights, at: Callable[[str], str], x: Tensor, stride: int, dil
     else:
         out = conv(w, at("conv2"), out, second, dilation)
     out = norm(w, at("norm2"), out).relu()
+    if f"{at('squeeze')}.weight" in w:
+        squeezed = conv(w, at("squeeze"), out.mean(dim=(2, 3), keepdim=True)).relu()
+        out = out * conv(w, at("excite"), squeezed).sigmoid()
     out = norm(w, at("norm3"), conv(w, at("conv3"), out))
     if f"{at('shortcut')}.weight" in w:
         x = norm(w, at("shortcut_norm"), conv(w, at("shortcut"), x, stride))
     return (out + x).relu()
+
+
+def layer_norm(w: Weights, key: str, x: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], w[f"{key}.weight"], w[f"{key}.bias"], eps)
+
+
+def shifted_windows(w: Weights, at: Callable[[str], str], x: Tensor, shifted: bool) -> Tensor:
+    """A block of a Swin transformer on a map [N, H, W, C], window by window: padded to whole ones, then shifted. `at`
+    gives the keys of norm1, norm2, table, qkv, proj, fc1, fc2."""
+    heads, side = w[at("table")].shape[1], (math.isqrt(len(w[at("table")])) + 1) // 2
+    (height, width), shift = x.shape[1:3], side // 2
+    y = F.pad(layer_norm(w, at("norm1"), x, 1e-5), (0, 0, 0, -width % side, 0, -height % side))
+    regions = torch.zeros(y.shape[1:3])
+    if shifted:
+        y = y.roll((-shift, -shift), (1, 2))
+        cuts = slice(0, -side), slice(-side, -shift), slice(-shift, None)
+        for number, (rows, columns) in enumerate((rows, columns) for rows in cuts for columns in cuts):
+            regions[rows, columns] = number
+    i, j = (place.flatten() for place in torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
+    down, right = (place[:, None] - place + side - 1 for place in (i, j))
+    position = w[at("table")][down * (2 * side - 1) + right].permute(2, 0, 1)  # [heads, side side, side side]
+    out = torch.zeros_like(y)
+    for top in range(0, y.shape[1], side):
+        for left in range(0, y.shape[2], side):
+            window = slice(top, top + side), slice(left, left + side)
+            q, k, v = linear(w, at("qkv"), y[:, *window].flatten(1, 2)).unflatten(2, (3, heads, -1)).unbind(2)
+            logits = torch.einsum("nqhc,nkhc->nhqk", q * q.shape[-1] ** -0.5, k) + position
+            region = regions[window].flatten()
+            logits = logits + torch.where(region[:, None] == region, 0.0, -100.0)
+            mixed = torch.einsum("nhqk,nkhc->nqhc", logits.softmax(-1), v).flatten(2)
+            out[:, *window] = linear(w, at("proj"), mixed).unflatten(1, (side, side))
+    if shifted:
+        out = out.roll((shift, shift), (1, 2))
+    x = x + out[:, :height, :width]
+    return x + linear(w, at("fc2"), F.gelu(linear(w, at("fc1"), layer_norm(w, at("norm2"), x, 1e-5))))
 
 
 def align(maps: Sequence[Tensor], strides: Sequence[int], rois: Tensor, levels: Tensor, size: int) -> Tensor:

@@ -15,6 +15,7 @@ from detector.weights import apply_presets, build_model, load_foreign, misfit, z
 from detector.weights.loading import read_foreign
 from tests.weights import reference_detectron2
 from tests.weights.reference_parts import Found
+from tests.weights.shapes import Shapes, detectron2_heads, weights
 from tests.weights.test_reference import LIMITS, check_masks, compare, compare_first_stage, limit
 
 pytest.importorskip("timm")
@@ -23,66 +24,29 @@ WINDOW, EVERYWHERE = 14, (1, 3)
 
 def layout(channels=192, depth=4, heads=3, everywhere=EVERYWHERE, wide=32, cascade=False) -> dict[str, list]:
     """Shapes by detectron2's keys."""
-    net, keys = "backbone.net.", {}
+    net, keys = "backbone.net.", Shapes()
     keys[f"{net}pos_embed"] = [1, 14 * 14 + 1, channels]
     keys |= {f"{net}patch_embed.proj.weight": [channels, 3, 16, 16], f"{net}patch_embed.proj.bias": [channels]}
-
-    def layer(name: str, *shape: int, bias: bool = True) -> None:
-        keys[f"{name}.weight"] = [*shape]
-        if bias:
-            keys[f"{name}.bias"] = [shape[0]]
-
-    def unit(name: str, *shape: int) -> None:
-        layer(name, *shape, bias=False)
-        layer(f"{name}.norm", shape[0])
-
     for i in range(depth):
         block = f"{net}blocks.{i}."
         for norm in ("norm1", "norm2"):
-            layer(f"{block}{norm}", channels)
+            keys.layer(f"{block}{norm}", channels)
         side = 64 if i in everywhere else WINDOW
         for table in ("rel_pos_h", "rel_pos_w"):
             keys[f"{block}attn.{table}"] = [2 * side - 1, channels // heads]
-        layer(f"{block}attn.qkv", 3 * channels, channels)
-        layer(f"{block}attn.proj", channels, channels)
-        layer(f"{block}mlp.fc1", 4 * channels, channels)
-        layer(f"{block}mlp.fc2", channels, 4 * channels)
+        keys.layer(f"{block}attn.qkv", 3 * channels, channels)
+        keys.layer(f"{block}attn.proj", channels, channels)
+        keys.layer(f"{block}mlp.fc1", 4 * channels, channels)
+        keys.layer(f"{block}mlp.fc2", channels, 4 * channels)
     for name, shape in (("2.0", [channels, channels // 2]), ("2.3", [channels // 2, channels // 4])):
         keys[f"backbone.simfp_{name}.weight"], keys[f"backbone.simfp_{name}.bias"] = [*shape, 2, 2], [shape[1]]
-    layer("backbone.simfp_2.1", channels // 2)
+    keys.layer("backbone.simfp_2.1", channels // 2)
     keys |= {"backbone.simfp_3.0.weight": [channels, channels // 2, 2, 2], "backbone.simfp_3.0.bias": [channels // 2]}
     for level, first, share in ((2, 4, 4), (3, 1, 2), (4, 0, 1), (5, 1, 1)):
-        unit(f"backbone.simfp_{level}.{first}", wide, channels // share, 1, 1)
-        unit(f"backbone.simfp_{level}.{first + 1}", wide, wide, 3, 3)
-    for i in range(2):
-        layer(f"proposal_generator.rpn_head.conv.conv{i}", wide, wide, 3, 3)
-    layer("proposal_generator.rpn_head.objectness_logits", 3, wide, 1, 1)
-    layer("proposal_generator.rpn_head.anchor_deltas", 12, wide, 1, 1)
-    for stage in [f".{k}" for k in range(3)] if cascade else [""]:
-        for i in range(4):
-            unit(f"roi_heads.box_head{stage}.conv{i + 1}", wide, wide, 3, 3)
-        layer(f"roi_heads.box_head{stage}.fc1", 4 * wide, wide * 49)
-        layer(f"roi_heads.box_predictor{stage}.cls_score", 81, 4 * wide)
-        layer(f"roi_heads.box_predictor{stage}.bbox_pred", 4 if cascade else 320, 4 * wide)
-    for i in range(4):
-        unit(f"roi_heads.mask_head.mask_fcn{i + 1}", wide, wide, 3, 3)
-    keys |= {"roi_heads.mask_head.deconv.weight": [wide, wide, 2, 2], "roi_heads.mask_head.deconv.bias": [wide]}
-    layer("roi_heads.mask_head.predictor", 80, wide, 1, 1)
+        keys.unit(f"backbone.simfp_{level}.{first}", wide, channels // share, 1, 1, norm="layer")
+        keys.unit(f"backbone.simfp_{level}.{first + 1}", wide, wide, 3, 3, norm="layer")
+    detectron2_heads(keys, wide, "layer", cascade)
     return keys
-
-
-def weights(shapes: dict[str, list]) -> dict[str, torch.Tensor]:
-    generator, found = torch.Generator().manual_seed(0), {}
-    for key, shape in shapes.items():
-        fan = max(1, torch.Size(shape[1:]).numel()) if len(shape) > 1 else 100
-        value = torch.randn(shape, generator=generator) * (1.5 / fan**0.5)
-        found[key] = value + 1 if "norm" in key and key.endswith("weight") else value
-    for key in found:
-        if "rel_pos" in key or "pos_embed" in key:
-            found[key] = 0.3 * torch.randn(found[key].shape, generator=generator)
-        if "cls_score.weight" in key:
-            found[key] *= 4
-    return found
 
 
 NUMERICS = {
