@@ -21,7 +21,7 @@ VIT = ["backbone@model.backbone=vit", "neck@model.neck=simple_pyramid"]
 TIMM = {
     "timm": ["model.backbone.name=resnet18"],
     **{name: [] for name in ("convnext_tiny", "swin", "swin_tiny")},
-    **{name: [] for name in ("mask_rcnn_vitdet", "cascade_mask_rcnn_vitdet", "cascade_mask_rcnn_swin")},
+    **{name: [] for name in ("mask_rcnn_vitdet", "cascade_mask_rcnn_vitdet", "cascade_swin")},
     **{"vit": VIT, "simple_pyramid": VIT},
 }
 SMALL = {  # keys that are made small where a config has them
@@ -48,6 +48,7 @@ LOSSES = {  # beside the usual ones
     "mask_scoring_rcnn": {"loss_mask_iou"},
     "pointrend_rcnn": {"loss_mask", "loss_point"},
     "htc": {"loss_mask"},
+    "cascade_swin": {"loss_mask"},
     "attribute_rcnn": {"loss_attributes"},
 }
 

@@ -128,6 +128,9 @@ def attend(attention: Any, x: Tensor, apart: Tensor | None) -> Tensor:
     x = from_windows(found, side, (x.shape[1], x.shape[2]), x.shape[0])
     if half:
         x = x.roll((half, half), (1, 2))
+    if torch.compiler.is_exporting():  # a slice would ask whether there is something to cut off
+        rows, columns = (torch.arange(length, device=x.device) for length in (height, width))
+        return x.index_select(1, rows).index_select(2, columns)
     return x[:, :height, :width]
 
 

@@ -227,12 +227,12 @@ def attend(
     if window is None:
         return attended(attention, x, grid, rope)
     images = x.shape[0]
-    patches = to_windows(x[:, tokens:].unflatten(1, grid), window)
+    patches = to_windows(to_whole(x[:, tokens:].unflatten(1, grid), window), window)
     count = patches.shape[0] // images
     if tokens:
         patches = torch.cat([x[:, :tokens].repeat_interleave(count, dim=0), patches], dim=1)
     if rope is not None:
-        rope = to_windows(rope.view(1, *grid, -1), window).repeat(images, 1, 1)[:, None]
+        rope = to_windows(to_whole(rope.view(1, *grid, -1), window), window).repeat(images, 1, 1)[:, None]
     found = attended(attention, patches, (window, window), rope)
     x = from_windows(found[:, tokens:], window, grid, images).flatten(1, 2)
     if tokens:
@@ -255,8 +255,7 @@ def to_whole(x: Tensor, side: int) -> Tensor:
 
 
 def to_windows(x: Tensor, side: int) -> Tensor:
-    """[N windows, side side, C], row by row, of a map [N, H, W, C] padded to whole windows."""
-    x = to_whole(x, side)
+    """[N windows, side side, C], row by row, of a map [N, H, W, C] of whole windows."""
     x = x.unflatten(2, (x.shape[2] // side, side)).unflatten(1, (x.shape[1] // side, side))
     return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 

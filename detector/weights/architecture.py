@@ -45,6 +45,7 @@ SWINS = {  # timm's names by channels, blocks of the third stage, and side of th
     (128, 18, 12): "swin_base_patch4_window12_384",
     (192, 18, 12): "swin_large_patch4_window12_384",
 }
+BODIES = {"backbone.stride_in_1x1": ".ResNet", "backbone.fixed_statistics": ".TimmBackbone"}  # that have the setting
 PYRAMID_SIZES, SINGLE_SIZES = [[32], [64], [128], [256], [512]], [[32, 64, 128, 256, 512]]
 
 
@@ -337,12 +338,15 @@ def roi(state: dict[str, Tensor], head: str) -> dict[str, Any]:
 
 
 def apply_presets(config: dict[str, Any], presets: dict[str, Any]) -> None:
-    """Put the presets into a model config; those of parts that it does not have are left out."""
+    """Put the presets into a model config; those of parts that it does not have, or of another kind of backbone, are
+    left out."""
     for path, value in presets.items():
         *parents, leaf = path.split(".")
         node = config
         for name in parents:
             node = node.get(name) if isinstance(node, dict) else None
+        if node is not None and not node.get("_target_", "").endswith(BODIES.get(path, "")):
+            continue
         # a RoI method of the user's choice is not what the weights were trained with: it keeps its own settings
         if node is not None and (parents[-1:] != ["roi"] or node["_target_"].endswith(".RoIAlign")):
             node[leaf] = value

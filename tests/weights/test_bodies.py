@@ -269,6 +269,14 @@ def test_settings_in_the_file_win():
     assert {key: presets[key] for key in RGB} == RGB and presets["backbone.fixed_statistics"]
 
 
+@pytest.mark.parametrize("body, theirs", [("convnext_tiny", "stride_in_1x1"), ("resnet50", "fixed_statistics")])
+def test_settings_of_one_kind_of_body_are_none_of_another(body, theirs):
+    """Weights that start a model with another backbone (weights.strict=false) leave its settings alone."""
+    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / "backbone" / f"{body}.yaml"))
+    apply_presets({"backbone": config}, {f"backbone.{theirs}": True})
+    assert theirs not in config
+
+
 def test_other_bodies_are_refused():
     deformable = mmdet_regnet() | {"backbone.layer2.0.conv2.conv_offset.weight": [27, 56, 3, 3]}
     with pytest.raises(ValueError, match="mmdet weights: a RegNet with deformable convolutions, which timm's RegNets"):
