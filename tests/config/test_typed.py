@@ -98,7 +98,7 @@ def received(monkeypatch):
             return validate.Report()
 
         monkeypatch.setattr(config_program, "start", take)
-        monkeypatch.setattr(validate, "validate", take)
+        monkeypatch.setattr(validate, "report_on", take)
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
         monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
         monkeypatch.setattr(sys, "argv", ["program", *arguments])
