@@ -129,7 +129,7 @@ def validate(
         raise ConfigError(explain(error, "train", typed + place)) from error
     hydras, cfg = cfg.hydra, OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
     prepare(cfg, hydras, train)
-    report = report_on(cfg, images, pictures, step, suggest)
+    report = report_on(cfg, images=images, pictures=pictures, step=step, suggest=suggest)
     choices = hydras.runtime.choices
     report.looked_at = f"experiment={choices.experiment} model={choices.model} data={choices.data}"
     kept = [text for text in given if text.partition("=")[0] not in report.suggestions]

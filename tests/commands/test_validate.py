@@ -331,6 +331,6 @@ def test_a_setting_that_cannot_work(monkeypatch, capsys, folder):
 def test_the_methods_settings_reach_the_heads(monkeypatch, capsys, folder):
     """As in training: roi.gamma is of every head that has the method."""
     seen = []
-    monkeypatch.setattr(validate, "report_on", lambda cfg, *_: seen.append(cfg) or validate.Report())
+    monkeypatch.setattr(validate, "report_on", lambda cfg, **_: seen.append(cfg) or validate.Report())
     run(monkeypatch, capsys, folder, "roi=deformable", "roi.gamma=0.3", "model.mask_head=null")
     assert seen[0].model.box_head.roi.gamma == 0.3 and seen[0].model.mask_head is None
