@@ -19,7 +19,8 @@ Dimensions: P proposals, R RoIs, D detections, K classes, L levels.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 
@@ -185,6 +186,14 @@ def check_exportable(model: nn.Module) -> None:
         raise ValueError(f"this model cannot be exported: {'; '.join(wrong)}. Its weights travel as .safetensors")
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep back what nobody who exports can mend: torchvision's NMS asks for sizes by an old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*create_unbacked_symint", FutureWarning)
+        yield
+
+
 def export_program(
     model: nn.Module, size: tuple[int, int] | None = None, precision: str = "fp32"
 ) -> torch.export.ExportedProgram:
@@ -207,8 +216,7 @@ def export_program(
     images = torch.randint(0, 256, (1, len(model.pixel_mean), height, width), dtype=torch.uint8, device=device)
     arguments = images, torch.tensor([height, width], device=device)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*create_unbacked_symint", FutureWarning)  # torchvision's NMS asks so
+        with torch.no_grad(), without_warnings():
             return torch.export.export(exportable, arguments, dynamic_shapes=None if size else (sides, {}))
     except torch._dynamo.exc.UserError as error:
         if size:
@@ -263,15 +271,16 @@ def save_onnx(program: torch.export.ExportedProgram, outputs: Sequence[str], pat
         raise ValueError(f"{path}: ONNX has no form of {', '.join(sorted(unknown))}; torch.export has: name it .pt2")
     if any(getattr(node.meta.get("val"), "dtype", None) == torch.bfloat16 for node in nodes):
         raise ValueError(f"{path}: ONNX's convolutions take no bf16: export with precision fp16, or name it .pt2")
-    exported = torch.onnx.export(
-        program,
-        dynamo=True,
-        opset_version=18,
-        input_names=["images", "image_size"],
-        output_names=list(outputs),
-        custom_translation_table=translations(),
-        verbose=False,
-    )
+    with without_warnings():
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=18,
+            input_names=["images", "image_size"],
+            output_names=list(outputs),
+            custom_translation_table=translations(),
+            verbose=False,
+        )
     # the exporter leaves what is made of large weights, such as their half-precision form, to be made in every run
     fold_constants(exported.model, input_size_limit=1 << 40, output_size_limit=1 << 40)
     remove_unused_nodes(exported.model)
