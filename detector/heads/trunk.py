@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, conv1x1
 
-from detector.ops.layers import conv_block, init_kaiming, init_uniform, norm_layer
+from detector.ops.layers import conv_block, init_kaiming, init_uniform, norm_layer, prefers_channels_last
 
 
 class FCTrunk(nn.Module):
@@ -71,8 +71,9 @@ class RoILinear(nn.Conv2d):
     def forward(self, features: Tensor) -> Tensor:
         if features.is_contiguous():
             return F.linear(features.flatten(1), self.weight.flatten(1), self.bias)
-        # as a convolution it is fastest on a CPU, but the gradient takes more memory
-        if features.device.type == "cpu" and not torch.is_grad_enabled():
+        # as a convolution it is fastest on a CPU with AVX-512, where the gradient takes more memory; on others slowest
+        on_cpu = features.device.type == "cpu" and prefers_channels_last(features.device)
+        if on_cpu and not torch.is_grad_enabled():
             return super().forward(features).flatten(1)
         features, weight = (t.permute(0, 2, 3, 1).flatten(1) for t in (features, self.weight))
         return F.linear(features, weight, self.bias)
