@@ -89,17 +89,16 @@ def sources_of(given: str | Sequence[str], pictures: Pictures, rate: float) -> l
         videos = names  # of a suffix that nobody knows: OpenCV may
     if not videos and all(Path(name).is_dir() for name in names):
         folders = [folder for name in names for folder in _folders(Path(name))]
-        if len(folders) > 1:
+        if folders:  # one that lies alone in a folder keeps its own name
             return [
-                Pages(name, sorted(find_images(str(folder), "input"), key=in_order), pictures, rate)
+                Pages(name or "frames", sorted(find_images(str(folder), "input"), key=in_order), pictures, rate)
                 for name, folder in folders
             ]
     if not videos:
         paths = find_images(names, "input")
         if len(names) == 1:
             paths.sort(key=in_order)
-        name = Path(names[0]).name if len(names) == 1 and Path(names[0]).is_dir() else paths[0].parent.name
-        return [Pages(name or "frames", paths, pictures, rate)]
+        return [Pages(paths[0].parent.name or "frames", paths, pictures, rate)]
     if len(videos) == 1:
         return [Video(videos[0], pictures)]
     found = []

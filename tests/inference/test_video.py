@@ -21,6 +21,7 @@ import detector
 from detector.commands import predict as program
 from detector.commands import predict_video
 from detector.commands.predict import predict_files
+from detector.commands.sources import sources_of
 from detector.config import ConfigError, RunError
 from detector.data import Pictures
 from detector.inference import video as videos
@@ -371,3 +372,12 @@ def test_memory_does_not_grow_with_the_length():
 def test_order():
     assert sorted(["f10", "f9", "a2b10", "a2b9"], key=in_order) == ["a2b9", "a2b10", "f9", "f10"]
     assert videos.is_video("rtsp://camera/1") and videos.is_video("A.MP4") and not videos.is_video("a.png")
+
+
+def test_a_video_that_lies_alone_in_a_folder_keeps_its_own_name(tmp_path):
+    """So that it is met again in the data set's annotations."""
+    (tmp_path / "val" / "0007").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "val" / "0007" / "000000.jpg")
+    for given in (tmp_path / "val", tmp_path / "val" / "0007"):
+        [source] = sources_of(str(given), Pictures(), 25.0)
+        assert source.name == "0007"
