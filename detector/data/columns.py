@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -136,6 +137,27 @@ def chosen(block: Mapping, rows: np.ndarray) -> dict[str, np.ndarray]:
     own = np.flatnonzero(rows)
     lists = {name: starts_of(block[name + COUNTS]) for name in block if name + COUNTS in block}
     return {name: cut(values, lists[name], own)[0] if name in lists else values[own] for name, values in block.items()}
+
+
+def image_columns(
+    ids: np.ndarray,
+    sizes: np.ndarray,
+    names: Sequence[str],
+    negative: Sequence[Sequence[int]],
+    unsure: Sequence[Sequence[int]],
+) -> dict[str, np.ndarray]:
+    """Images as a block: ids [n] int64, sizes [n, 2] int32 (height, width), file names, and LVIS's lists of labels."""
+    texts = [name.encode() for name in names]
+    columns = {
+        "id": ids,
+        "size": sizes,
+        "names": np.frombuffer(b"".join(texts), np.uint8),
+        "names_counts": counts_of(texts),
+    }
+    for name, lists in (("negative", negative), ("unsure", unsure)):
+        columns[name] = np.array(list(chain.from_iterable(lists)), np.int32)
+        columns[name + COUNTS] = counts_of(lists)
+    return columns
 
 
 def order_of(keys: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from detector.data.annotations import starts_of
-from detector.data.columns import chosen, counts_of
+from detector.data.columns import chosen, counts_of, image_columns
 from detector.data.json_lists import RAW
 
 EDGE = 1e-2  # pixels: the least size of a box that is learnt from, and of what lies in the image
@@ -70,14 +70,11 @@ class PlainImages:
         self.listed = all(image.neg_category_ids is not None for image in found)  # LVIS's lists
 
     def columns(self, label_of: dict[int, int], federated: bool) -> dict[str, np.ndarray]:
-        texts = [name.encode() for name in self.names]
-        columns = {"id": self.ids, "size": self.sizes}
-        columns |= {"names": np.frombuffer(b"".join(texts), np.uint8), "names_counts": counts_of(texts)}
-        for key, name in (("negative", "neg_category_ids"), ("unsure", "not_exhaustive_category_ids")):
-            lists = [getattr(image, name) or () for image in self.found] if federated else [()] * len(self.found)
-            lists = [[label_of[id_] for id_ in ids if id_ in label_of] for ids in lists]
-            columns |= {key: np.array(list(chain.from_iterable(lists)), np.int32), f"{key}_counts": counts_of(lists)}
-        return columns
+        lists = ([], [])
+        for labels, name in zip(lists, ("neg_category_ids", "not_exhaustive_category_ids")):
+            groups = [getattr(image, name) or () for image in self.found] if federated else [()] * len(self.found)
+            labels += [[label_of[id_] for id_ in ids if id_ in label_of] for ids in groups]
+        return image_columns(self.ids, self.sizes, self.names, *lists)
 
 
 def plain_images(data: bytes, max_pixels: int | None) -> PlainImages | None:

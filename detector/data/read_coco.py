@@ -26,7 +26,7 @@ from pycocotools import mask as rle_tools
 
 from detector.data.annotations import Annotations, Truth, starts_of
 from detector.data.attributes import AttributeReader, Groups, Said, encode
-from detector.data.columns import Columns, Rows, Seen, chosen, counts_of, interleave, order_of
+from detector.data.columns import Columns, Rows, Seen, chosen, counts_of, image_columns, interleave, order_of
 from detector.data.json_lists import Block, JsonList, blocks_of, read_lists
 from detector.data.outlines import rle_counts, run_rings
 from detector.data.plain import EDGE, FAR, OUT, plain_images, plain_objects
@@ -409,7 +409,7 @@ class _Reader:
         self.label_of = {id_: label for label, id_ in enumerate(classes.ids, 1)}
         self.federated = False
         self.images, self.objects, self.boxes_seen = Columns(), Columns(), Boxes()
-        self.images.append(_image_columns([]), 0)
+        self.images.append(_block_of([]), 0)
         self.objects.append(self._kept(self._columns([])), 0)
         self.num_learnt = self.num_learnt_crowds = 0
         self.maskless, self.crowds, self.any_mask = Places(), Places(), False
@@ -451,7 +451,7 @@ class _Reader:
                 or names.has(hashes).any()
             ):
                 images = self._read_one_by_one(block, ids, names, wrong)
-                columns = _image_columns(images)
+                columns = _block_of(images)
                 hashes = np.array([hash(image.file_name) for image in images], np.int64)
             else:
                 self.federated &= found.listed
@@ -938,20 +938,10 @@ def _read_polygons(segmentation: Sequence, size: tuple[int, int], notice: Callab
 # --------------------------------------------------------------------------------------------------------------- arrays
 
 
-def _image_columns(images: list[_Image]) -> dict[str, np.ndarray]:
-    """Images as a block of columns."""
-    names = [image.file_name.encode() for image in images]
-    columns = {
-        "id": np.array([image.id for image in images], np.int64),
-        "size": np.array([(image.height, image.width) for image in images], np.int32).reshape(-1, 2),
-        "names": np.frombuffer(b"".join(names), np.uint8),
-        "names_counts": counts_of(names),
-    }
-    for key in ("negative", "unsure"):
-        lists = [getattr(image, key) for image in images]
-        columns[key] = np.array([label for labels in lists for label in labels], np.int32)
-        columns[f"{key}_counts"] = counts_of(lists)
-    return columns
+def _block_of(images: list[_Image]) -> dict[str, np.ndarray]:
+    ids, names, heights, widths, negative, unsure = zip(*images) if images else [()] * len(_Image._fields)
+    sizes = np.stack([np.array(heights, np.int32), np.array(widths, np.int32)], axis=1)
+    return image_columns(np.array(ids, np.int64), sizes, names, negative, unsure)
 
 
 def _among(seen: Seen, values: Sequence[int]) -> set[int]:

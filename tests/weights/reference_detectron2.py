@@ -123,26 +123,14 @@ def regnet(w: Weights, x: Tensor) -> list[Tensor]:
 
 def swin(w: Weights, x: Tensor) -> list[Tensor]:
     """Patches of 4 px, and between the stages four cells, column by column, become one; each stage's map has a norm."""
-    prefix, maps = "backbone.bottom_up.", []
     names = {"norm1": "norm1", "norm2": "norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2", "qkv": "attn.qkv"}
     names |= {"proj": "attn.proj", "table": "attn.relative_position_bias_table"}
-    x = F.conv2d(x, w[f"{prefix}patch_embed.proj.weight"], w[f"{prefix}patch_embed.proj.bias"], 4).permute(0, 2, 3, 1)
-    x = parts.layer_norm(w, f"{prefix}patch_embed.norm", x, 1e-5)
-    for stage in range(4):
-        block = 0
-        while f"{prefix}layers.{stage}.blocks.{block}.norm1.weight" in w:
 
-            def at(part: str, block: str = f"{prefix}layers.{stage}.blocks.{block}.") -> str:
-                return block + names[part]
+    def merge(x: Tensor) -> Tensor:
+        return torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], dim=3)
 
-            x, block = parts.shifted_windows(w, at, x, shifted=block % 2 == 1), block + 1
-        maps.append(parts.layer_norm(w, f"{prefix}norm{stage}", x, 1e-5).permute(0, 3, 1, 2))
-        if stage < 3:
-            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-            x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], dim=3)
-            x = parts.layer_norm(w, f"{prefix}layers.{stage}.downsample.norm", x, 1e-5)
-            x = F.linear(x, w[f"{prefix}layers.{stage}.downsample.reduction.weight"])
-    return maps
+    body = "backbone.bottom_up"
+    return parts.swin(w, x, f"{body}.patch_embed.proj", f"{body}.norm", f"{body}.layers", names, merge)
 
 
 def unit(w: Weights, key: str, x: Tensor) -> Tensor:

@@ -107,25 +107,12 @@ def swin(w: Weights, x: Tensor) -> list[Tensor]:
         "qkv": "attn.w_msa.qkv",
     }
     names |= {"proj": "attn.w_msa.proj", "table": "attn.w_msa.relative_position_bias_table"}
-    projection = w["backbone.patch_embed.projection.weight"], w["backbone.patch_embed.projection.bias"]
-    x, maps = F.conv2d(x, *projection, stride=4).permute(0, 2, 3, 1), []
-    x = parts.layer_norm(w, "backbone.patch_embed.norm", x, 1e-5)
-    for stage in range(4):
-        block = 0
-        while f"backbone.stages.{stage}.blocks.{block}.norm1.weight" in w:
 
-            def at(part: str, block: str = f"backbone.stages.{stage}.blocks.{block}.") -> str:
-                return block + names[part]
+    def merge(x: Tensor) -> Tensor:
+        cells = x.shape[1] // 2, x.shape[2] // 2
+        return F.unfold(x.permute(0, 3, 1, 2), 2, stride=2).transpose(1, 2).unflatten(1, cells)
 
-            x, block = parts.shifted_windows(w, at, x, shifted=block % 2 == 1), block + 1
-        maps.append(parts.layer_norm(w, f"backbone.norm{stage}", x, 1e-5).permute(0, 3, 1, 2))
-        if stage < 3:
-            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2)).permute(0, 3, 1, 2)
-            height, width = x.shape[2] // 2, x.shape[3] // 2
-            x = F.unfold(x, 2, stride=2).transpose(1, 2).unflatten(1, (height, width))
-            x = parts.layer_norm(w, f"backbone.stages.{stage}.downsample.norm", x, 1e-5)
-            x = F.linear(x, w[f"backbone.stages.{stage}.downsample.reduction.weight"])
-    return maps
+    return parts.swin(w, x, "backbone.patch_embed.projection", "backbone.norm", "backbone.stages", names, merge)
 
 
 def pyramid(w: Weights, maps: list[Tensor]) -> list[Tensor]:

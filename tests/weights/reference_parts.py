@@ -126,6 +126,35 @@ def shifted_windows(w: Weights, at: Callable[[str], str], x: Tensor, shifted: bo
     return x + linear(w, at("fc2"), F.gelu(linear(w, at("fc1"), layer_norm(w, at("norm2"), x, 1e-5))))
 
 
+def swin(
+    w: Weights,
+    x: Tensor,
+    patch: str,
+    norm: str,
+    blocks: str,
+    names: Mapping[str, str],
+    merge: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
+    """The maps of a Swin transformer's four stages, each with a norm of its own, of images [N, 3, H, W].
+
+    patch, norm, blocks: keys of the first convolution, of the maps' norms and of blocks, without the numbers. names: of
+    what is in a block. merge: what a stage's map becomes for the next one.
+    """
+    x = F.conv2d(x, w[f"{patch}.weight"], w[f"{patch}.bias"], 4).permute(0, 2, 3, 1)
+    x, maps = layer_norm(w, f"{patch.rpartition('.')[0]}.norm", x, 1e-5), []
+    for stage in range(4):
+        block = 0
+        while f"{(start := f'{blocks}.{stage}.blocks.{block}.')}norm1.weight" in w:
+            keys = {part: start + name for part, name in names.items()}
+            x, block = shifted_windows(w, keys.__getitem__, x, shifted=block % 2 == 1), block + 1
+        maps.append(layer_norm(w, f"{norm}{stage}", x, 1e-5).permute(0, 3, 1, 2))
+        if stage < 3:
+            x = merge(F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2)))
+            x = layer_norm(w, f"{blocks}.{stage}.downsample.norm", x, 1e-5)
+            x = F.linear(x, w[f"{blocks}.{stage}.downsample.reduction.weight"])
+    return maps
+
+
 def align(maps: Sequence[Tensor], strides: Sequence[int], rois: Tensor, levels: Tensor, size: int) -> Tensor:
     """RoI Align, aligned and adaptive, of rois [R, 5] from the map of each one's level: [R, C, size, size]."""
     out = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size)

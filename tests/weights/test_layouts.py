@@ -70,6 +70,15 @@ def test_every_key_is_used_once_and_fits(shared, name):
     assert presets["rpn.post_nms_top_n"][0] == (2000 if single or cascade else 1500 if "keypoint" in name else 1000)
 
 
+def model_of(shapes: dict[str, list[int]]) -> torch.nn.Module:
+    """The model, without memory, that every one of mmdetection's tensors of these names and shapes has a place in."""
+    with torch.device("meta"):
+        (state, presets), source, *_ = read_foreign({key: torch.empty(shape) for key, shape in shapes.items()})
+        model = hydra.utils.instantiate(model_config(state, presets), _convert_="all")
+    assert source == "mmdet" and len(state) == len(shapes) and not misfit(model, state)
+    return model
+
+
 def test_mmdetections_mask_scoring(shared):
     """Its keys beside those of Mask R-CNN, as MaskIoUHead names them: convolutions, layers, an IoU per class."""
     shapes = read_layout(shared, "mmdet-mask-rcnn_r50_fpn_1x_coco")["state_dict"]
@@ -77,10 +86,7 @@ def test_mmdetections_mask_scoring(shared):
     layers = convs | {"fcs.0": [1024, 256 * 49], "fcs.1": [1024, 1024], "fc_mask_iou": [80, 1024]}
     for name, shape in layers.items():
         shapes |= {f"roi_head.mask_iou_head.{name}.weight": shape, f"roi_head.mask_iou_head.{name}.bias": shape[:1]}
-    with torch.device("meta"):
-        (state, presets), source, *_ = read_foreign({key: torch.empty(shape) for key, shape in shapes.items()})
-        model = hydra.utils.instantiate(model_config(state, presets), _convert_="all")
-    assert source == "mmdet" and len(state) == len(shapes) and not misfit(model, state)
+    model = model_of(shapes)
     assert type(model.mask_head).__name__ == "MaskScoringHead"
 
 
@@ -93,10 +99,7 @@ def test_mmdetections_point_rend(shared):
     layers |= {f"point_head.fcs.{i}.conv": [256, 336, 1] for i in range(3)} | {"point_head.fc_logits": [80, 336, 1]}
     for name, shape in layers.items():
         shapes |= {f"roi_head.{name}.weight": shape, f"roi_head.{name}.bias": shape[:1]}
-    with torch.device("meta"):
-        (state, presets), source, *_ = read_foreign({key: torch.empty(shape) for key, shape in shapes.items()})
-        model = hydra.utils.instantiate(model_config(state, presets), _convert_="all")
-    assert source == "mmdet" and len(state) == len(shapes) and not misfit(model, state)
+    model = model_of(shapes)
     assert type(model.mask_head).__name__ == "PointRendHead"
 
 
@@ -106,10 +109,7 @@ def test_mmdetections_hybrid_task_cascade(shared):
     for k in (1, 2):
         name = f"roi_head.mask_head.{k}.conv_res.conv"
         shapes |= {f"{name}.weight": [256, 256, 1, 1], f"{name}.bias": [256]}
-    with torch.device("meta"):
-        (state, presets), source, *_ = read_foreign({key: torch.empty(shape) for key, shape in shapes.items()})
-        model = hydra.utils.instantiate(model_config(state, presets), _convert_="all")
-    assert source == "mmdet" and len(state) == len(shapes) and not misfit(model, state)
+    model = model_of(shapes)
     assert type(model.mask_head).__name__ == "HybridMaskHead" and len(model.mask_head.flow) == 2
 
 
