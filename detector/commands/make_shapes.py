@@ -286,10 +286,17 @@ def categories(kind: str) -> list[dict]:
 
 
 def main() -> None:
-    if "--video" in sys.argv[1:]:
-        from detector.commands.moving import main as videos
+    from detector.commands.moving import main as videos
 
-        return videos()
+    try:
+        videos() if "--video" in sys.argv[1:] else pictures()
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def pictures() -> None:
+    """The command without --video."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=list(NAMES), default="shapes", help="what to draw")
     parser.add_argument("--out", type=Path, help="folder to write to (default: data/KIND)")
@@ -301,8 +308,4 @@ def main() -> None:
     options = vars(parser.parse_args())
     options["out"] = options["out"] or Path("data") / options["kind"]
     readable_streams()
-    try:
-        make_shapes(**options)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    make_shapes(**options)

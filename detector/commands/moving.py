@@ -14,7 +14,6 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -181,8 +180,4 @@ def main() -> None:
     options = vars(parser.parse_args())
     options.pop("video")
     readable_streams()
-    try:
-        make_videos(**options)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    make_videos(**options)
