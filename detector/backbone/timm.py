@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detector.ops.layers import count_once
+from detector.ops.layers import BATCH_NORM, count_once
 
 
 def known_model(name: str) -> None:
@@ -99,7 +99,7 @@ class TimmBackbone(nn.Module):
     def train(self, mode: bool = True) -> TimmBackbone:
         super().train(mode)
         for module in self.modules() if self.fixed_statistics else ():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, BATCH_NORM):
                 module.eval()
         return self
 

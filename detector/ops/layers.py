@@ -46,6 +46,8 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
         return F.batch_norm(x, *statistics, training=False, eps=self.eps)
 
 
+BATCH_NORM = nn.modules.batchnorm._BatchNorm  # of all dimensions, synchronised or not
+
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "frozen_batch_norm": FrozenBatchNorm,
     "plain_frozen_batch_norm": partial(FrozenBatchNorm, fold=False),
@@ -133,7 +135,7 @@ def count_once(model: nn.Module) -> None:
     """Let the batch norms of a model leave their running statistics alone in a backward pass, where `checkpointed`
     parts are computed again: there they count into copies."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+        if isinstance(module, BATCH_NORM) and module.running_mean is not None:
             module.register_forward_pre_hook(_take_copies)
             module.register_forward_hook(_put_back, always_call=True)  # a part may end early, by an exception
 
