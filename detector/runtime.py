@@ -224,12 +224,31 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+BF16_UNITS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # torch.cpu.get_capabilities(): x86's two and Arm's
+
+
+def chosen_precision(device: torch.device, precision: str) -> str:
+    """`auto` as bf16 where the device multiplies matrices in it by instructions of its own, as fp32 elsewhere; another
+    precision as it is.
+
+    On processors without such instructions bf16 is emulated, several times slower than fp32. Before PyTorch tells what
+    a processor can do (torch.cpu.get_capabilities), `auto` is fp32 there.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        known = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        able = any(known.get(unit, False) for unit in BF16_UNITS)
+    return "bf16" if able else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to bf16 or fp16; nothing for fp32. Raises ValueError for another precision."""
+    """Autocast to bf16 or fp16; nothing for fp32; auto: as `chosen_precision` has it. Raises ValueError for another."""
+    precision = chosen_precision(device, precision)
     if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
+        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}, auto")
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 

@@ -96,7 +96,7 @@ class Runtime:
     """Where and how the run is executed. Nothing here changes what is learned, beyond rounding."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     workers: int = 2  # data-loading processes of each rank
     threads: int | None = None  # CPU threads of each rank; null: torch's choice
     compile: bool = False  # backbone, neck and the RPN's layers, whose shapes stay

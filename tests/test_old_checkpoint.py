@@ -44,7 +44,7 @@ OLD = [
         "model.mask_head.upsample_channels=4",
     ),
     *("model.mask_head.roi.predictor_width=8", "training.batch_size=4", "evaluation.every=null"),
-    *("runtime.device=cpu", "runtime.threads=1", "runtime.workers=0", "runtime.log_every=1"),
+    *("runtime.device=cpu", "runtime.precision=fp32", "runtime.threads=1", "runtime.workers=0", "runtime.log_every=1"),
     *("runtime.tensorboard=false", "runtime.pictures_every=null", "runtime.checkpoint_every=300"),
 ]
 

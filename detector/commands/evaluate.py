@@ -56,7 +56,7 @@ from detector.inference.load import load, merge
 from detector.inference.predict import Detector
 from detector.inference.tiles import results_by_image, tiles_of
 from detector.inference.tta import Augmented
-from detector.runtime import start_ranks
+from detector.runtime import chosen_precision, start_ranks
 from detector.settings import COCO_LIMITS, Runtime, check_limits
 from detector.weights.downloads import is_address
 
@@ -73,7 +73,7 @@ def evaluate_checkpoint(
     max_detections: list[int] | None = None,
     batch_size: int = 8,
     device: str = "auto",
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
     workers: int = 2,
     threads: int | None = None,
     flip: bool = False,
@@ -100,6 +100,7 @@ def evaluate_checkpoint(
     with config_errors("runtime"):
         runtime = Runtime(device=device, precision=precision, workers=workers, threads=threads)
     world = start_ranks(runtime)
+    settings["precision"] = precision = chosen_precision(world.device, precision)
     detector = load(checkpoint, world.device, model, trust)
     data, network = merge(detector.config["data"], data or {}), detector.model
     proposals_only = network.box_head is None

@@ -45,7 +45,7 @@ def write_features(
     stage: int = 0,
     on_error: Literal["raise", "skip"] = "raise",
     device: str = "auto",
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
     trust: str | list[str] | None = None,
 ) -> Path:
     """Write the .npz, which is whole or not there; returns its path. configs/features.yaml explains the arguments."""

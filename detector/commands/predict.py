@@ -46,7 +46,7 @@ from detector.inference.result import Result, with_area
 from detector.inference.tiles import Masks, find, tiles_of
 from detector.inference.tracks import LEAST, Tracking, check_tracker
 from detector.inference.video import USUAL_RATE, Span, is_video
-from detector.runtime import start_ranks
+from detector.runtime import chosen_precision, start_ranks
 from detector.settings import Runtime
 from detector.structures import Detections
 from detector.structures import each as each_field
@@ -79,7 +79,7 @@ def predict_files(
     max_pixels: int | None = None,
     device: str = "auto",
     paste: Literal["aligned", "torchvision"] = "aligned",
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
     data: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
     trust: str | list[str] | None = None,
@@ -110,6 +110,7 @@ def predict_files(
     paths = [] if images is None else find_images(images)
     with config_errors("device"):
         world = start_ranks(Runtime(device=device))
+    precision = chosen_precision(world.device, precision)
     detector = load(checkpoint, world.device, model, trust)
     least, said = detector.least_score(threshold)
     box_head = detector.model.box_head

@@ -28,7 +28,7 @@ from detector.engine.state import Run, State
 from detector.evaluation.fit import check_training, rehearse
 from detector.evaluation.operating_point import describe
 from detector.evaluation.tables import summary_table
-from detector.runtime import set_random_state
+from detector.runtime import chosen_precision, set_random_state
 from detector.settings import COCO_LIMITS, Evaluation, Training
 from detector.structures import Batch, Targets
 from detector.weights.start import Weights
@@ -171,6 +171,8 @@ def introduce(run: Run, state: State, checkpoint: Mapping[str, Any] | None, weig
         f"{name}: {type(op).__name__}, {op.output_size[0]} x {op.output_size[1]} bins" for name, op in ops.items()
     ]
     parts = [type(part).__name__ for part in (model.backbone, model.neck, model.rpn)]
+    wanted, precision = run.runtime.precision, chosen_precision(world.device, run.runtime.precision)
+    precision += " (runtime.precision=auto)" if wanted == "auto" else ""
     ranks = f", {world.size} ranks" if world.size > 1 else ""
     threads = f", {torch.get_num_threads()} threads" if world.device.type == "cpu" else ""
     used = weights.model is None or not fills_body(model, weights.model.state_dict)
@@ -179,7 +181,7 @@ def introduce(run: Run, state: State, checkpoint: Mapping[str, Any] | None, weig
     rates = sorted({group["initial_lr"] for group in state.optimizer.param_groups if group["initial_lr"]})
     epochs = run.total / run.per_epoch
     lines = {
-        "device": f"{world.device}, {run.runtime.precision}{threads}{ranks}",
+        "device": f"{world.device}, {precision}{threads}{ranks}",
         "model": ", ".join([*parts, *(type(head).__name__ for head in heads.values())]),
         "RoI methods": "; ".join(methods) or "none",
         "parameters": f"{all_of_it:.2f} M, trained {trained - held:.2f} M",
