@@ -36,7 +36,7 @@ from detector.data import Pictures
 from detector.data.annotations import Truth
 from detector.evaluation.coco import Results, run_coco_eval
 from detector.evaluation.operating_point import SCORES, Counts, describe, kept_matches
-from detector.evaluation.tables import TITLES, by_class, limits_note, percent
+from detector.evaluation.tables import TITLES, by_class, limits_note, numbers_row, percent
 from detector.inference.draw import panel
 from detector.ops.text import one_line
 from detector.settings import COCO_LIMITS
@@ -242,10 +242,7 @@ def html(
 
 def numbers(report: Mapping[str, Any]) -> str:
     names = pages.columns(report)
-    rows = [
-        [TITLES[kind], *(percent(values.get(name, values.get("AR") if name[:2] == "AR" else None)) for name in names)]
-        for kind, values in report["numbers"].items()
-    ]
+    rows = [numbers_row(kind, values, names) for kind, values in report["numbers"].items()]
     text = ""
     if report["interval"]:
         low, high = (100 * value for value in report["interval"])

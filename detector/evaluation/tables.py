@@ -19,13 +19,14 @@ TITLES = {"bbox": "box", "segm": "mask", "boundary": "boundary", "keypoints": "k
 def summary_table(metrics: dict, limits: Sequence[int] = COCO_LIMITS) -> str:
     """One row per IoU type, in percent; a line below says so where other `limits` than COCO's were measured."""
     columns = (*COLUMNS, f"AR{limits[-1]}")
-    rows = [
-        [TITLES[kind]] + [percent(values.get(c, values.get("AR"))) for c in columns]
-        for kind, values in metrics.items()
-        if kind in TITLES
-    ]
+    rows = [numbers_row(kind, values, columns) for kind, values in metrics.items() if kind in TITLES]
     note = limits_note(limits)
     return table(["", *columns], rows) + (f"\n{note}" if note else "")
+
+
+def numbers_row(kind: str, values: Mapping[str, float], columns: Sequence[str]) -> list[str]:
+    """The IoU type's title and `columns` of its numbers. Keypoints have one AR, of 20 detections, for AR100."""
+    return [TITLES[kind], *(percent(values.get(c, values.get("AR") if c[:2] == "AR" else None)) for c in columns)]
 
 
 def limits_note(limits: Sequence[int]) -> str:

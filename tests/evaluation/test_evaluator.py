@@ -163,6 +163,12 @@ def test_unknown_precision(case):
         run(*case, precision="half")
 
 
+def test_what_is_not_measured_stays_open():
+    """Keypoints have no APs and one AR."""
+    row = summary_table({"keypoints": {"AP": 0.3, "AP50": 0.6, "AP75": 0.2, "APm": 0.4, "APl": -1.0, "AR": 0.5}})
+    assert row.splitlines()[-1].split() == ["keypoint", "30.0", "60.0", "20.0", "-", "40.0", "-", "50.0"]
+
+
 def test_tables(case):
     dataset, model = case
     metrics, _ = run(dataset, model)
