@@ -18,9 +18,9 @@ from detector.config import CONFIGS, ConfigError
 from detector.data.annotations import Truth
 from detector.data.file_names import find_in_folders
 from detector.data.loader import split_files
-from detector.data.read_coco import Problems, read_json
-from detector.data.several import as_paths, read_several, read_truths, shown
-from detector.data.store import contents_key
+from detector.data.read_coco import read_json
+from detector.data.several import as_paths, shown
+from detector.data.store import cache_of, contents_key, open_truth
 from detector.evaluation.coco import check_predictions
 from detector.settings import COCO_LIMITS, UNLEARNT
 
@@ -133,7 +133,7 @@ def read_run(folder: Path, checkpoint: str, evaluate=None) -> Run:
 
 def same_validation_set(runs: Sequence[Run]) -> tuple[list[Run], dict[Path, str]]:
     """The runs on the validation set that most have, and why the others are left out. Files are compared by content."""
-    digests = [contents_key(run.truth) for run in runs]
+    digests = [contents_key(run.truth, cache_of(run.truth, run.data.get("cache"))) for run in runs]
     usual = Counter(digests).most_common(1)[0][0]
     kept = [run for run, digest in zip(runs, digests) if digest == usual]
     others = {
@@ -145,17 +145,13 @@ def same_validation_set(runs: Sequence[Run]) -> tuple[list[Run], dict[Path, str]
 def validation_truth(run: Run) -> Truth:
     """The truth of a run's validation set as its evaluation saw it: with data.on_error=skip without the records that
     were wrong and the images that are missing. Raises ConfigError if it cannot be used."""
-    masks, skip = run.data.get("masks", True), run.data.get("on_error") == "skip"
+    names = ("masks", "on_error", "max_pixels", "keypoints", "cache")
     try:
-        if not skip:  # a run that ends where something is wrong has seen all of it
-            return read_truths(run.truth, masks)
-        options = {"masks": masks, "on_error": "skip", "max_pixels": run.data.get("max_pixels", 100_000_000)}
-        problems = Problems(shown(run.truth), "skip")
-        truth = read_several(run.truth, problems=problems, **options).truth
-        problems.report()
+        truth = open_truth(run.truth, **{name: run.data[name] for name in names if name in run.data})
     except ValueError as error:
         raise ConfigError(f"runs: their validation set cannot be used: {error}") from error
-    if not all(folder.is_dir() for folder in run.images):
+    # a run that ends where something is wrong has seen all of it
+    if run.data.get("on_error") != "skip" or not all(folder.is_dir() for folder in run.images):
         return truth
     paths, _, _ = find_in_folders(run.images, truth.sources, truth.all_file_names())
     return truth.select(np.flatnonzero([path is not None for path in paths]))

@@ -21,7 +21,7 @@ import torch
 from detector.data.dataset import CocoDataset
 from detector.data.file_names import leads_out
 from detector.data.several import shown
-from detector.data.store import SMALL, contents_key
+from detector.data.store import cache_of, contents_key
 from detector.ops.text import one_line
 
 GONE = -1
@@ -44,9 +44,7 @@ def contents(dataset: CocoDataset) -> dict[str, Any]:
 
     with ThreadPoolExecutor() as pool:
         looks = torch.cat(list(pool.map(look, range(0, len(names), MANY))))
-    is_large = sum(path.stat().st_size for path in dataset.annotation_files) >= SMALL
-    cache = Path(dataset.cache).expanduser() if dataset.cache and is_large else None
-    key = contents_key(dataset.annotation_files, cache)
+    key = contents_key(dataset.annotation_files, cache_of(dataset.annotation_files, dataset.cache))
     return {"annotations": key, "sizes": looks[:, 0].clone(), "sums": looks[:, 1].clone()}
 
 

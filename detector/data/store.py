@@ -16,7 +16,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ from detector.data.several import Paths, as_paths, read_several, shown
 logger = logging.getLogger(__name__)
 
 VERSION = 5  # of what a store holds; older ones are not read
+OPTIONS = "options.json"  # of a store with the truth: those of OF_TRUTH that it was read with
+OF_TRUTH = ("masks", "max_pixels", "keypoints")
 SMALL = 20_000_000  # bytes of JSON that are parsed faster than it is worth storing
 
 
@@ -55,37 +58,81 @@ def open_coco(
     options = {"categories": categories and list(categories), "masks": masks, "max_pixels": max_pixels}
     options |= {"keypoints": keypoints, "truth": truth, "attributes": attributes}
     collected, problems = problems, problems or Problems(shown(paths), on_error)
-    exist = all(path.is_file() for path in paths)
-    if cache is None or not exist or sum(path.stat().st_size for path in paths) < small:
+    if (folder := cache_of(paths, cache, small)) is None:
         try:
             found = read_several(paths, on_error=on_error, problems=problems, **options)
         finally:  # what is wrong with the records is said first
             if collected is None:
                 problems.report()
         return found
-    cache = Path(cache).expanduser()
     options_key = hashlib.sha256(json.dumps([VERSION, options]).encode()).hexdigest()[:8]
-    place = cache / f"{paths[0].stem}-{contents_key(paths, cache)}-{options_key}"
+    place = folder / f"{paths[0].stem}-{contents_key(paths, folder)}-{options_key}"
     if not place.is_dir():
         found = read_several(paths, problems=problems, **options)
         if collected is None:
             problems.report()
         try:
-            save(found, problems, place)
+            save(found, problems, place, {name: options[name] for name in OF_TRUTH})
         except OSError as error:
             logger.warning(
                 "%s cannot be stored in %s and will be parsed again next time: %s", shown(paths), place, error
             )
             return found
         return load(place)[0]
+    found = _known(place, problems)
+    if collected is None:
+        problems.report()
+    return found
+
+
+def _known(place: Path, problems: Problems) -> Annotations:
+    """The annotations of a store; what is wrong in their file is added to `problems`."""
     try:
         found, known = load(place)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"stored annotations {place} are damaged ({error}): remove this folder") from error
     problems.found |= known
-    if collected is None:
-        problems.report()
     return found
+
+
+def open_truth(
+    paths: Paths,
+    *,
+    masks: bool = True,
+    on_error: str = "raise",
+    max_pixels: int = 100_000_000,
+    keypoints: bool = False,
+    cache: str | os.PathLike | None = None,
+    small: int = SMALL,
+) -> Truth:
+    """What evaluation compares with in these files, from the store that any program left of them: which categories and
+    attributes it wanted is nothing to the truth. Without one it is that of `open_coco`, which leaves one."""
+    paths = as_paths(paths)
+    options = {"masks": masks, "max_pixels": max_pixels, "keypoints": keypoints}
+    folder = cache_of(paths, cache, small)
+    for place in _stores(paths, folder, options) if folder and folder.is_dir() else ():
+        problems = Problems(shown(paths), on_error)
+        found = _known(place, problems).truth
+        problems.report()
+        return found
+    return open_coco(paths, on_error=on_error, cache=cache, small=small, **options).truth
+
+
+def _stores(paths: Sequence[Path], folder: Path, options: Mapping) -> Iterator[Path]:
+    """The stores of these files whose truth was read with these options."""
+    for place in sorted(folder.glob(f"{escape(paths[0].stem)}-{contents_key(paths, folder)}-*")):
+        known = None
+        with contextlib.suppress(OSError, ValueError):  # one of before, or without a truth, has no such file
+            known = json.loads((place / OPTIONS).read_text(encoding="utf-8"))
+        if known == options:
+            yield place
+
+
+def cache_of(paths: Sequence[Path], cache: str | os.PathLike | None, small: int = SMALL) -> Path | None:
+    """The folder that keeps what is made of these files; None where that is not worth it, or nothing to be made."""
+    if not cache or not all(path.is_file() for path in paths) or sum(path.stat().st_size for path in paths) < small:
+        return None
+    return Path(cache).expanduser()
 
 
 def contents_key(paths: Sequence[Path], cache: Path | None = None) -> str:
@@ -121,8 +168,9 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:24]
 
 
-def save(found: Annotations, problems: Problems, place: Path) -> None:
-    """Write a store. Several processes may do so at once: the first to finish wins."""
+def save(found: Annotations, problems: Problems, place: Path, options: dict) -> None:
+    """Write a store, with the `options` that its truth depends on. Several processes may do so at once: the first to
+    finish wins."""
     place.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place.parent))
     try:
@@ -130,6 +178,7 @@ def save(found: Annotations, problems: Problems, place: Path) -> None:
         _save_json(about | _save_arrays(found, draft), draft)
         if found.truth is not None:
             (draft / "truth").mkdir()
+            (draft / OPTIONS).write_text(json.dumps(options), encoding="utf-8")
             _save_json(_save_arrays(found.truth, draft / "truth"), draft / "truth")
         draft.chmod(0o755)
         draft.rename(place)

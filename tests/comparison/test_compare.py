@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -33,11 +34,11 @@ from detector.comparison.runs import (
 )
 from detector.comparison.summary import sentence
 from detector.config import CONFIGS, ConfigError, build, compose
-from detector.data import build_dataset, collate
+from detector.data import build_dataset, collate, several, store
 from detector.evaluation import coco_metrics
 from detector.roi import RoIPool
 from detector.structures import Batch
-from tests.untrained import SMALL, arguments
+from tests.untrained import SMALL, arguments, configured
 
 
 def roi(name, **changes):
@@ -297,6 +298,26 @@ def test_the_report(make_run, tmp_path):
     assert "prefers-color-scheme: dark" in page
     words = (output / "report.md").read_text()
     assert f"**{sentence('bbox', found)}, clear**" in words and "| pool | 3 |" in words
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_the_truth_of_a_large_file_comes_from_the_store(make_run, tmp_path, monkeypatch, on_error):
+    """What the evaluation opened, `compare` does not read again: neither to compare with nor for the file's key."""
+    data = configured()["data"] | {"cache": str(tmp_path / "cache"), "on_error": on_error}
+    run = read_run(make_run("a", roi("align"), data=data), "last")
+    parsed = validation_truth(run)
+    monkeypatch.setitem(store.open_truth.__kwdefaults__, "small", 0)
+    monkeypatch.setattr(store.cache_of, "__defaults__", (0,))
+    monkeypatch.setattr(store.time, "time_ns", lambda: run.truth[0].stat().st_mtime_ns + 10**10)
+    names = detector.data.read_coco(run.truth[0]).categories
+    store.open_coco(run.truth, names, on_error=on_error, cache=data["cache"], small=0)
+    for name in ("read_coco", "read_truth"):
+        monkeypatch.setattr(several, name, lambda *_, **__: pytest.fail("the JSON is read again"))
+    monkeypatch.setattr(store, "_digest", lambda _: pytest.fail("the JSON is read again"))
+    assert same_validation_set([run, run])[0] == [run, run]
+    truth = validation_truth(run)
+    for item in dataclasses.fields(truth):
+        np.testing.assert_array_equal(getattr(truth, item.name), getattr(parsed, item.name))
 
 
 def test_zero_detections_one_run_and_absent_classes(make_run, tmp_path):

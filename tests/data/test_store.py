@@ -14,6 +14,7 @@ import pytest
 from detector.data import Annotations, CocoDataset, open_coco, read_coco, several
 from detector.data import store as store_module
 from detector.data.annotations import Truth
+from detector.data.store import open_truth
 from tests.data.coco_files import minimal, write
 
 
@@ -145,6 +146,27 @@ def test_damaged_store_is_named(tmp_path, open_again):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         open_coco(tmp_path / "nowhere.json", cache=tmp_path)
+
+
+def test_the_truth_is_read_from_the_store_that_any_program_left(tmp_path, open_again, caplog):
+    """Whatever categories it was opened with; another mask setting, or a store of before, is read anew."""
+    coco = minimal()
+    coco["annotations"][1]["bbox"] = [1, 1, 0, 0]
+    path, cache = write(tmp_path, coco), tmp_path / "cache"
+    open_again(path, categories=["cat", "dog"])
+    open_again(path, truth=False)
+    caplog.clear()
+    assert_same(open_truth(path, cache=cache, small=0), read_coco(path).truth)
+    assert len(open_again.parsed) == 2 and "annotation 2" in caplog.text
+    assert not len(open_truth(path, masks=False, cache=cache, small=0).points) and len(open_again.parsed) == 3
+    for file in cache.glob("*/options.json"):
+        file.unlink()
+    for _ in range(2):
+        assert_same(open_truth(path, cache=cache, small=0), read_coco(path).truth)
+    assert len(open_again.parsed) == 4
+    next(file for file in cache.glob("*/truth/boxes.npy") if file.parents[1].joinpath("options.json").exists()).unlink()
+    with pytest.raises(ValueError, match=r"damaged .* remove this folder"):
+        open_truth(path, cache=cache, small=0)
 
 
 def test_other_processes_get_the_name_not_the_content(tmp_path, open_again):
