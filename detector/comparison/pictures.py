@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as rle_tools
@@ -12,6 +11,7 @@ from detector.data import Pictures, split_page
 from detector.data.annotations import Truth
 from detector.data.file_names import find_files
 from detector.data.outlines import rle_counts
+from detector.data.places import Folder
 from detector.evaluation.operating_point import SCORES, Kept, choose, counts, kept_matches
 from detector.inference.draw import draw
 from detector.settings import COCO_LIMITS
@@ -37,7 +37,7 @@ def f1_at(kept: Kept, limit: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_picture(
-    truth: Truth, index: int, folders: Sequence[Path], pictures: Pictures
+    truth: Truth, index: int, folders: Sequence[Folder], pictures: Pictures
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Image `index` of the truth as people see it, [h, w, 3] uint8, of at most LARGEST a side, and its own (H, W).
     Raises ValueError or OSError where it cannot be read."""

@@ -34,6 +34,7 @@ from detector.comparison.summary import (
 )
 from detector.data import Pictures
 from detector.data.annotations import Truth
+from detector.data.places import Folder
 from detector.evaluation.coco import Results, run_coco_eval
 from detector.evaluation.operating_point import SCORES, Counts, describe, kept_matches
 from detector.evaluation.tables import TITLES, by_class, limits_note, numbers_row, percent
@@ -63,7 +64,7 @@ class Evaluated:
     metrics: Mapping[str, Any]
     point: Mapping[str, Any]
     limits: Sequence[int] = COCO_LIMITS
-    folders: Sequence[Path] = ()  # of the images
+    folders: Sequence[Folder] = ()  # of the images
     pictures: Pictures = Pictures()  # noqa: RUF009  it is frozen
     log_file: Path | None = None  # of the training
     config: Mapping[str, Any] = field(default_factory=dict)

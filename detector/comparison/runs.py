@@ -18,10 +18,12 @@ from detector.config import CONFIGS, ConfigError
 from detector.data.annotations import Truth
 from detector.data.file_names import find_in_folders
 from detector.data.loader import split_files
+from detector.data.places import Folder, as_places
 from detector.data.read_coco import read_json
 from detector.data.several import as_paths, shown
 from detector.data.store import cache_of, contents_key, open_truth
 from detector.evaluation.coco import check_predictions
+from detector.inference.load import merge
 from detector.settings import COCO_LIMITS, UNLEARNT
 
 # what may differ between the runs of one method, and says nothing about it
@@ -42,7 +44,7 @@ class Run:
     config: dict
     checkpoint: Path
     truth: tuple[Path, ...]  # annotation files, and as many image folders
-    images: tuple[Path, ...]
+    images: tuple[Folder, ...]
     predictions: list[dict] = field(repr=False)
     log: list[dict] = field(repr=False)
     data: dict = field(default_factory=dict, repr=False)  # the settings that the validation set was read with
@@ -116,9 +118,9 @@ def read_run(folder: Path, checkpoint: str, evaluate=None) -> Run:
         limits = (config.get("evaluation") or {}).get("max_detections")
         if by_eval or not by_training:
             about = read_json(results / "about.json", "evaluation")
-            data = data | (about.get("settings", {}).get("data") or {})
+            data = merge(data, about.get("settings", {}).get("data") or {})
             limits = about.get("max_detections", limits)
-            truth, images = as_paths(about["annotations"]), as_paths(about["images"])
+            truth, images = as_paths(about["annotations"]), as_places(about["images"], cache=data.get("cache"))
         else:
             results = folder
             images, truth = map(tuple, split_files(data, "val"))

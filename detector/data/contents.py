@@ -8,7 +8,6 @@ matter: copies are the same.
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +19,12 @@ import torch
 
 from detector.data.dataset import CocoDataset
 from detector.data.file_names import leads_out
+from detector.data.places import Folder, is_address
 from detector.data.several import shown
 from detector.data.store import cache_of, contents_key
 from detector.ops.text import one_line
 
-GONE = -1
+GONE, UNKNOWN = -1, -2  # in the place of a size; nobody asks a server for each of its files
 MANY = 1000  # files that one thread looks at: network storage answers slowly, but many questions at once
 NAMED = 3  # files that a message names
 SUMMED = 10_000  # files, spread evenly over the data set, that are read in part
@@ -32,8 +32,8 @@ PART = 16 * 1024  # bytes at the start, in the middle and at the end of a file: 
 
 
 def contents(dataset: CocoDataset) -> dict[str, Any]:
-    """{"annotations": key of the files' content, "sizes": [I] int64, bytes of each image file that it names, or -1,
-    "sums": [I] int64, checksum of each file that is read for it, or -1}."""
+    """{"annotations": key of the files' content, "sizes": [I] int64, bytes of each image file that it names, or GONE or
+    UNKNOWN, "sums": [I] int64, checksum of each file that is read for it, or -1}. Behind an address none is read."""
     names, sources = dataset.file_names(), dataset.annotations.sources
     rows, step = range(len(names)), max(1, -(-len(names) // SUMMED))
 
@@ -63,7 +63,9 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> np.ndarray:
     sizes, sums = ([held[key].numpy() for held in (one, other) if key in held] for key in ("sizes", "sums"))
     if len(sizes[0]) != len(sizes[1]):
         return np.ones(1, bool)
-    return (sizes[0] != sizes[1]) | (len(sums) == 2 and sums[0] != sums[-1])
+    both = (sizes[0] != UNKNOWN) & (sizes[1] != UNKNOWN)
+    summed = (sums[0] >= 0) & (sums[-1] >= 0) if len(sums) == 2 else False
+    return (both & (sizes[0] != sizes[1])) | (summed & (sums[0] != sums[-1]))
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], dataset: CocoDataset, split: str) -> list[str]:
@@ -81,7 +83,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], dataset: CocoData
     return [f"data.{split}.images: {len(rows)} of {len(old)} files in {where} ({'; '.join(named)})"]
 
 
-def _difference(dataset: CocoDataset, folder: Path, name: str, old: int, new: int) -> str:
+def _difference(dataset: CocoDataset, folder: Folder, name: str, old: int, new: int) -> str:
     """Whether the file is damaged, or its sizes then and now."""
     if new != GONE:
         try:
@@ -94,14 +96,18 @@ def _difference(dataset: CocoDataset, folder: Path, name: str, old: int, new: in
     return one_line(f"{name}: {then}, now {now}")
 
 
-def _look(folder: Path, name: str, read: bool) -> tuple[int, int]:
+def _look(folder: Folder, name: str, read: bool) -> tuple[int, int]:
     """The bytes of a file, and, if it is to be `read`, the checksum of its parts; GONE for what cannot be had."""
     try:
-        size = GONE if leads_out(name) else os.stat(folder / name).st_size
-        if not read or size == GONE:
-            return size, GONE
+        file = folder / name
+        if isinstance(file, Path):
+            size = GONE if leads_out(name) else file.stat().st_size
+        else:
+            size, read = file.size(), read and not is_address(str(folder))
+        if not read or size in (GONE, None):
+            return UNKNOWN if size is None else size, GONE
         total = 0
-        with open(folder / name, "rb", buffering=0) as file:
+        with file.open("rb") as file:
             for start in sorted({0, max(0, size // 2 - PART // 2), max(0, size - PART)}):
                 file.seek(start)
                 total = zlib.crc32(file.read(PART), total)

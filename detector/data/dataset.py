@@ -22,6 +22,7 @@ from detector.data.copy_paste import paste
 from detector.data.file_names import find_in_folders, leads_out, nearby
 from detector.data.outlines import fill, mask_windows
 from detector.data.pictures import Parts, PictureError, Pictures, split_page
+from detector.data.places import Entry, Folder, Place, as_places
 from detector.data.read_coco import Problems
 from detector.data.several import Paths, as_paths, shown
 from detector.data.store import open_coco
@@ -57,7 +58,7 @@ class CocoDataset(Dataset):
     A sample is a pure function of (seed, epoch, index): `dataset[epoch, index]`; `dataset[index]` is epoch 0.
 
     Args:
-        images: the folder that the file names start from.
+        images: the folder, tar shards or address (see places.py) that the file names start from.
         annotations: COCO instances JSON. Of several files, each with its folder, or all with one, the categories are
             joined by name and the images numbered 1, 2, ...
         transforms: albumentations transforms or a `Pipeline`.
@@ -82,12 +83,12 @@ class CocoDataset(Dataset):
         categories: name of label 1, 2, ...
         category_ids: COCO id of label 1, 2, ... in this file; None where the file does not have the category.
         image_ids: [I] int64, image_sizes: [I, 2] int32 (height, width).
-        annotation_files, folders: paths, as many of both. origin: the former in one text, for messages.
+        annotation_files, folders: as many of both. origin: the former in one text, for messages.
     """
 
     def __init__(
         self,
-        images: Paths,
+        images: Paths | Place | Sequence[Folder],
         annotations: Paths,
         transforms: Pipeline | Sequence = (),
         *,
@@ -117,7 +118,7 @@ class CocoDataset(Dataset):
                 f"data.masks={masks}, data.keypoints={keypoints}"
             )
         self.copy_paste = copy_paste
-        self.annotation_files, self.folders = as_paths(annotations), as_paths(images)
+        self.annotation_files, self.folders = as_paths(annotations), as_places(images, cache=cache)
         if len(self.folders) == 1:
             self.folders *= len(self.annotation_files)
         if len(self.folders) != len(self.annotation_files):
@@ -156,11 +157,14 @@ class CocoDataset(Dataset):
         names = [split_page(name)[0] for name in self.annotations.all_file_names()]
         sources = self.annotations.sources
         of_source = [[names[i] for i in np.flatnonzero(sources == s)] for s in range(len(self.folders))]
+        collected, problems = problems, problems or Problems(self.origin, self.on_error)
+        for folder in dict.fromkeys(folder for folder in self.folders if isinstance(folder, Place)):
+            for damage in folder.check():
+                problems.error("shard that is damaged or missing", damage)
         for folder, own in zip(self.folders, of_source):
-            if not folder.is_dir():
+            if isinstance(folder, Path) and not folder.is_dir():
                 hint = self._where_else(folder, own) or f"check data.root and {self.setting[0] or 'its name'}"
                 raise FileNotFoundError(f"image folder {folder} does not exist: {hint}")
-        collected, problems = problems, problems or Problems(self.origin, self.on_error)
         paths, variants, missing = find_in_folders(self.folders, sources, names)
         for row, text in variants.items():
             where = f"{self.name_of(row)} file_name={text}"
@@ -173,11 +177,13 @@ class CocoDataset(Dataset):
                 missing = {row: text for row, text in missing.items() if sources[row] != source}
         for row, text in missing.items():
             path, kind = self.folders[sources[row]] / names[row], "missing image file"
-            if not leads_out(names[row]) and (path.is_dir() or path.is_symlink()):
+            if isinstance(path, Entry):
+                path = path.place.lacks(names[row])
+            elif not leads_out(names[row]) and (path.is_dir() or path.is_symlink()):
                 kind = "folder in place of an image file" if path.is_dir() else "image file that is a link to nothing"
             text = path if text == repr(names[row]) else text
             problems.error(kind, f"{self.name_of(row)} file_name={text}")
-        seen: dict[Path, int] = {}
+        seen: dict[Path | Entry, int] = {}
         for row, path in enumerate(paths) if len(self.annotation_files) > 1 else ():
             file = self.folders[sources[row]] / (path or names[row])
             if sources[seen.setdefault(file, row)] != sources[row]:
@@ -189,8 +195,11 @@ class CocoDataset(Dataset):
             problems.report()
         return np.array([path is not None for path in paths], bool), {row: paths[row] for row in variants}
 
-    def _where_else(self, folder: Path, names: Sequence[str]) -> str:
+    def _where_else(self, folder: Folder, names: Sequence[str]) -> str:
         """Folders nearby that have files of these names, and the setting that names one; "" where there are none."""
+        if isinstance(folder, Place):
+            own = min(folder.walk(), default=None)
+            return f"{names[0]!r} is the first, and it holds {own!r}" if own else ""
         found = nearby(folder, names)[:3] if folder.parent.is_dir() else []
         key, root = self.setting
         ways = [f"{key}={os.path.relpath(path, root)}" for path in found] if key and len(set(self.folders)) == 1 else []
@@ -231,7 +240,7 @@ class CocoDataset(Dataset):
             names[row] = path
         return names
 
-    def image_path(self, index: int) -> Path:
+    def image_path(self, index: int) -> Path | Entry:
         row = int(self.rows[index])
         name = self.variants.get(row) or split_page(self.annotations.file_name(row))[0]
         return self.folders[self.annotations.sources[row]] / name

@@ -19,6 +19,8 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from detector.data.places import Folder
+
 UPLOAD = re.compile(r"[0-9a-f]{8}-(?=.)")  # 1a2b3c4d-photo.jpg
 TRIED, DEEP, MANY = 20, 3, 1000  # files that are looked for, levels below, folders at most
 SERVED = re.compile(r"^(?:file:/*|.*[?&]d=)")  # file:///home/me/photo.jpg, /data/local-files/?d=photos/photo.jpg
@@ -29,26 +31,29 @@ def leads_out(name: str) -> bool:
     return os.path.isabs(name) or ".." in name.replace("\\", "/").split("/") or "\0" in name
 
 
-def find_files(folder: Path, names: Sequence[str]) -> tuple[list[str | None], dict[int, str], dict[int, str]]:
+def find_files(folder: Folder, names: Sequence[str]) -> tuple[list[str | None], dict[int, str], dict[int, str]]:
     """The path below `folder` of each name, None where there is no file or no single one.
 
     Returns (paths, variants, problems): by index, how a variant was written and what was found instead; and why a name
     has no file. Folders are listed once each; the whole tree is only walked where a name is not there as it stands.
     """
-    present = _listed(folder, names)
+    present = _listed(folder, names) if isinstance(folder, Path) else folder.listed(names)
     paths: list[str | None] = [name if name in present else None for name in names]
     variants, problems = {}, {}
     missing = [i for i, path in enumerate(paths) if path is None]
     if not missing:
         return paths, variants, problems
     taken = {path for path in paths if path is not None}
+    unclear = {} if isinstance(folder, Path) else folder.unclear([names[i] for i in missing])
     by_key = defaultdict(list)
-    for path in _walk(folder):
+    for path in _walk(folder) if isinstance(folder, Path) else folder.walk():
         by_key[spelling_key(path)].append(path)
     for i in missing:
         found = _candidates(names[i], by_key)
         free = [path for path in found if path not in taken]
-        if len(free) == 1:
+        if names[i] in unclear:
+            problems[i] = unclear[names[i]]
+        elif len(free) == 1:
             paths[i] = free[0]
             variants[i] = f"{names[i]!r} is {free[0]!r}"
         elif free:
@@ -63,7 +68,7 @@ def find_files(folder: Path, names: Sequence[str]) -> tuple[list[str | None], di
 
 
 def find_in_folders(
-    folders: Sequence[Path], sources: np.ndarray, names: Sequence[str]
+    folders: Sequence[Folder], sources: np.ndarray, names: Sequence[str]
 ) -> tuple[list[str | None], dict[int, str], dict[int, str]]:
     """`find_files` of names [I] each of which lies below folders[sources[i]]."""
     paths: list[str | None] = [None] * len(names)

@@ -16,10 +16,11 @@ import torch
 from hydra.utils import instantiate
 from torch.utils.data import DataLoader, Sampler
 
-from detector.config import RunError
+from detector.config import ConfigError, RunError
 from detector.data.attributes import Groups
 from detector.data.dataset import CocoDataset, collate
 from detector.data.pictures import Pictures
+from detector.data.places import Folder, as_places
 from detector.data.read_coco import Problems
 from detector.data.sampling import draw_epoch, image_weights
 from detector.structures import Batch, Targets
@@ -72,11 +73,15 @@ def build_dataset(
     )
 
 
-def split_files(data: Mapping[str, Any], split: str) -> tuple[list[Path], list[Path]]:
-    """The image folders and the annotation files of a split."""
-    root = Path(data["root"])
-    given = [data[split][key] for key in ("images", "annotations")]
-    return tuple([root / path for path in ([value] if isinstance(value, str) else value)] for value in given)
+def split_files(data: Mapping[str, Any], split: str) -> tuple[list[Folder], list[Path]]:
+    """The image folders, shards or addresses and the annotation files of a split. Raises ConfigError for what
+    pictures are not read from, naming the key."""
+    root, annotations = Path(data["root"]), data[split]["annotations"]
+    try:
+        images = as_places(data[split]["images"], root, data.get("cache"))
+    except ValueError as error:
+        raise ConfigError(f"data.{split}.images={error}") from None
+    return [*images], [root / path for path in ([annotations] if isinstance(annotations, str) else annotations)]
 
 
 def build_transforms(augment: Mapping[str, Any] | None, split: str) -> list:

@@ -7,17 +7,21 @@ file reads its header alone. Dimensions: H x W pixels, C channels. Pages of TIFF
 from __future__ import annotations
 
 import io
+import os
 import re
 from abc import ABC, abstractmethod
 from functools import cache, cached_property
 from math import ceil, prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from detector.data.places import Entry
+
+Source = Path | BinaryIO  # of a picture: its file's path, or what was opened where it has none
 # How the files end that OpenCV decodes without a word when their end is missing.
 _FILE_ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")  # JPEG, PNG
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -64,25 +68,47 @@ class PictureFile(ABC):
         """End the use of the file."""
 
 
-def open_file(path: str | Path, channels: int, page: int | None = None, whole: bool = True) -> PictureFile:
-    """A picture file, of which `page` (None: the first) and `channels` are wanted; `whole`: its pixels will be.
+def open_file(
+    path: str | os.PathLike | Entry, channels: int, page: int | None = None, whole: bool = True
+) -> PictureFile:
+    """A picture file, of which `page` (None: the first) and `channels` are wanted; `whole`: its pixels will be. Of
+    shards and addresses the file is then read as a whole first, else only where its header is.
 
     Raises FileNotFoundError, and ValueError for what is no picture or lacks the page.
     """
-    path = Path(path)
-    with open(path, "rb") as file:
-        head = file.read(132)
-        if head.startswith(b"\x93NUMPY"):
-            found: PictureFile = ArrayFile(path, channels)
-        elif head[128:] == b"DICM" or path.suffix.lower() in DICOM:
-            found = DicomFile(path, page or 1)
-        elif not (head.startswith(TIFF) and (found := open_tiff(path, channels, page))):
-            found = PillowFile(path, page or 1, head + file.read() if whole else None)
+    if isinstance(path, Entry):
+        file: BinaryIO = io.BytesIO(path.read_bytes()) if whole else path.open()
+        found = _opened(file, path.suffix, file, channels, page, whole)
+    else:
+        path = Path(path)
+        with open(path, "rb") as file:
+            found = _opened(path, path.suffix, file, channels, page, whole)
     if page is not None and not 1 <= page <= found.pages:
         pages = found.pages
         found.close()
         raise ValueError(f"page {page} is wanted, and the file has {pages}")
     return found
+
+
+def _opened(source: Source, suffix: str, file: BinaryIO, channels: int, page: int | None, whole: bool) -> PictureFile:
+    """source: the path of a file, or itself; file: it, opened."""
+    head = file.read(132)
+    if head.startswith(b"\x93NUMPY"):
+        return ArrayFile(source, channels)
+    if head[128:] == b"DICM" or suffix.lower() in DICOM:
+        return DicomFile(source, page or 1, suffix)
+    if head.startswith(TIFF) and (found := open_tiff(source, channels, page)):
+        return found
+    if whole:
+        file.seek(len(head))
+    return PillowFile(source, page or 1, head + file.read() if whole else None)
+
+
+def _start(source: Source) -> Source:
+    """A file that was opened, from its start."""
+    if not isinstance(source, Path):
+        source.seek(0)
+    return source
 
 
 @cache
@@ -118,9 +144,9 @@ class PillowFile(PictureFile):
     data: the content of the file where it has been read.
     """
 
-    def __init__(self, path: Path, page: int, data: bytes | None = None):
-        self.path, self.page, self.data = path, page, data
-        self.picture = picture = Image.open(path if data is None else io.BytesIO(data))
+    def __init__(self, source: Source, page: int, data: bytes | None = None):
+        self.source, self.page, self.data = source, page, data
+        self.picture = picture = Image.open(_start(source) if data is None else io.BytesIO(data))
         self.width, self.height = picture.size
         self.dtype, self.limits = self._type()
         grey = picture.mode in ("1", "L", "LA") or picture.mode[0] in "IF"
@@ -155,11 +181,16 @@ class PillowFile(PictureFile):
     def _head(self) -> bytes:
         if self.data is not None:
             return self.data[:1024]
-        with open(self.path, "rb") as file:
-            return file.read(1024)
+        return self._content(1024)
+
+    def _content(self, most: int = -1) -> bytes:
+        if not isinstance(self.source, Path):
+            return _start(self.source).read(most)
+        with open(self.source, "rb") as file:
+            return file.read(most)
 
     def pixels(self, channels: int) -> np.ndarray:
-        data, picture = self.path.read_bytes() if self.data is None else self.data, self.picture
+        data, picture = self._content() if self.data is None else self.data, self.picture
         if self.deep:
             return upright(self._deep_pixels(data), self.orientation)
         if self.page == 1 and channels in (1, 3) and picture.mode != "CMYK":
@@ -220,8 +251,8 @@ class ArrayFile(PictureFile):
 
     by_regions = True
 
-    def __init__(self, path: Path, channels: int):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    def __init__(self, source: Source, channels: int):
+        array = np.load(_start(source), mmap_mode="r" if isinstance(source, Path) else None, allow_pickle=False)
         if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
             raise ValueError(f"an array of {array.dtype} {list(array.shape)}: numbers [H, W] or [H, W, C] are needed")
         if array.ndim == 3 and array.shape[2] != channels == array.shape[0]:
@@ -238,20 +269,20 @@ class ArrayFile(PictureFile):
         return np.ascontiguousarray(self.array[rows, columns], self.dtype)
 
 
-def open_tiff(path: Path, channels: int, page: int | None) -> TiffFile | None:
+def open_tiff(source: Source, channels: int, page: int | None) -> TiffFile | None:
     """A TIFF that tifffile has to read; None for one of 8 bits that Pillow and OpenCV make RGB or grey of."""
     try:
         import tifffile
     except ImportError:
         return None
     try:
-        file = tifffile.TiffFile(path)
+        file = tifffile.TiffFile(_start(source))
     except (tifffile.TiffFileError, ValueError, KeyError, IndexError) as error:
         raise ValueError(f"no whole TIFF ({error})") from error
     try:
-        found = TiffFile(path, file, channels, page)
+        found = TiffFile(file, channels, page)
         usual = found.dtype in (np.bool_, np.uint8) and found.channels in (1, 3, 4) and channels in (1, 3)
-        if not usual or not _pillow_opens(path):
+        if not usual or not _pillow_opens(source):
             if (colors := found.planes[0].keyframe.photometric) not in (0, 1, 2):
                 raise ValueError(f"colours of the kind {getattr(colors, 'name', colors)} are read of 8 bits alone")
             return found
@@ -262,9 +293,9 @@ def open_tiff(path: Path, channels: int, page: int | None) -> TiffFile | None:
     return None
 
 
-def _pillow_opens(path: Path) -> bool:
+def _pillow_opens(source: Source) -> bool:
     try:
-        with Image.open(path):
+        with Image.open(_start(source)):
             return True
     except (UnidentifiedImageError, OSError, ValueError):
         return False
@@ -277,8 +308,8 @@ class TiffFile(PictureFile):
     no page was chosen.
     """
 
-    def __init__(self, path: Path, file: Any, channels: int, page: int | None):
-        self.path, self.file = path, file
+    def __init__(self, file: Any, channels: int, page: int | None):
+        self.file = file
         pictures = [picture for series in file.series if (made := _pictures(series)) for picture in made]
         if not pictures:
             axes = ", ".join(f"{series.axes} {list(series.shape)}" for series in file.series) or "nothing"
@@ -402,14 +433,14 @@ def _page_region(page: Any, rows: slice, columns: slice) -> np.ndarray:
 class DicomFile(PictureFile):
     """DICOM: the numbers after the modality's slope and intercept; frames are pages."""
 
-    def __init__(self, path: Path, page: int):
+    def __init__(self, source: Source, page: int, suffix: str):
         try:
             import pydicom
         except ImportError:
             raise ValueError(f"DICOM needs pydicom: {NEED}") from None
-        self.path, self.page = path, page
+        self.source, self.page = source, page
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, force=path.suffix.lower() in DICOM)
+            header = pydicom.dcmread(_start(source), stop_before_pixels=True, force=suffix.lower() in DICOM)
         except Exception as error:  # pydicom raises what it meets in a damaged file
             raise ValueError(f"no DICOM that can be read ({error})") from error
         if "Rows" not in header or "Columns" not in header:
@@ -466,7 +497,7 @@ class DicomFile(PictureFile):
         from pydicom import pixels as tools
 
         try:
-            array = tools.pixel_array(self.path, index=self.page - 1)
+            array = tools.pixel_array(_start(self.source), index=self.page - 1)
             if self.palette:
                 array = tools.apply_color_lut(array, self.header)
             elif self.header.get("ModalityLUTSequence"):

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from detector.data.picture_files import PictureFile, open_file, type_limits
+from detector.data.places import Entry
 from detector.data.slices import around
 from detector.ops.checks import require
 
@@ -89,7 +90,7 @@ class Pictures:
         names = ("channels", "intensity", "page", "max_pixels", "shown", "neighbours")
         return cls(**{name: data[name] for name in names if name in data})
 
-    def read(self, path: str | os.PathLike, page: int | None = None) -> np.ndarray:
+    def read(self, path: str | os.PathLike | Entry, page: int | None = None) -> np.ndarray:
         """The picture [H, W, C] uint8; `page` instead of the settings'.
 
         Raises FileNotFoundError, PictureError where settings and file do not fit, and ValueError for what is no
@@ -105,7 +106,7 @@ class Pictures:
         """How one of the slices is read that are channels."""
         return replace(self, channels=1, neighbours=0, shown=None)
 
-    def _slices(self, path: str | os.PathLike, page: int | None) -> np.ndarray:
+    def _slices(self, path: str | os.PathLike | Entry, page: int | None) -> np.ndarray:
         """A slice [H, W, C] with its neighbours, from the first to the last."""
         one, page = self.slice, self.page if page is None else page
         pages = one.check(path, page).pages
@@ -118,7 +119,7 @@ class Pictures:
         return np.concatenate([read[key] for key in wanted], axis=2)
 
     @contextlib.contextmanager
-    def parts(self, path: str | os.PathLike, page: int | None = None) -> Iterator[Parts]:
+    def parts(self, path: str | os.PathLike | Entry, page: int | None = None) -> Iterator[Parts]:
         """A large picture, to be read part by part where its format allows: TIFF in tiles or strips, .npy. Others, and
         all with percentiles, are decoded whole. Raises as `read`, here or where a part is read."""
         if self.neighbours:
@@ -141,7 +142,7 @@ class Pictures:
 
             yield Parts(file.height, file.width, region)
 
-    def check(self, path: str | os.PathLike, page: int | None = None) -> PictureFile:
+    def check(self, path: str | os.PathLike | Entry, page: int | None = None) -> PictureFile:
         """The header of a picture. Raises as `read`, but for what only its pixels show."""
         if self.neighbours:
             found = self.slice.check(path, page)
@@ -153,12 +154,14 @@ class Pictures:
             return file
 
     @contextlib.contextmanager
-    def _opened(self, path: str | os.PathLike, page: int | None = None, whole: bool = True) -> Iterator[PictureFile]:
+    def _opened(
+        self, path: str | os.PathLike | Entry, page: int | None = None, whole: bool = True
+    ) -> Iterator[PictureFile]:
         """The file while its pixels are read; errors name it."""
         with self._errors(path, page), contextlib.closing(self._open(path, page, whole)) as file:
             yield file
 
-    def _open(self, path: str | os.PathLike, page: int | None = None, whole: bool = True) -> PictureFile:
+    def _open(self, path: str | os.PathLike | Entry, page: int | None = None, whole: bool = True) -> PictureFile:
         if Image.MAX_IMAGE_PIXELS is not None and self.max_pixels > Image.MAX_IMAGE_PIXELS:
             Image.MAX_IMAGE_PIXELS = self.max_pixels
         file = open_file(path, self.channels, self.page if page is None else page, whole)
@@ -172,7 +175,7 @@ class Pictures:
         return file
 
     @contextlib.contextmanager
-    def _errors(self, path: str | os.PathLike, page: int | None = None) -> Iterator[None]:
+    def _errors(self, path: str | os.PathLike | Entry, page: int | None = None) -> Iterator[None]:
         """Errors in this context name the file."""
         page = self.page if page is None else page
         name = path if page is None else f"{path} (page {page})"
@@ -310,7 +313,7 @@ def resized(image: np.ndarray, height: int, width: int, interpolation: int) -> n
     return parts[0].reshape(height, width, -1) if len(parts) == 1 else np.dstack(parts)
 
 
-def read_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_image(path: str | os.PathLike | Entry, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A file of 8 bits as [H, W, 3] uint8 RGB, turned upright as its EXIF orientation says.
 
     Greyscale, palette and CMYK pictures are converted, transparency is ignored. `max_pixels` is the one limit: Pillow's

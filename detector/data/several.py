@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def as_paths(given: Paths) -> tuple[Path, ...]:
     return (Path(given),) if isinstance(given, (str, os.PathLike)) else tuple(map(Path, given))
 
 
-def shown(paths: Sequence[Path]) -> str:
+def shown(paths: Iterable[object]) -> str:
     """What messages call these files or folders together."""
     return " and ".join(dict.fromkeys(map(str, paths)))
 

@@ -9,18 +9,21 @@ from pathlib import Path
 import numpy as np
 
 from detector.data.picture_files import DICOM, NEED
+from detector.data.places import Entry
 
 SERIES = 64  # folders whose order is remembered
 
 
-def around(path: str | os.PathLike, page: int | None, pages: int, count: int) -> list[tuple[Path, int | None]]:
+def around(
+    path: str | os.PathLike | Entry, page: int | None, pages: int, count: int
+) -> list[tuple[Path | Entry, int | None]]:
     """The `count` slices before a slice, itself and `count` behind it, (file, page); at an end the last one again.
 
     pages: how many the file has. A DICOM file of one page lies among the others of its series in its folder.
 
     Raises ValueError for a file that has no neighbours.
     """
-    path = Path(path)
+    path = path if isinstance(path, Entry) else Path(path)
     if pages > 1:
         here = page or 1
         return [(path, min(max(number, 1), pages)) for number in range(here - count, here + count + 1)]
@@ -28,6 +31,8 @@ def around(path: str | os.PathLike, page: int | None, pages: int, count: int) ->
         raise ValueError(
             "it has one page and is no DICOM file: data.neighbours needs slices, files of several pages or DICOM series"
         )
+    if isinstance(path, Entry):
+        raise ValueError("DICOM series are read from folders: data.neighbours needs files of several pages elsewhere")
     folder = path.parent
     order = _ordered(str(folder), os.stat(folder).st_mtime_ns)
     series = next((files for files in order if path.name in files), (path.name,))

@@ -171,19 +171,26 @@ def _digest(path: Path) -> str:
 def save(found: Annotations, problems: Problems, place: Path, options: dict) -> None:
     """Write a store, with the `options` that its truth depends on. Several processes may do so at once: the first to
     finish wins."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place.parent))
-    try:
+    with in_one_step(place) as draft:
         about = {"problems": [[*kind, p.count, p.examples] for kind, p in problems.found.items()]}
         _save_json(about | _save_arrays(found, draft), draft)
         if found.truth is not None:
             (draft / "truth").mkdir()
             (draft / OPTIONS).write_text(json.dumps(options), encoding="utf-8")
             _save_json(_save_arrays(found.truth, draft / "truth"), draft / "truth")
+
+
+@contextlib.contextmanager
+def in_one_step(place: Path) -> Iterator[Path]:
+    """A folder to write to, which then becomes `place`, unless another process was faster. Raises OSError."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place.parent))
+    try:
+        yield draft
         draft.chmod(0o755)
         draft.rename(place)
     except OSError:
-        if not place.is_dir():  # otherwise another process was faster
+        if not place.is_dir():
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -21,7 +21,7 @@ from detector.settings import UNLEARNT
 IDENTITY = ("seed", "model", "roi", "data", "augment", "optimizer", "training")
 IRRELEVANT = (*UNLEARNT, "weights")  # what the weights were before is past
 # the same data may lie elsewhere, what stopped a run may be left out, and more detections may be measured
-MOVABLE = tuple(f"data.{key}" for key in ("root", "on_error", "max_pixels"))
+MOVABLE = tuple(f"data.{key}" for key in ("root", "train.images", "val.images", "on_error", "max_pixels"))
 MOVABLE += ("training.patience", "model.box_head.detections_per_image")
 GROWING = ("model", "data", "training")  # where new versions add keys
 log = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ detector.load("hf://owner/repo")                                 reads it, runni
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -83,8 +84,10 @@ def of_run(folder: Path, name: str) -> tuple[dict[str, list[float] | None], Path
         intervals = {k: quantiles(metrics(measure(run, truth, k, weights, run.limits)["drawn"])["AP"]) for k in kinds}
     except ValueError:  # no finished run, or its data are gone: the card goes without
         return {}, None
-    names = (Path(images) / file for images in run.images for file in truth.all_file_names()[:1])
-    return intervals, next((path for path in names if path.is_file()), None)
+    with contextlib.suppress(OSError, ValueError):  # of a server, or shards
+        names = (images / file for images in run.images for file in truth.all_file_names()[:1])
+        return intervals, next((path for path in names if path.is_file()), None)
+    return intervals, None
 
 
 def card_of(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import cv2
@@ -39,6 +41,20 @@ def write(folder: Path, coco: object, name: str = "instances.json") -> Path:
             pixels = np.random.default_rng(image["id"]).integers(0, 255, (image["height"], image["width"], 3), np.uint8)
             cv2.imwrite(str(target), pixels)
     return path
+
+
+def pack(folder: Path, target: Path, count: int = 2, form: int = tarfile.PAX_FORMAT) -> str:
+    """Its pictures in `count` shards in WebDataset's layout, with a .json beside each; the pattern of the shards."""
+    target.mkdir(parents=True, exist_ok=True)
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for number in range(count):
+        with tarfile.open(target / f"train-{number:06d}.tar", "w", format=form) as tar:
+            for file in files[number::count]:
+                tar.add(file, file.name)
+                about = tarfile.TarInfo(f"{file.stem}.json")
+                about.size = 2
+                tar.addfile(about, io.BytesIO(b"{}"))
+    return str(target / f"train-{{000000..{count - 1:06d}}}.tar")
 
 
 def outlines_of(objects: list[list[np.ndarray]], even_odd: bool = False) -> Outlines:

@@ -22,7 +22,7 @@ from detector.engine import memory, setup
 from detector.engine import train as loop
 from detector.settings import Training
 from tests.conftest import ROOT
-from tests.data.coco_files import minimal, write
+from tests.data.coco_files import minimal, pack, write
 from tests.data.test_split import films
 from tests.data.test_tools import CVAT, RECTANGLE, labelme_shape, region, ring_and_parts, supervisely_object, task
 
@@ -133,6 +133,8 @@ def test_as_typed(line, tmp_path, monkeypatch, capsys, state):
     tifffile.imwrite("stack.tif", np.zeros((3, 40, 60, 3), np.uint8), photometric="rgb")
     if "data.channels=6" in words:
         many_channels()
+    if ".tar" in line:
+        pack(Path("my_data/train"), Path("my_data/shards"))
     if words[2] == "yolo":
         yolo()
     export(words[2])
