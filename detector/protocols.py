@@ -36,6 +36,17 @@ class Published(Protocol):
 
 
 @runtime_checkable
+class Named(Protocol):
+    """A backbone that reads files of its library by the library's own names."""
+
+    def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The tensors of a file under the backbone's own keys; None where they do not have the library's names.
+
+        Raises ValueError where they are of another model of the library.
+        """
+
+
+@runtime_checkable
 class Layered(Protocol):
     """A backbone that tells its layers apart, for `training.layer_decay`."""
 

@@ -5,9 +5,11 @@ Dimensions: N images, C channels.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,6 +40,63 @@ def created(name: str, **settings: Any) -> Any:
     import timm
 
     return timm.create_model(name, **settings)
+
+
+def knows(name: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors of `state` have the names of timm's model, most of them. Raises ValueError if many have not:
+    they are of another size of the model."""
+    with torch.device("meta"):
+        wanted = created(name).state_dict()
+    others = [key for key in state if key not in wanted]
+    if 2 * len(others) > len(state):
+        return False
+    if 10 * len(others) > len(state):
+        raise ValueError(f"of another model than {name}, which has no {others[0]} and {len(others) - 1} more")
+    return True
+
+
+def pixels(name: str) -> dict[str, list[float]]:
+    """pixel_mean and pixel_std, of values from 0 to 255, that the weights timm publishes were trained with."""
+    from timm.models import get_pretrained_cfg
+
+    published = get_pretrained_cfg(name)
+    if published is None:
+        return {}
+    return {f"pixel_{key}": [round(255 * value, 3) for value in getattr(published, key)] for key in ("mean", "std")}
+
+
+def filled(create: Callable[..., nn.Module], state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of the model that `create` makes, filled with what timm publishes, or with `state`, tensors of a
+    file under timm's names, which timm fits to the model. What `state` does not fill is left out. Nothing is drawn.
+
+    Raises ValueError for tensors of other shapes.
+    """
+    with torch.random.fork_rng(devices=[]):
+        if state is None:
+            return create(pretrained=True).state_dict()
+
+        def made(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return create(pretrained=True, pretrained_cfg_overlay={"state_dict": dict(tensors)}).state_dict()
+
+        marks = {key: value * torch.nan if value.is_floating_point() else value for key, value in state.items()}
+        with quiet(logging.getLogger("timm")):  # the classifier's own layers are in no body
+            try:
+                found, marked = made(state), made(marks)  # timm leaves what it does not find as it was drawn
+            except RuntimeError as error:
+                raise ValueError(f"timm's model does not take these weights: {error}") from error
+    counters = {key for key, value in found.items() if not value.is_floating_point()}
+    return {key: value for key, value in found.items() if key in counters or marked[key].isnan().all()}
+
+
+@contextlib.contextmanager
+def quiet(logger: logging.Logger) -> Iterator[None]:
+    """Errors alone."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class TimmBackbone(nn.Module):
@@ -96,6 +155,8 @@ class TimmBackbone(nn.Module):
                 part.grad_checkpointing = True
             count_once(self)
 
+    pixels = staticmethod(pixels)
+
     def train(self, mode: bool = True) -> TimmBackbone:
         super().train(mode)
         for module in self.modules() if self.fixed_statistics else ():
@@ -108,9 +169,13 @@ class TimmBackbone(nn.Module):
         name."""
         if name != "pretrained":
             raise ValueError(f"{name!r}: expected 'pretrained', which takes timm's, or the path of a file")
-        with torch.random.fork_rng(devices=[]):
-            model = self.create(pretrained=True, in_chans=3)
-        return {f"model.{key}": value for key, value in model.state_dict().items()}
+        return {f"model.{key}": value for key, value in filled(partial(self.create, in_chans=3)).items()}
+
+    def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The tensors of a file of timm's model under our keys; None where they are not named as timm names them."""
+        if not knows(self.name, state):
+            return None
+        return {f"model.{key}": value for key, value in filled(partial(self.create, in_chans=3), state).items()}
 
     def layers(self) -> dict[str, int]:
         """The layer of each parameter, as timm groups them: the stem 0, then block by block."""

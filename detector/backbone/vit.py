@@ -13,7 +13,7 @@ Dimensions: N images, H x W patches, T class and register tokens, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detector.backbone.timm import created, known_model
+from detector.backbone.timm import created, filled, known_model, knows, pixels
 from detector.ops.layers import checkpointed
 
 PATCHES = (8, 16, 32)  # sides that divide the canvas of a batch
@@ -123,17 +123,27 @@ class ViT(nn.Module):
         for i, block in enumerate(self.model.blocks):
             block.attn = RelativeAttention(block.attn, side if i in self.global_blocks else self.window or side)
 
+    pixels = staticmethod(pixels)
+
     def published(self, name: str) -> dict[str, Tensor]:
         """The weights that timm publishes for this model ('pretrained'), downloaded once, its patch and position
         embeddings resized to this one's. Raises ValueError for another name."""
         if name != "pretrained":
             raise ValueError(f"{name!r}: expected 'pretrained', which takes timm's, or the path of a file")
-        with torch.random.fork_rng(devices=[]):
-            whole = created(self.name, pretrained=True, **self.settings)
-        state, wanted = whole.state_dict(), self.model.state_dict()
+        return self.fitted(filled(partial(created, self.name, **self.settings)))
+
+    def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Likewise the tensors of a file of timm's model; None where they are not named as timm names them."""
+        if not knows(self.name, state):
+            return None
+        return self.fitted(filled(partial(created, self.name, **self.settings), state))
+
+    def fitted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this model takes of those of timm's, under its own keys."""
+        wanted = self.model.state_dict()
         if "norm.weight" not in state:
             state |= {key.removeprefix("fc_"): value for key, value in state.items() if key.startswith("fc_norm.")}
-        if "pos_embed" in wanted:  # the last rows are the grid's
+        if "pos_embed" in wanted and "pos_embed" in state:  # the last rows are the grid's
             state["pos_embed"] = state["pos_embed"][:, -wanted["pos_embed"].shape[1] :]
         return {f"model.{key}": value for key, value in state.items() if key in wanted}
 

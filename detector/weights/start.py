@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from detector.config import config_errors, literal
-from detector.protocols import Published
+from detector.protocols import Named, Published
 from detector.weights.architecture import apply_presets
-from detector.weights.downloads import is_address
+from detector.weights.downloads import is_address, located
 from detector.weights.loading import ForeignWeights, load_foreign, read_foreign, widen
 from detector.weights.presets import RGB
+from detector.weights.reading import read_file, state_dict_of
 from detector.weights.transfer import Kept, fills_body, load_into
 from detector.weights.zoo import find
 
@@ -61,6 +63,8 @@ class Start:
         """
         path, backbone = cfg.model.get("weights"), cfg.model.backbone.get("weights")
         if path is None:
+            if backbone is not None:
+                adopt_pixels(cfg.model, chosen)
             return Weights(None, backbone)
         with config_errors("model.weights"):
             if row := find(path):
@@ -105,6 +109,30 @@ class Start:
         return kept
 
 
+def adopt_pixels(model: DictConfig, chosen: Collection[str]) -> None:
+    """Give `model` the pixel statistics that its backbone's library trained the weights with, where the user set none.
+    A file may be of another training than the library's: there they are only named."""
+    body = model.backbone
+    of_library = getattr(get_class(body._target_), "pixels", None)
+    if of_library is None or body.get("in_channels", 3) != 3:
+        return
+    known = {key: value for key, value in of_library(body.name).items() if f"model.{key}" not in chosen}
+    differing = {key: value for key, value in known.items() if list(model.get(key) or RGB[key]) != value}
+    if not differing:
+        return
+    settings = " ".join(f"model.{key}={value}".replace(" ", "") for key, value in differing.items())
+    if is_file(body.weights):
+        log.warning("timm's weights of %s were trained with %s; add it if those of this file were", body.name, settings)
+    else:
+        log.info("as timm's weights of %s were trained: %s", body.name, settings)
+        model.update(differing)
+
+
+def is_file(weights: str) -> bool:
+    """Whether `model.backbone.weights` is a file or the address of one, and no name that the library knows."""
+    return is_address(weights) or bool(Path(weights).suffix) or Path(weights).is_file()
+
+
 def warn_of_other_pixels(model: DictConfig, config: Any) -> None:
     """Say so if the model is not given the images that a checkpoint of ours, with this config, was trained on."""
     before = OmegaConf.create((config or {}).get("model") or {})
@@ -120,11 +148,16 @@ def warn_of_other_pixels(model: DictConfig, config: Any) -> None:
 
 
 def read_backbone(backbone: nn.Module, weights: str) -> ForeignWeights:
-    """The `backbone.` keys of a file that `load_foreign` reads, or the weights that the backbone's library publishes.
+    """The `backbone.` keys of a file that `load_foreign` reads or that has the names of the backbone's library, or the
+    weights that this library publishes.
 
     Raises FileNotFoundError, and ValueError where the backbone knows no weights of that name.
     """
-    if is_address(weights) or Path(weights).suffix or Path(weights).is_file():
+    if is_file(weights):
+        if isinstance(backbone, Named):
+            theirs = state_dict_of(read_file(located(weights) if is_address(weights) else weights))
+            if (own := backbone.named(theirs)) is not None:
+                return ForeignWeights({f"backbone.{key}": value for key, value in own.items()}, {})
         state, presets = load_foreign(weights)
         return ForeignWeights({key: value for key, value in state.items() if key.startswith("backbone.")}, presets)
     if not isinstance(backbone, Published):

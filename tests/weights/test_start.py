@@ -7,11 +7,13 @@ from urllib.error import URLError
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from safetensors.torch import save_file
 from torchvision.models import ResNet18_Weights, resnet18, resnet50
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from detector.config import CONFIGS, ConfigError, build, check
 from detector.weights import Start
+from detector.weights.presets import RGB_MEAN
 
 
 def composed(*overrides: str):
@@ -109,6 +111,63 @@ def test_a_backbone_s_weights_fill_the_body_and_draw_nothing(body, tmp_path, mon
     assert sum(key in filled for key in state) > 100
     for key, value in state.items():
         assert torch.equal(value, filled.get(key, fresh[key])), key
+
+
+@pytest.mark.parametrize(
+    ("body", "name", "suffix"),
+    [
+        ("timm", "resnet18", ".safetensors"),
+        ("timm", "tf_efficientnet_lite0", ".pth"),
+        ("vit", "vit_tiny_patch16_224", ".pth"),
+    ],
+)
+def test_a_file_of_timm_s_classifier_fills_a_body_of_timm_s(body, name, suffix, tmp_path, caplog):
+    """Where the hub cannot be reached: what `timm` publishes, put there by hand."""
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model(name).state_dict()
+    (torch.save if suffix == ".pth" else save_file)(theirs, tmp_path / f"theirs{suffix}")
+    options = [f"backbone@model.backbone={body}", f"model.backbone.name={name}"]
+    if body == "vit":
+        options += ["neck@model.neck=simple_pyramid", "model.backbone.window=null"]
+    fresh = started(composed(*options, "model.backbone.weights=null")).backbone.state_dict()
+    model = started(composed(*options, f"model.backbone.weights={tmp_path / f'theirs{suffix}'}"))
+    state = {key.removeprefix("model."): value for key, value in model.backbone.state_dict().items()}
+    assert {*state} == {key.removeprefix("model.") for key in fresh}
+    ours = {key.replace(".", "_"): value for key, value in state.items()}
+    learnt = {key.replace(".", "_"): value for key, value in theirs.items() if not key.startswith(("fc", "head"))}
+    if body == "vit":
+        learnt["pos_embed"] = learnt["pos_embed"][:, 1:]  # without the class token's
+    assert len(ours) > 100 and {*ours} <= {*learnt} and "Unexpected" not in caplog.text
+    assert all(torch.equal(value, learnt[key]) for key, value in ours.items())
+    other = timm.create_model("resnet34").state_dict()
+    torch.save(other, tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match=r"^model\.backbone\.weights = .*other\.pth: "):
+        started(composed(*options, f"model.backbone.weights={tmp_path / 'other.pth'}"))
+
+
+def test_pixels_are_those_of_timm_s_training_unless_chosen(tmp_path, caplog):
+    pytest.importorskip("timm")
+    half, pixels = [127.5, 127.5, 127.5], "model.pixel_mean=[127.5,127.5,127.5] model.pixel_std=[127.5,127.5,127.5]"
+    body = ["backbone@model.backbone=timm", "model.backbone.name=tf_efficientnet_lite0"]
+
+    def read(*overrides: str, chosen=()):
+        cfg = composed(*body, *overrides)
+        Start().read(cfg, chosen)
+        return cfg.model
+
+    with caplog.at_level("INFO"):
+        model = read("model.backbone.weights=pretrained")
+        assert list(model.pixel_mean) == list(model.pixel_std) == half and pixels in caplog.text
+        model = read("model.backbone.weights=pretrained", "model.pixel_mean=[1,2,3]", chosen=["model.pixel_mean"])
+        assert list(model.pixel_mean) == [1, 2, 3] and list(model.pixel_std) == half
+        caplog.clear()
+        model = read(f"model.backbone.weights={tmp_path / 'file.pth'}")  # of whose training nothing is known
+        assert list(model.pixel_mean) == RGB_MEAN and f"{pixels}; add it if those of this file were" in caplog.text
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            compose("train", [*body, *pixels.split()])  # as it advises
+        caplog.clear()
+        read("model.backbone.name=convnext_tiny.fb_in1k", "model.backbone.weights=pretrained")
+        assert "were trained" not in caplog.text  # with ImageNet's, as all models expect
 
 
 def test_torchvision_s_weights_by_name(monkeypatch):
