@@ -20,6 +20,7 @@ import numpy as np
 from pycocotools import mask as rle_tools
 from scipy.optimize import linear_sum_assignment
 
+from detector.data.formats.mot import mot_rows
 from detector.ops.checks import ConfigError
 
 NUMBERS = ("HOTA", "DetA", "AssA", "MOTA", "IDF1", "IDSW", "Frag")
@@ -40,7 +41,7 @@ class Film:
 
 def read_films(source: Path, names: Mapping[int, str] | None = None) -> list[Film]:
     """Videos of a COCO-VID file, of a folder with such (predict's predictions.json, one or in folders), of MOT's text
-    files, or of a folder of MOT sequences (SEQUENCE/gt/gt.txt).
+    files, or of a folder of MOT sequences (SEQUENCE/gt/gt.txt, or SEQUENCE/gt.txt).
 
     Raises ConfigError that names file, record and field.
     """
@@ -48,13 +49,13 @@ def read_films(source: Path, names: Mapping[int, str] | None = None) -> list[Fil
         return [_mot(source, source.stem)] if source.suffix == ".txt" else coco_vid(source)
     if not source.is_dir():
         raise ConfigError(f"{source}: there is no such file or folder")
-    if files := sorted(source.glob("**/gt/gt.txt")):
-        return [_mot(file, file.parents[1].name) for file in files]
+    if files := sorted(source.glob("**/gt.txt")):
+        return [_mot(file, file.parents[file.parent.name == "gt"].name) for file in files]
     if files := sorted({*source.glob("predictions.json"), *source.glob("*/predictions.json")}):
         return [film for file in files for film in coco_vid(file)]
     if files := sorted(source.glob("*.txt")):
         return [_mot(file, file.stem) for file in files]
-    raise ConfigError(f"{source}: holds no predictions.json, no */gt/gt.txt and no *.txt of tracks")
+    raise ConfigError(f"{source}: holds no predictions.json, no */gt.txt, no */gt/gt.txt and no *.txt of tracks")
 
 
 def coco_vid(file: Path) -> list[Film]:
@@ -91,23 +92,14 @@ def coco_vid(file: Path) -> list[Film]:
 
 
 def _mot(file: Path, name: str) -> Film:
-    """Of MOT's text: frame, id, left, top, width, height, whether it counts (or a score), class, visibility."""
+    """Of MOT's text, see `mot_rows`."""
     film, truth = Film(name), file.name == "gt.txt"
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            values = [float(part) for part in line.replace(" ", ",").split(",") if part]
-            frame, track, *box = int(values[0]), int(values[1]), *values[2:6]
-            if len(box) != 4 or not np.isfinite(box).all():
-                raise ValueError
-        except (ValueError, IndexError):
-            raise ConfigError(
-                f"{file}, line {number}: {line[:60]!r} is not frame, id, left, top, width, height, ..."
-            ) from None
-        counts = not truth or ((len(values) < 7 or values[6] > 0) and (len(values) < 8 or int(values[7]) in (1, -1)))
-        left, top, *sides = box  # which count from 1, as frames do
-        film.frames.setdefault(frame - 1, []).append((track, MOT_CLASS, left - 1, top - 1, *sides, counts))
+    try:
+        for row in mot_rows(file):
+            rows = film.frames.setdefault(row.frame, [])
+            rows.append((row.track, MOT_CLASS, *row.box, row.counts or not truth))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return film
 
 

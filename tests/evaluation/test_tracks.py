@@ -165,6 +165,22 @@ def test_mot_is_read_and_converted(mot, capsys):
     assert measure([film], persons).numbers["all"]["HOTA"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("world", ["4.4852,5.5016,0", "-1,-1,-1"])
+def test_ten_numbers_are_mot15_s_whose_last_three_are_no_class(mot, world):
+    """Places in the world (TUD-Stadtmitte has them), or -1. The file may lie in the sequence's own folder."""
+    gt = mot / "train" / "MOT-01" / "gt" / "gt.txt"
+    lines = [f"{frame},{track},{20 * track},9,10,20,1,{world}" for frame in (1, 2, 3) for track in (1, 2)]
+    gt.write_text("\n".join([*lines, f"3,3,80,9,10,20,0,{world}"]))
+    [film] = read_films(mot / "train")
+    assert [row[6] for rows in film.frames.values() for row in rows] == [True] * 6 + [False]
+    found = [Film("MOT-01", {frame: rows[:2] for frame, rows in film.frames.items()})]
+    assert measure([film], found).numbers["all"]["MOTA"] == pytest.approx(1)
+    content = converter.convert("mot", mot, ["train"])
+    assert [one["iscrowd"] for one in content["annotations"]] == [0] * 6 + [1]
+    gt.rename(mot / "train" / "MOT-01" / "gt.txt")
+    assert [(one.name, one.frames) for one in read_films(mot / "train")] == [("MOT-01", film.frames)]
+
+
 def test_mot_that_cannot_be_read(mot):
     gt = mot / "train" / "MOT-01" / "gt" / "gt.txt"
     gt.write_text("9,1,2,3,4,5,1,1,1\n")
