@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(places, "PAUSE", 0.01)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")  # where servers elsewhere are reached through one
 
 
 @pytest.fixture
