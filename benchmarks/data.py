@@ -27,10 +27,13 @@ from detector.data import CocoDataset, ResizeShortestEdge, collate
 
 
 class Reference:
-    """torchvision's reference pipeline; `batch(indices)` gives padded float images and resized masks."""
+    """torchvision's reference pipeline; `batch(indices)` gives padded float images and resized masks.
 
-    def __init__(self, images: Path, annotations: Path):
-        self.folder, self.coco = images, COCO(annotations)
+    masks: draw them; False for data sets of boxes alone.
+    """
+
+    def __init__(self, images: Path, annotations: Path, masks: bool = True):
+        self.folder, self.coco, self.masks = images, COCO(annotations), masks
         self.ids = [image["id"] for image in self.coco.dataset["images"]]
         self.resize = GeneralizedRCNNTransform(800, 1333, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
@@ -42,7 +45,7 @@ class Reference:
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         masks = torch.zeros(len(objects), height, width, dtype=torch.uint8)
-        for mask, item in zip(masks, objects):
+        for mask, item in zip(masks, objects if self.masks else []):
             if isinstance(item["segmentation"], list):
                 decoded = coco_mask.decode(coco_mask.frPyObjects(item["segmentation"], height, width)).any(axis=2)
             else:
@@ -53,7 +56,7 @@ class Reference:
             boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
         labels = torch.tensor([a["category_id"] for a in objects])
         image = F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True)
-        return image, {"boxes": boxes, "labels": labels, "masks": masks}
+        return image, {"boxes": boxes, "labels": labels} | ({"masks": masks} if self.masks else {})
 
     def batch(self, indices):
         images, targets = zip(*map(self.sample, indices))

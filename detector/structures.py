@@ -39,8 +39,8 @@ class Targets(NamedTuple):
     labels: Tensor  # [N, G] int64, 1..K; 0 in padding
     valid: Tensor  # [N, G] bool
     crowd: Tensor  # [N, G] bool: regions to ignore, never positives
-    masks: Tensor | None = None  # [N, G, S, S] uint8 0/1, each seen through its own window
-    mask_windows: Tensor | None = None  # [N, G, 4] float32, the image rectangle that the S x S cells cover
+    masks: Tensor | None = None  # [N, G, S, S] float16, the share of each cell that the object covers
+    mask_windows: Tensor | None = None  # [N, G, 4] float32, the rectangle of the image that the S x S cells cover
     has_mask: Tensor | None = None  # [N, G] bool: False for objects that came with a box only
     keypoints: Tensor | None = None  # [N, G, points, 3] float32 (x, y, visibility 0/1/2)
     attributes: Tensor | None = None  # [N, G, A] int64, codes of data/attributes.py; -1: unknown

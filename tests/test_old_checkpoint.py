@@ -2,8 +2,9 @@
 
 tests/recorded/96e4f90.pt was written by that commit: a tiny Mask R-CNN with deformable RoI pooling after 300 steps on
 the tiny shapes. 96e4f90.json beside it has what the same commit made of it: detections in `picture`, losses of the next
-steps. targets_96e4f90.json has all names that a `_target_` could have had: those in configs/, and of every public class
-and factory that a config can build from.
+steps, written anew when mask targets became those of pycocotools' masks (at the first step loss_mask alone differed).
+targets_96e4f90.json has all names that a `_target_` could have had: those in configs/, and of every public class and
+factory that a config can build from.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from detector.commands import figures
-from detector.data.outlines import Outlines, fill, ring_area, trace_rings
+from detector.data.outlines import Outlines, ring_area, trace_rings
 from detector.ops.text import readable_streams
 
 # COCO's own category ids have gaps, so these have too.
@@ -76,6 +76,38 @@ def coverage(rings: list[np.ndarray], corner: np.ndarray, side: int, parts: bool
     outlines = Outlines(np.concatenate(rings), starts, owners, np.ones(objects, bool))
     fine = fill(outlines, np.tile(np.concatenate([corner, corner + side]), (objects, 1)), 4 * side).any(0)
     return cv2.resize(fine * np.float32(1), (side, side), interpolation=cv2.INTER_AREA)
+
+
+def fill(outlines: Outlines, windows: np.ndarray, side: int) -> np.ndarray:
+    """Masks [G, S, S] uint8 0/1 of the outlines, each seen through its window [G, 4] cut into S x S cells: a cell is
+    filled where its centre lies inside, to the last digit, where pycocotools' masks round to fifths of a pixel."""
+    rings = outlines.point_rings()
+    objects = outlines.ring_objects[rings]
+    origin, extent = windows[:, :2], windows[:, 2:] - windows[:, :2]
+    scale = side / extent
+    start = (outlines.points - origin[objects]) * scale[objects]
+    end = (outlines.next_points() - origin[objects]) * scale[objects]
+    # rings that add up get a layer each, rings of one even-odd object share one
+    new_layer = np.ones(len(outlines.ring_objects), bool)
+    new_layer[1:] = np.diff(outlines.ring_objects).astype(bool) | ~outlines.even_odd[outlines.ring_objects[1:]]
+    layers = np.cumsum(new_layer) - 1
+    # every edge toggles, in each column whose centre it passes, the cells below it
+    first = np.ceil(np.minimum(start[:, 0], end[:, 0]) - 0.5).clip(0, side).astype(np.int64)
+    last = np.ceil(np.maximum(start[:, 0], end[:, 0]) - 0.5).clip(0, side).astype(np.int64)
+    passes = last - first
+    edge = np.repeat(np.arange(len(start)), passes)
+    column = np.arange(len(edge)) - np.repeat(np.cumsum(passes) - passes, passes) + first[edge]
+    x0, y0, x1, y1 = start[edge, 0], start[edge, 1], end[edge, 0], end[edge, 1]
+    y = y0 + (column + 0.5 - x0) * ((y1 - y0) / (x1 - x0))
+    row = np.ceil(y - 0.5).clip(0, side).astype(np.int64)
+    grid = np.zeros((int(new_layer.sum()), side + 1, side), np.uint8)
+    np.add.at(grid.reshape(-1), (layers[rings[edge]] * (side + 1) + row) * side + column, 1)
+    for below in range(1, side):  # only the parity counts
+        grid[:, below] ^= grid[:, below - 1]
+    masks = np.zeros((len(outlines.even_odd), side, side), np.uint8)
+    for layer, owner in zip(grid, outlines.ring_objects[new_layer]):
+        masks[owner] |= layer[:side]
+    return masks & 1
 
 
 def texture(side: int, colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:

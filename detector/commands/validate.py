@@ -46,7 +46,7 @@ from detector.config.suggest import hydra_options
 from detector.data import Annotations, CocoDataset, Pipeline, build_dataset
 from detector.data.annotations import Images, Objects, Truth
 from detector.data.loader import build_transforms, split_files
-from detector.data.outlines import fill
+from detector.data.outlines import cover
 from detector.data.read_coco import Problems
 from detector.data.several import shown
 from detector.engine import memory, setup
@@ -546,9 +546,8 @@ def object_masks(objects: Objects, height: int, width: int) -> np.ndarray | None
     """[G, height, width] bool of the outlines; None where none of the objects has one."""
     if not len(objects.outlines.points):
         return None
-    side = max(height, width)
-    windows = np.tile(np.float32([0, 0, side, side]), (len(objects.boxes), 1))
-    return fill(objects.outlines, windows, side)[:, :height, :width].astype(bool)
+    boxes = np.tile([0, 0, width, height], (len(objects.boxes), 1))
+    return cover(objects.outlines, boxes, max(height, width))[:, :height, :width] > 0.5
 
 
 def as_json(report: Report) -> dict[str, Any]:

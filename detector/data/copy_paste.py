@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from detector.data.outlines import Outlines, fill, join, trace_rings, visible_bounds
+from detector.data.outlines import Outlines, cover, join, trace_rings, visible_bounds
 from detector.data.transforms import Transformed
 
 
@@ -68,10 +68,10 @@ def area(box: np.ndarray, height: int, width: int) -> tuple[slice, slice]:
 
 def drawn(outlines: Outlines, index: int, rows: slice, columns: slice) -> np.ndarray:
     """The mask [rows, columns] bool of one object."""
-    side = max(rows.stop - rows.start, columns.stop - columns.start)
-    window = np.array([[columns.start, rows.start, columns.start + side, rows.start + side]], np.float64)
-    mask = fill(outlines.select(np.arange(len(outlines.even_odd)) == index), window, side)[0]
-    return mask[: rows.stop - rows.start, : columns.stop - columns.start].astype(bool)
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    box = np.array([[columns.start, rows.start, columns.stop, rows.stop]])
+    mask = cover(outlines.select(np.arange(len(outlines.even_odd)) == index), box, max(height, width))[0]
+    return mask[:height, :width] > 0.5
 
 
 def of_rings(rings: list[np.ndarray]) -> Outlines:

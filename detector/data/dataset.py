@@ -20,7 +20,7 @@ from detector.data.annotations import Objects
 from detector.data.attributes import Groups
 from detector.data.copy_paste import paste
 from detector.data.file_names import find_in_folders, leads_out, nearby
-from detector.data.outlines import fill, mask_windows
+from detector.data.outlines import enlarged, grids
 from detector.data.pictures import Parts, PictureError, Pictures, split_page
 from detector.data.places import Entry, Folder, Place, as_places
 from detector.data.read_coco import Problems
@@ -45,7 +45,7 @@ class Sample(NamedTuple):
     boxes: np.ndarray  # [G, 4] float32
     labels: np.ndarray  # [G] int64
     crowd: np.ndarray  # [G] bool
-    masks: np.ndarray | None  # [G, S, S] uint8
+    masks: np.ndarray | None  # [G, S, S] float16
     mask_windows: np.ndarray | None  # [G, 4] float32
     has_mask: np.ndarray | None  # [G] bool
     keypoints: np.ndarray | None = None  # [G, N, 3] float32
@@ -64,7 +64,7 @@ class CocoDataset(Dataset):
         transforms: albumentations transforms or a `Pipeline`.
         categories: names of labels 1, 2, ... (those of the training set or the model); by default the file's own.
         masks: give masks [S, S] for objects that have an outline.
-        mask_size: S.
+        mask_size: the largest S; see outlines.grids.
         keep_empty: keep images without objects.
         seed: of the augmentation and of `Batch.sample_keys`.
         on_error: "raise" stops at a wrong record or unreadable image; "skip" leaves it out with a warning. An image
@@ -299,8 +299,7 @@ class CocoDataset(Dataset):
             said = np.concatenate([said, others.attributes])
         masks = windows = has_mask = None
         if self.masks:
-            windows = mask_windows(out.boxes, self.mask_size)
-            masks = self._draw(out, windows)
+            masks, windows = grids(out.outlines, out.boxes, self.mask_size)
             has_mask = masks.any(axis=(1, 2))
         return Sample(
             image=out.image,
@@ -343,14 +342,6 @@ class CocoDataset(Dataset):
             except (ValueError, OSError):
                 continue
         raise ValueError(f"none of the {len(self)} images in {shown(self.folders)} can be read")
-
-    def _draw(self, out, windows: np.ndarray) -> np.ndarray:
-        masks = fill(out.outlines, windows, self.mask_size)
-        # what lies beyond the box lies beyond the image
-        cells = (np.arange(self.mask_size) + 0.5) / self.mask_size
-        centres = windows[:, :2, None] + (windows[:, 2:] - windows[:, :2])[:, :, None] * cells  # [G, 2, S]
-        inside = (centres >= out.boxes[:, :2, None]) & (centres <= out.boxes[:, 2:, None])
-        return masks & inside[:, 1, :, None] & inside[:, 0, None, :]
 
 
 def mirrored_keypoints(names: Sequence[str]) -> list[int]:
@@ -402,7 +393,11 @@ def collate_images(
 
 
 def collate_targets(samples: Sequence[Sample]) -> Targets:
-    """Join the objects of samples."""
+    """Join the objects of samples; masks get as many cells as the largest of them has."""
+    if samples[0].masks is not None:
+        side = max(sample.masks.shape[-1] for sample in samples)
+        joined = [enlarged(sample.masks, sample.mask_windows, side) for sample in samples]
+        samples = [s._replace(masks=masks, mask_windows=windows) for s, (masks, windows) in zip(samples, joined)]
     counts = torch.tensor([len(sample.boxes) for sample in samples])
     most = max(1, int(counts.max()))
 

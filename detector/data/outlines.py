@@ -1,8 +1,8 @@
-"""Object outlines: exact outlines of pixel masks, their extent inside an image, and drawing into small grids.
+"""Object outlines: exact outlines of pixel masks, their extent inside an image, and the masks that they enclose.
 
 An outline is a set of closed rings of continuous (x, y) points; pixel (column i, row j) covers [i, i+1) x [j, j+1).
 COCO's polygons are rings that add up. The rings of a pixel mask follow the pixels' edges and fill by the even-odd rule,
-so that a hole is just one more ring. Either way no mask is ever drawn at the size of the image.
+so that a hole is just one more ring. Either way a mask is drawn no larger than its object.
 
 Dimensions: G objects, Q rings in the order of their objects, P points in the order of their rings, S cells per side.
 """
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 
 
 class Outlines(NamedTuple):
@@ -174,41 +175,114 @@ def _covered_corners(outlines: Outlines, points: np.ndarray, step: np.ndarray, s
     return corners[which], owners
 
 
-def fill(outlines: Outlines, windows: np.ndarray, side: int) -> np.ndarray:
-    """Masks [G, S, S] uint8 0/1 of the outlines, each seen through its window [G, 4] cut into S x S cells.
+def cover(outlines: Outlines, boxes: np.ndarray, side: int) -> np.ndarray:
+    """Masks [G, S, S] float16 of the outlines, seen from the corner of whole pixels' boxes [G, 4] on.
 
-    A cell is filled where its centre lies inside, so at native scale the rings of a pixel mask give the mask back.
+    They are pycocotools' masks, by which AP is measured. Cells are pixels where the box has no more than S on a side;
+    otherwise they are larger on that side, and hold the share of their area that the object covers.
     """
-    rings = outlines.point_rings()
-    objects = outlines.ring_objects[rings]
-    origin, extent = windows[:, :2], windows[:, 2:] - windows[:, :2]
-    scale = side / extent
-    start = (outlines.points - origin[objects]) * scale[objects]
-    end = (outlines.next_points() - origin[objects]) * scale[objects]
-    # rings that add up get a layer each, rings of one even-odd object share one
-    new_layer = np.ones(len(outlines.ring_objects), bool)
-    new_layer[1:] = np.diff(outlines.ring_objects).astype(bool) | ~outlines.even_odd[outlines.ring_objects[1:]]
-    layers = np.cumsum(new_layer) - 1
-    # every edge toggles, in each column whose centre it passes, the cells below it
-    first = np.ceil(np.minimum(start[:, 0], end[:, 0]) - 0.5).clip(0, side).astype(np.int64)
-    last = np.ceil(np.maximum(start[:, 0], end[:, 0]) - 0.5).clip(0, side).astype(np.int64)
-    passes = last - first
-    edge = np.repeat(np.arange(len(start)), passes)
-    column = np.arange(len(edge)) - np.repeat(np.cumsum(passes) - passes, passes) + first[edge]
-    x0, y0, x1, y1 = start[edge, 0], start[edge, 1], end[edge, 0], end[edge, 1]
-    y = y0 + (column + 0.5 - x0) * ((y1 - y0) / (x1 - x0))
-    row = np.ceil(y - 0.5).clip(0, side).astype(np.int64)
-    grid = np.zeros((int(new_layer.sum()), side + 1, side), np.uint8)
-    np.add.at(grid.reshape(-1), (layers[rings[edge]] * (side + 1) + row) * side + column, 1)
-    for below in range(1, side):  # only the parity counts
-        grid[:, below] ^= grid[:, below - 1]
-    masks = np.zeros((len(outlines.even_odd), side, side), np.uint8)
-    for layer, owner in zip(grid, outlines.ring_objects[new_layer]):
-        masks[owner] |= layer[:side]
-    return masks & 1
+    boxes = np.asarray(boxes, np.int64)
+    edge, column, row = _crossings(outlines, boxes)
+    rings = outlines.point_rings()[edge]
+    owner = outlines.ring_objects[rings]
+    # in every column an outline is entered and left in turn; rings of an even-odd object are one outline
+    outline = np.where(outlines.even_odd[owner], outlines.ring_objects.searchsorted(owner), rings)
+    column, row = column - boxes[owner, 0], (row - boxes[owner, 1]).clip(0, boxes[owner, 3] - boxes[owner, 1])
+    place = _order(outline, column, row)
+    owner, column, row = owner[place], column[place], row[place]
+    enters = 1 - 2 * (np.arange(len(row)) % 2)
+    if len(outline) and (np.diff(outlines.ring_objects)[~outlines.even_odd[outlines.ring_objects[1:]]] == 0).any():
+        # rings that add up: what counts is to enter the first of them and to leave the last
+        place = _order(owner, column, row)
+        owner, column, row = owner[place], column[place], row[place]
+        inside = enters[place].cumsum() > 0
+        enters = np.diff(inside.astype(int), prepend=0)
+    # From an entry on all cells below are covered, the entry's own in part: so a sum down the rows gives the shares.
+    # A pixel may lie in two cells of a row.
+    cell = np.maximum(1.0, (boxes[:, 2:] - boxes[:, :2]) / side)[owner]
+    y, left, right = row / cell[:, 1], column / cell[:, 0], (column + 1) / cell[:, 0]
+    own_row, own_column = y.astype(int), (left + 1e-9).astype(int)
+    of_row, of_column = own_row + 1 - y, np.minimum(right, own_column + 1) - left
+    index = (owner * (side + 2) + own_row) * (side + 1) + own_column
+    over = right - left - of_column  # in the next column of cells
+    split = np.flatnonzero(over > 1e-9)
+    parts = [(index, enters * of_column, of_row), (index[split] + 1, (enters * over)[split], of_row[split])]
+    index, share, of_row = (torch.from_numpy(np.concatenate(values)) for values in zip(*parts))
+    grid = torch.zeros(len(boxes) * (side + 2) * (side + 1), dtype=torch.float64)
+    grid.index_add_(0, index, share * of_row).index_add_(0, index + side + 1, share * (1 - of_row))
+    return grid.view(-1, side + 2, side + 1)[:, :side, :side].cumsum(dim=1).half().numpy()
 
 
-def mask_windows(boxes: np.ndarray, side: int) -> np.ndarray:
-    """The window [G, 4] of each box [G, 4]: native scale where S cells hold it, squeezed per axis where they do not."""
-    start = np.floor(boxes[:, :2])
-    return np.concatenate([start, np.maximum(start + side, np.ceil(boxes[:, 2:]))], axis=1)
+def _order(*keys: np.ndarray) -> np.ndarray:
+    """What sorts whole numbers from 0 on by the first key, then the second, and so on."""
+    joined = np.zeros(len(keys[0]), np.int64)
+    for key in keys:
+        joined = joined * (int(key.max(initial=0)) + 1) + key
+    return joined.argsort()
+
+
+def _crossings(outlines: Outlines, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where outlines toggle pixels inside their boxes [G, 4]: edges [X], columns [X] and the first rows [X] below.
+
+    pycocotools walks along every edge in steps of a fifth of a pixel, one at a time in the direction in which it goes
+    farther; the walk crosses a pixel's centre between the third and the fourth fifth of its column.
+    """
+    fifths = (outlines.points.astype(np.float64) * 5 + 0.5).clip(-1e9, 1e9)
+    fifths += np.copysign(1e-3, fifths)  # a tenth of a pixel is a tie, which float32 must not decide
+    fifths = np.trunc(fifths).astype(np.int64)
+    start, end = fifths, outlines._replace(points=fifths).next_points()
+    span = np.abs(end - start)
+    flat = span[:, 0] >= span[:, 1]
+    swap = np.where(flat, start[:, 0] > end[:, 0], start[:, 1] > end[:, 1])[:, None]
+    start, end = np.where(swap, end, start), np.where(swap, start, end)
+    left, right = np.minimum(start[:, 0], end[:, 0]), np.maximum(start[:, 0], end[:, 0])
+    limits = boxes[outlines.ring_objects[outlines.point_rings()]]
+    first = np.maximum(-(-(left - 2) // 5), limits[:, 0])
+    count = (np.minimum((right - 3) // 5 + 1, limits[:, 2]) - first).clip(0)
+    edge = np.repeat(np.arange(len(fifths)), count)
+    column = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count) + first[edge]
+
+    (x, y), (dx, dy), flat = start[edge].T, (end - start)[edge].T, flat[edge]
+    slope = np.where(flat, dy, dx) / np.where(flat, dx, dy)
+    third = 5 * column + 2
+    step = third - x
+
+    def walked(origin: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        return np.trunc(origin + slope * steps + 0.5).astype(np.int64)
+
+    # steep edges: the last step before the centre, by the walk's own rounding
+    with np.errstate(divide="ignore", invalid="ignore"):
+        last = np.where(flat, 0, np.floor((step + 0.5) / slope)).astype(np.int64)
+
+    def before(steps: np.ndarray) -> np.ndarray:
+        at = walked(x, steps)
+        return np.where(slope > 0, at <= third, at > third)
+
+    last -= ~before(last)
+    last += before(last + 1)
+    crossed = np.where(flat, np.minimum(walked(y, step), walked(y, step + 1)), y + last)
+    return edge, column, np.ceil((crossed + 0.5) / 5 - 0.5).astype(np.int64)
+
+
+def grids(outlines: Outlines, boxes: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Masks [G, S, S] float16 of the outlines, and the window [G, 4] float32 of the image that each one's cells cover.
+
+    A window starts at the first pixel that its box [G, 4] touches. Its cells are pixels where the object has no more
+    than `most` on a side; otherwise they are larger on that side, and hold the share of their area that the object
+    covers. S is what the largest object needs, in sixteens, at most `most`.
+    """
+    first, last = np.floor(boxes[:, :2]).astype(np.int64), np.ceil(boxes[:, 2:]).astype(np.int64)
+    size = last - first
+    side = min(most, -(-int(size.max(initial=1)) // 16) * 16)
+    masks = cover(outlines, np.concatenate([first, last], axis=1), side)
+    return masks, np.concatenate([first, first + np.maximum(size, side)], axis=1).astype(np.float32)
+
+
+def enlarged(masks: np.ndarray, windows: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Masks [G, S, S] and their windows [G, 4] of `grids` with so many cells on a side, the new ones empty."""
+    more = side - masks.shape[-1]
+    if not more:
+        return masks, windows
+    windows = windows.copy()
+    windows[:, 2:] += (windows[:, 2:] - windows[:, :2]) * (more / masks.shape[-1])
+    return np.pad(masks, ((0, 0), (0, more), (0, more))), windows

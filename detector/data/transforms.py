@@ -201,11 +201,24 @@ def _placed(keypoints: np.ndarray, moved: np.ndarray, size: tuple[int, int], mir
 
 
 class Resize(A.DualTransform):
-    """What resizing transforms share: a subclass says `new`, the (height, width) that the image gets."""
+    """What resizing transforms share: a subclass says `new`, the (height, width) that the image gets.
+
+    interpolation: "area" averages over all pixels where the image shrinks, which keeps fine patterns from turning into
+    others, and is bilinear where it grows; "pillow": Pillow's bilinear one, as in detectron2, which averages too; or
+    OpenCV's constant. The default is bilinear, which looks at four pixels alone: what configs meant that do not say it.
+    """
+
+    def _check(self, interpolation: int | str) -> None:
+        if isinstance(interpolation, str) and interpolation not in ("area", "pillow"):
+            raise ValueError(
+                f"{type(self).__name__}: interpolation={interpolation!r} must be 'area', 'pillow' or OpenCV's constant"
+            )
 
     def apply(self, img, new, interpolation, **params):
         if img.shape[:2] == new:
             return img
+        if interpolation == "area":
+            interpolation = cv2.INTER_AREA if new[0] < img.shape[0] or new[1] < img.shape[1] else cv2.INTER_LINEAR
         if interpolation != "pillow":
             return resized(img, *new, interpolation)
         if img.shape[2] == 3:
@@ -230,8 +243,7 @@ class ResizeShortestEdge(Resize):
         size: pixels; of several sizes one is drawn for each image.
         max_size: limit of the longer side; None for no limit.
         rounding: how sides come to whole pixels: "nearest" as in detectron2 (half up), "floor" as in torchvision.
-        interpolation: OpenCV's constant, bilinear by default; or "pillow": Pillow's bilinear one, as in detectron2,
-            which averages over all pixels where the image shrinks.
+        interpolation: see Resize.
     """
 
     class InitSchema(A.BasicTransform.InitSchema):
@@ -255,10 +267,7 @@ class ResizeShortestEdge(Resize):
             raise ValueError(f"ResizeShortestEdge: size={size} and max_size={max_size} must be positive")
         if rounding not in ("nearest", "floor"):
             raise ValueError(f"ResizeShortestEdge: rounding={rounding!r} must be 'nearest' or 'floor'")
-        if isinstance(interpolation, str) and interpolation != "pillow":
-            raise ValueError(
-                f"ResizeShortestEdge: interpolation={interpolation!r} must be 'pillow' or OpenCV's constant"
-            )
+        self._check(interpolation)
 
     def get_params_dependent_on_data(self, params, data):
         height, width = params["shape"][:2]
@@ -278,22 +287,23 @@ class ScaleJitter(Resize):
     Args:
         size: pixels.
         scale: (least, largest) factor.
-        interpolation: OpenCV's constant, bilinear by default.
+        interpolation: see Resize.
     """
 
     class InitSchema(A.BasicTransform.InitSchema):
         size: int
         scale: tuple[float, float]
-        interpolation: int
+        interpolation: int | str
 
     def __init__(
         self,
         size: int = 1024,
         scale: tuple[float, float] = (0.1, 2.0),
-        interpolation: int = cv2.INTER_LINEAR,
+        interpolation: int | str = cv2.INTER_LINEAR,
         p: float = 1.0,
     ):
         super().__init__(p=p)
+        self._check(interpolation)
         self.size, self.scale, self.interpolation = size, tuple(scale), interpolation
         if size < 1 or not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"ScaleJitter: size={size} must be positive and scale={scale} be 0 < least <= largest")

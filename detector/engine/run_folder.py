@@ -24,6 +24,7 @@ IRRELEVANT = (*UNLEARNT, "weights")  # what the weights were before is past
 MOVABLE = tuple(f"data.{key}" for key in ("root", "train.images", "val.images", "on_error", "max_pixels"))
 MOVABLE += ("training.patience", "model.box_head.detections_per_image")
 GROWING = ("model", "data", "training")  # where new versions add keys
+BEFORE = {"interpolation": 1}  # what was done where nothing was said: bilinear, also where pictures shrink
 log = logging.getLogger(__name__)
 
 
@@ -87,6 +88,7 @@ def compare_configs(stored: Mapping[str, Any], current: Mapping[str, Any], chose
     chosen: keys that the command line sets; these are never taken for such new ones.
     """
     old, new = flatten(stored), flatten(current)
+    old = {key: BEFORE[key.rpartition(".")[2]] for key in new if said_later(key, old, new)} | old
     differing = [key for key in sorted({*old, *new}) if old.get(key, "absent") != new.get(key, "absent")]
     differing = [key for key in differing if not {key, key.split(".")[0]} & {*IRRELEVANT}]
     lines = {key: f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}" for key in differing}
@@ -99,6 +101,13 @@ def compare_configs(stored: Mapping[str, Any], current: Mapping[str, Any], chose
         )
     for key in differing:
         log.warning("continuing with another setting than before: %s", lines[key])
+
+
+def said_later(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether `key` of augment is one that older versions did not have, of a step that the stored config has, too."""
+    node, _, name = key.rpartition(".")
+    step = f"{node}._target_"
+    return name in BEFORE and node.startswith("augment") and key not in old and old.get(step) == new.get(step)
 
 
 def is_new(key: str, stored: Any) -> bool:

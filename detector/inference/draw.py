@@ -331,5 +331,5 @@ def paste_windows(masks: np.ndarray, windows: np.ndarray, height: int, width: in
         columns = (np.arange(width) + 0.5 - x1) / max(x2 - x1, 1e-6) * mask.shape[1]
         rows = (np.arange(height) + 0.5 - y1) / max(y2 - y1, 1e-6) * mask.shape[0]
         inside_x, inside_y = ((v >= 0) & (v < s) for v, s in ((columns, mask.shape[1]), (rows, mask.shape[0])))
-        out[np.ix_(inside_y, inside_x)] = mask[np.ix_(rows[inside_y].astype(int), columns[inside_x].astype(int))] > 0
+        out[np.ix_(inside_y, inside_x)] = mask[np.ix_(rows[inside_y].astype(int), columns[inside_x].astype(int))] >= 0.5
     return image

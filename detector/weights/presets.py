@@ -103,11 +103,12 @@ def presets_of(source: str, state: dict[str, Tensor], style: str | None = None) 
     return presets
 
 
-# settings of data.ResizeShortestEdge: how each framework resizes images; torchvision cuts off fractions of the sides
-RESIZING: dict[str, dict[str, str]] = {
-    "torchvision": {"rounding": "floor"},
+# settings of data.ResizeShortestEdge: how each framework resizes images; torchvision cuts off fractions of the sides;
+# 1 is bilinear, without averaging
+RESIZING: dict[str, dict[str, str | int]] = {
+    "torchvision": {"rounding": "floor", "interpolation": 1},
     "detectron2": {"interpolation": "pillow"},
-    "mmdet": {},
+    "mmdet": {"interpolation": 1},
     "detector": {},
 }
 

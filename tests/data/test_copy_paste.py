@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from detector.data import CocoDataset, ScaleJitter
 from detector.data.copy_paste import paste
-from detector.data.outlines import fill, visible_bounds
+from detector.data.outlines import cover, visible_bounds
 from detector.data.transforms import Transformed
 from tests.data.coco_files import minimal, outlines_of, write
 from tests.data.test_transforms import polygon
@@ -28,7 +28,7 @@ def scene(rng: np.random.Generator, objects: int, value: int, size: tuple[int, i
 
 def masks_of(scene: Transformed) -> np.ndarray:
     """[G, SIDE, SIDE] bool: the outlines inside their boxes."""
-    masks = fill(scene.outlines, np.tile([[0.0, 0, SIDE, SIDE]], (len(scene.boxes), 1)), SIDE).astype(bool)
+    masks = cover(scene.outlines, np.tile([[0, 0, SIDE, SIDE]], (len(scene.boxes), 1)), SIDE) > 0.5
     centres = np.arange(SIDE) + 0.5
     inside = (centres >= scene.boxes[:, :2, None]) & (centres <= scene.boxes[:, 2:, None])
     return masks & inside[:, 1, :, None] & inside[:, 0, None, :]

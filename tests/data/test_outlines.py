@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,16 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco_mask
 
-from detector.data.outlines import fill, mask_windows, ring_area, rle_counts, run_rings, trace_rings, visible_bounds
+from detector.data.outlines import cover, enlarged, grids, ring_area, rle_counts, run_rings, trace_rings, visible_bounds
 from tests.data.coco_files import outlines_of
 
 MASKS = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=24), elements=st.integers(0, 1))
 
 
 def draw(outlines, height, width):
-    side = max(height, width)
-    window = np.tile([[0.0, 0.0, side, side]], (len(outlines.even_odd), 1))
-    return fill(outlines, window, side)[:, :height, :width]
+    boxes = np.tile([[0, 0, width, height]], (len(outlines.even_odd), 1))
+    return cover(outlines, boxes, max(height, width))[:, :height, :width]
 
 
 @given(MASKS)
@@ -55,22 +55,41 @@ def test_polygons_add_up_and_rings_of_a_mask_cancel():
     assert draw(outlines_of([[big, small]], even_odd=True), 8, 8).sum() == 64 - 16
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_polygon_raster_agrees_with_pycocotools_up_to_the_outline(seed):
+def test_masks_are_pycocotools(seed):
+    """Of several polygons that overlap and lie partly outside: whole, in a part of the image, in larger cells."""
     rng = np.random.default_rng(seed)
-    ring = rng.uniform(0, 64, (rng.integers(3, 9), 2))
-    ours = draw(outlines_of([[ring]]), 64, 64)[0]
-    theirs = coco_mask.decode(coco_mask.frPyObjects([ring.ravel().tolist()], 64, 64))[..., 0]
-    closed = np.concatenate([ring, ring[:1]])
-    length = np.linalg.norm(np.diff(closed, axis=0), axis=1).sum()
-    assert (ours != theirs).sum() <= 1.5 * length  # they differ where an edge crosses a pixel
+    height, width = (int(side) for side in rng.integers(1, 90, 2))
+    rings = [
+        rng.uniform(-30, 110, (rng.integers(3, 9), 2)).round(rng.integers(0, 3)) for _ in range(rng.integers(1, 4))
+    ]
+    coded = coco_mask.frPyObjects([ring.ravel().tolist() for ring in rings], height, width)
+    theirs = coco_mask.decode(coco_mask.merge(coded))
+    outlines = outlines_of([rings])
+    np.testing.assert_array_equal(draw(outlines, height, width)[0], theirs)
+    (x1, x2), (y1, y2) = (np.sort(rng.integers(0, side + 1, 2)) for side in (width, height))
+    part = cover(outlines, np.array([[x1, y1, x2, y2]]), 90)[0]
+    np.testing.assert_array_equal(part[: y2 - y1, : x2 - x1], theirs[y1:y2, x1:x2])
+    assert part.sum(dtype=float) == theirs[y1:y2, x1:x2].sum()
+    side = int(rng.integers(1, max(height, width) + 1))
+    rows, columns = min(side, height), min(side, width)
+    shares = cv2.resize(theirs.astype(np.float32), (columns, rows), interpolation=cv2.INTER_AREA)
+    np.testing.assert_allclose(
+        cover(outlines, np.array([[0, 0, width, height]]), side)[0, :rows, :columns], shares, atol=1e-3
+    )
+
+
+def test_outlines_far_outside_cost_nothing():
+    ring = [[-1e12, -1e12], [1e12, -1e12], [1e12, 1e12], [-1e12, 1e12]]
+    assert draw(outlines_of([[ring]]), 20, 30).all()
 
 
 def test_objects_are_drawn_into_their_own_windows():
     square = np.array([[10, 20], [14, 20], [14, 24], [10, 24]])
-    masks = fill(
-        outlines_of([[square], [], [square * 10]]), np.array([[8, 18, 16, 26], [0, 0, 8, 8], [100, 200, 140, 240.0]]), 8
-    )
+    boxes = np.array([[8.5, 18.2, 15.8, 26], [0, 0, 8, 8], [100, 200, 140, 240.0]])
+    masks, windows = grids(outlines_of([[square], [], [square * 10]]), boxes, 8)
+    np.testing.assert_array_equal(windows, [[8, 18, 16, 26], [0, 0, 8, 8], [100, 200, 140, 240]])
     expected = np.zeros((8, 8), np.uint8)
     expected[2:6, 2:6] = 1
     np.testing.assert_array_equal(masks[0], expected)
@@ -78,9 +97,24 @@ def test_objects_are_drawn_into_their_own_windows():
     assert masks[2].all()
 
 
-def test_windows_are_native_where_the_object_fits():
-    boxes = np.array([[3.4, 5.6, 9.2, 8.0], [3.4, 5.6, 300.5, 8.0]])
-    np.testing.assert_array_equal(mask_windows(boxes, 112), [[3, 5, 115, 117], [3, 5, 301, 117]])
+def test_cells_are_pixels_where_the_object_fits_and_no_more_than_it_needs():
+    outlines = outlines_of([[], []])
+    for boxes, most, side, windows in (
+        ([[3.4, 5.6, 300.5, 8.0], [3.4, 5.6, 9.2, 8.0]], 112, 112, [[3, 5, 301, 117], [3, 5, 115, 117]]),
+        ([[3.4, 5.6, 9.2, 8.0], [3.4, 5.6, 30.2, 8.0]], 112, 32, [[3, 5, 35, 37], [3, 5, 35, 37]]),
+    ):
+        masks, found = grids(outlines, np.array(boxes), most)
+        assert masks.shape == (2, side, side) and masks.dtype == np.float16
+        np.testing.assert_array_equal(found, windows)
+
+
+def test_an_enlarged_grid_shows_the_same():
+    ring = np.array([[3, 4], [40, 9], [20, 33]])
+    masks, windows = grids(outlines_of([[ring]]), np.array([[3, 4, 40, 33.0]]), 16)
+    larger, wider = enlarged(masks, windows, 20)
+    np.testing.assert_array_equal(larger[:, :16, :16], masks)
+    assert larger.sum() == masks.sum()
+    np.testing.assert_allclose((wider[:, 2:] - wider[:, :2]) / 20, (windows[:, 2:] - windows[:, :2]) / 16)
 
 
 @settings(deadline=None)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import albumentations as A
 import cv2
+import hydra
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from PIL import Image
 
+from detector.config import CONFIGS, ConfigError
 from detector.data import Pipeline, ResizeShortestEdge, ScaleJitter
-from detector.data.outlines import fill, visible_bounds
+from detector.data.outlines import cover, visible_bounds
+from detector.engine.run_folder import compare_configs
+from detector.inference.load import validation_transforms
 from tests.data.coco_files import outlines_of
 
 HEIGHT, WIDTH = 120, 160
@@ -26,9 +31,9 @@ def polygon(rng: np.random.Generator, margin: float = 10) -> np.ndarray:
 
 def drawn(outlines, height: int, width: int, fine: int = 1) -> np.ndarray:
     """[G, H, W] shares of the pixels."""
-    side = max(height, width)
-    windows = np.tile([[0.0, 0.0, side, side]], (len(outlines.even_odd), 1))
-    masks = fill(outlines, windows, side * fine)[:, : height * fine, : width * fine].astype(np.float32)
+    boxes = np.tile([[0, 0, width * fine, height * fine]], (len(outlines.even_odd), 1))
+    masks = cover(outlines._replace(points=outlines.points * fine), boxes, max(height, width) * fine)
+    masks = masks[:, : height * fine, : width * fine].astype(np.float32)
     return np.stack([cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA) for mask in masks])
 
 
@@ -200,6 +205,54 @@ def test_shortest_edge_by_pillow(size):
     np.testing.assert_array_equal(found, np.asarray(expected))
     plain = Pipeline([ResizeShortestEdge(size, None)])(image).image.astype(int)
     assert (np.abs(found - plain).max() <= 1) == (size > 120)  # the same where images grow
+
+
+@pytest.mark.parametrize("transform", [ResizeShortestEdge, ScaleJitter])
+def test_area_averages_where_images_shrink_and_is_bilinear_where_they_grow(transform):
+    """A pattern of single bright pixels keeps its mean; four pixels alone miss most of them or see them twice."""
+    image = np.zeros((120, 120, 3), np.uint8)
+    image[::4, ::4] = 240
+    for size in (30, 300):
+        settings = {"size": size} | ({"scale": (1.0, 1.0)} if transform is ScaleJitter else {"max_size": None})
+        area, plain = (
+            Pipeline([transform(**settings, **more)])(image).image for more in ({"interpolation": "area"}, {})
+        )
+        assert area.shape == plain.shape == (size, size, 3)
+        if size == 30:
+            assert (area == 15).all() and (plain == 0).all()
+        else:
+            np.testing.assert_array_equal(area, plain)
+
+
+def test_shipped_pipelines_average_in_training_as_in_inference():
+    for option in ("default", "multiscale", "photometric", "lsj"):
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            augment = OmegaConf.to_container(
+                hydra.compose("train", [f"augment={option}", "experiment=none"]), resolve=True
+            )
+        steps = [step for split in ("train", "val") for step in augment["augment"][split]]
+        assert {step["interpolation"] for step in steps if "detector.data" in step["_target_"]} == {"area"}, option
+
+
+def test_checkpoints_that_do_not_say_it_shrink_as_they_were_trained():
+    image = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    step = {"_target_": "detector.data.ResizeShortestEdge", "size": 60, "max_size": 100}
+    old = validation_transforms({"augment": {"val": [step]}})(image).image
+    np.testing.assert_array_equal(old, cv2.resize(image, (80, 60), interpolation=cv2.INTER_LINEAR))
+    new = validation_transforms({"augment": {"val": [step | {"interpolation": "area"}]}})(image).image
+    np.testing.assert_array_equal(new, cv2.resize(image, (80, 60), interpolation=cv2.INTER_AREA))
+
+
+def test_a_run_from_before_the_key_goes_on_as_it_was():
+    step = {"_target_": "detector.data.ResizeShortestEdge", "size": 60}
+    stored = {"augment": {"train": [step], "val": [step], "short_edge": 60}}
+    said = {
+        "augment": {"interpolation": 1, "short_edge": 60} | {k: [step | {"interpolation": 1}] for k in ("train", "val")}
+    }
+    compare_configs(stored, said, {"augment.interpolation"})
+    said["augment"]["interpolation"] = "area"
+    with pytest.raises(ConfigError, match=r"augment\.interpolation: 1 -> area"):
+        compare_configs(stored, said)
 
 
 def test_shortest_edge_draws_from_several_sizes():
