@@ -30,6 +30,17 @@ RECALLS = np.linspace(0, 1, 101)
 AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])
 
 
+class Bands(NamedTuple):
+    """Objects that are measured apart in place of COCO's small, medium and large ones: those whose value lies within a
+    band's limits. Results that found none count in the bands of their own area; in all, where values are no areas."""
+
+    limits: np.ndarray  # [A, 2]; the first band holds everything
+    values: np.ndarray | None = None  # [G] of the objects in the order of the annotations; None: their areas
+
+
+COCO_BANDS = Bands(AREAS)
+
+
 class MatchedDetections(NamedTuple):
     """Which detections found an object, for all areas and thresholds; detections in the order of images."""
 
@@ -50,9 +61,11 @@ class Table(NamedTuple):
     recall: np.ndarray  # [B, K, A, T]
 
 
-def match(annotations, predictions, iou_type: str = "bbox", limit: int = COCO_LIMITS[-1]) -> MatchedDetections:
+def match(
+    annotations, predictions, iou_type: str = "bbox", limit: int = COCO_LIMITS[-1], bands: Bands = COCO_BANDS
+) -> MatchedDetections:
     """COCO's greedy matching. annotations, predictions, iou_type (bbox, segm, boundary): as in coco_metrics. limit: how
-    many detections of a category in an image count."""
+    many detections of a category in an image count. bands: A = 4 of them, in the place of COCO's areas."""
     if iou_type not in ("bbox", "segm", "boundary"):
         raise ValueError(f"iou_type is {iou_type!r}; choose bbox, segm or boundary")
     checked = check_annotations(annotations, iou_type)
@@ -69,11 +82,12 @@ def match(annotations, predictions, iou_type: str = "bbox", limit: int = COCO_LI
     rows, true, false = [], [], []
     for key in sorted(real.keys() | found.keys()):
         detections = sorted(found[key], key=lambda entry: -entry["score"])[:limit]
-        ignored = np.array([_ignored(entry) for entry in real[key]], bool).reshape(-1, len(AREAS)).T  # [A, G]
+        ignored = np.array([_ignored(entry, bands) for entry in real[key]], bool).reshape(-1, len(AREAS)).T  # [A, G]
         objects[key] = (~ignored).sum(1)
         if not detections:
             continue
-        outside = np.array([_outside(_result_area(entry, iou_type)) for entry in detections])  # [D, A]
+        areas = [_result_area(entry, iou_type) if bands.values is None else np.nan for entry in detections]
+        outside = np.array([_outside(area, bands.limits) for area in areas])  # [D, A]
         hit, irrelevant = _assign(_ious(detections, real[key], iou_type, sizes), ignored, real[key])
         rows += [(*key, entry["score"]) for entry in detections]
         true.append(hit & ~irrelevant)
@@ -92,12 +106,13 @@ def match(annotations, predictions, iou_type: str = "bbox", limit: int = COCO_LI
     )
 
 
-def _outside(area: float) -> np.ndarray:
-    return (area < AREAS[:, 0]) | (area > AREAS[:, 1])
+def _outside(value: float, limits: np.ndarray) -> np.ndarray:
+    return (value < limits[:, 0]) | (value > limits[:, 1])
 
 
-def _ignored(entry: dict) -> np.ndarray:
-    return _outside(entry["area"]) | bool(entry["iscrowd"])
+def _ignored(entry: dict, bands: Bands) -> np.ndarray:
+    value = entry["area"] if bands.values is None else bands.values[entry["id"] - 1]
+    return _outside(value, bands.limits) | bool(entry["iscrowd"])
 
 
 def _result_area(entry: dict, iou_type: str) -> float:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detector.comparison.statistics import MatchedDetections, difference, draws, match, metrics, resample
+from detector.comparison.statistics import Bands, MatchedDetections, difference, draws, match, metrics, resample
 from detector.evaluation import coco_metrics
 from detector.evaluation.tables import COLUMNS
 from tests.evaluation.test_coco import crowded_case, random_case
@@ -177,3 +177,25 @@ def test_more_than_100_detections(limit):
     expected = coco_metrics(truth, predictions, max_detections=[1, 10, limit])
     for name in ("AP", "AP50", "APs", f"AR{limit}"):
         assert found[name][0] == pytest.approx(expected[name], abs=1e-12) and found[name][0] > 0.1
+
+
+def test_objects_are_measured_apart_by_any_value():
+    """Two objects of one size, one found, and a false detection before it: the value decides in which band they are."""
+    side = {"width": 100, "height": 100}
+    truth = {"images": [{"id": 1, **side}], "categories": [{"id": 1, "name": "a"}]}
+    places = ([0, 0, 20, 20], [40, 40, 20, 20])
+    common = {"image_id": 1, "category_id": 1}
+    truth["annotations"] = [
+        {"id": i, "bbox": box, "area": 400, "iscrowd": 0, **common} for i, box in enumerate(places, 1)
+    ]
+    found = [
+        {"bbox": [70, 0, 20, 20], "score": 0.9, **common},
+        {"bbox": places[0], "score": 0.8, **common},
+    ]
+    limits = np.array([[-np.inf, np.inf], [0, 1], [1, 2], [2, 3]])
+    bands = Bands(limits, np.array([0.5, 1.5]))
+    numbers = metrics(resample(match(truth, found, bands=bands)))
+    assert numbers["APs"][0] == pytest.approx(0.5)  # found, behind the false one, which counts in every band
+    assert numbers["APm"][0] == 0 and np.isnan(numbers["APl"][0])
+    areas = Bands(np.array([[0, 1e10], [0, 100], [100, 900], [900, 1e10]]))
+    assert metrics(resample(match(truth, found, bands=areas)))["APm"][0] == metrics(resample(match(truth, found)))["AP"]
