@@ -27,7 +27,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf
 from pycocotools import mask as rle_tools
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ from detector.comparison.alignment import measure_alignment
 from detector.comparison.runs import read_run
 from detector.comparison.statistics import Bands, difference, draws, match, metrics, resample
 from detector.comparison.summary import training_curve
-from detector.config import RunError, check, compose
+from detector.config import RunError, arguments
 from detector.data import CocoDataset, build_dataset, build_loader, collate_images
 from detector.data.annotations import Truth
 from detector.data.read_coco import read_json, read_truth
@@ -151,18 +151,14 @@ def train_missing(root: Path, claims: Sequence[int], seeds: Sequence[int], quick
     for run in [*dict.fromkeys(Run(run.data) for run in wanted), *wanted]:
         if run.state(root) != "finished":
             try:
-                train(checked(run.overrides(root, quickstart)))
+                train(configuration(run.overrides(root, quickstart)))
             except RunError as error:  # another process makes it, or it diverges: the others go on
                 print(f"{run.name}: {error}", file=sys.stderr)
 
 
-def checked(overrides: Sequence[str]) -> DictConfig:
-    """The configuration of `detector train` with these; without the command's own report for each run."""
-    cfg = compose("train", overrides)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    check(cfg)
-    return cfg
+def configuration(overrides: Sequence[str]) -> DictConfig:
+    """That of `detector train` with these: engine.train takes it without the command's own report for each run."""
+    return OmegaConf.create(arguments("train", overrides))
 
 
 def listing(root: Path, claims: Sequence[int], seeds: Sequence[int]) -> str:

@@ -234,7 +234,10 @@ def compose(config_name: str, overrides: Sequence[str] = (), folders: Sequence[P
 def arguments(config_name: str, overrides: Sequence[str] = (), folders: Sequence[Path] = ()) -> dict[str, Any]:
     """What the program of a config gives to its command, as its keyword arguments: `train(**arguments("train", [...]))`
     is `detector train ...` in Python."""
+    from detector.config.program import share_roi
+
     cfg = compose(config_name, overrides, folders)
+    share_roi(cfg, cfg.hydra)
     return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True)
 
 

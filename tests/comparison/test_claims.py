@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from benchmarks import claims
 from benchmarks.claims import CLAIMS, Judge, Kinds, Run, compared, grid_points, limits, listing, markdown, rounding
 from detector.comparison.statistics import Bands
-from detector.config import RunError
+from detector.config import RunError, check
 from detector.roi import DeformableRoIPool
 from tests.tiny import random_batch, tiny_model
 
@@ -17,7 +18,9 @@ from tests.tiny import random_batch, tiny_model
 def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(claims, "make_shapes", lambda out, **_: made.append(out.name))
-    monkeypatch.setattr(claims, "checked", lambda overrides: next(o for o in overrides if o.startswith("run_dir=")))
+    monkeypatch.setattr(
+        claims, "configuration", lambda overrides: next(o for o in overrides if o.startswith("run_dir="))
+    )
 
     def train(text: str) -> None:
         made.append(text.rpartition("/")[2])
@@ -39,8 +42,16 @@ def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch):
 
 
 def test_ways_are_configurations(tmp_path):
-    for way in ("points_4", "levels_coarser", "levels_all", "l2_0.01", "lr_x10"):
-        claims.checked(Run("shapes", way).overrides(tmp_path, tmp_path / "a.pt"))
+    """What a way changes arrives where the model is built from it."""
+    for way, key, value in (
+        ("points_4", "model.box_head.roi.sampling_ratio", 4),
+        ("levels_coarser", "model.box_head.canonical_size", 28),
+        ("l2_0.01", "model.offset_loss_weight", 0.01),
+        ("lr_x10", "training.lr_multipliers.offset_predictor", 10),
+    ):
+        cfg = claims.configuration(Run("shapes", way).overrides(tmp_path, tmp_path / "a.pt"))
+        check(cfg)
+        assert OmegaConf.select(cfg, key) == value
 
 
 def test_rounding_moves_borders_by_up_to_a_cell_each():

@@ -380,6 +380,11 @@ def test_train_gives_settings_of_roi_to_the_heads(call, shapes_tiny, arguments, 
     assert code and "model.box_head.roi.sampling_ratio" in out + errors
 
 
+def test_arguments_in_python_give_settings_of_roi_to_the_heads():
+    model = config.arguments("train", ["experiment=none", "roi.sampling_ratio=4"])["model"]
+    assert [model[head]["roi"]["sampling_ratio"] for head in ("box_head", "mask_head")] == [4, 4]
+
+
 # ------------------------------------------------------------------------------------------------- a project of its own
 
 EXAMPLE = CONFIGS.parent / "examples" / "own_roi_method"
