@@ -73,19 +73,39 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float]]
     return lambda: next(turns, step)()
 
 
-def matmul_rate(device: str, dtype: torch.dtype | None, threads: int) -> float:
-    """Operations per second of a large matrix product, the best of five."""
+def matmul_rate(
+    device: str, dtype: torch.dtype | None, threads: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Operations per second of a large matrix product, the best of five, by a clock."""
     torch.set_num_threads(threads)
     size = 8192 if device.startswith("cuda") else 2048
     a = torch.randn(size, size, device=device, dtype=dtype)
     wait, best = torch.cuda.synchronize if device.startswith("cuda") else lambda: None, float("inf")
     for _ in range(5):
         wait()
-        start = time.perf_counter()
+        start = clock()
         a @ a
         wait()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return 2 * size**3 / best
+
+
+def profiled(args: argparse.Namespace) -> str:
+    """The operators of one of our steps by their own time, and its CPU time beside what the matrix peak would take."""
+    step = build("ours", args)
+    flops = step()["flops"]
+    clock = partial(time.clock_gettime, time.CLOCK_PROCESS_CPUTIME_ID)
+    start = clock()
+    step()
+    seconds = clock() - start
+    floor = flops / matmul_rate(args.device, DTYPES[args.dtype], args.threads, clock)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        step()
+    rows = sorted(found.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in rows)
+    lines = [[row.key, row.count, round(100 * row.self_cpu_time_total / total, 1)] for row in rows[:25]]
+    text = f"a step takes {seconds:.2f} s of CPU, its {flops / 1e9:.0f} G operations {floor:.2f} s at the matrix peak"
+    return f"{harness.table(['', 'calls', '% of the time'], lines)}\n\n{text}"
 
 
 def main() -> None:
@@ -95,7 +115,11 @@ def main() -> None:
     options.add_argument("--objects", type=int, default=10, help="objects of each image")
     options.add_argument("--dtype", choices=DTYPES, default="fp32")
     options.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["ours", "torchvision"])
+    options.add_argument("--profile", action="store_true", help="the operators of one of our steps on the CPU instead")
     args = options.parse_args()
+    if args.profile:
+        print(profiled(args))
+        return
     peak = matmul_rate(args.device, DTYPES[args.dtype], args.threads)
     builders = {name: partial(build, name, args) for name in args.contenders}
     seconds, results, memory = harness.apart(builders, args.repeats, args.device)
