@@ -213,7 +213,7 @@ def test_another_programs_error_is_not_taken_for_a_full_disk(tmp_path):
 
 
 def test_keys_that_are_newer_than_the_checkpoint(caplog):
-    old = {"data": {"root": "a", "train": {"images": "x"}}, "model": {"neck": {"channels": [1]}}, "optimizer": {}}
+    old = {"data": {"root": "a", "train": {"annotations": "x"}}, "model": {"neck": {"channels": [1]}}, "optimizer": {}}
     new = {**old, "data": {**old["data"], "brightness": 2, "cache": "here"}}
     run_folder.compare_configs(old, new)
     assert "data.brightness: absent -> 2" in caplog.text
@@ -223,7 +223,7 @@ def test_keys_that_are_newer_than_the_checkpoint(caplog):
         {**old, "optimizer": {"fused": True}},
         {**old, "model": {"neck": {"channels": [1, 2]}}},
         {**old, "model": {**old["model"], "mask_head": {"size": 14}}},
-        {**new, "data": {**new["data"], "root": "b", "train": {"images": "y"}}},
+        {**new, "data": {**new["data"], "root": "b", "train": {"annotations": "y"}}},
     ):
         with pytest.raises(ConfigError, match="another configuration"):
             run_folder.compare_configs(old, other)
