@@ -208,7 +208,8 @@ def cover(outlines: Outlines, boxes: np.ndarray, side: int) -> np.ndarray:
     split = np.flatnonzero(over > 1e-9)
     parts = [(index, enters * of_column, of_row), (index[split] + 1, (enters * over)[split], of_row[split])]
     index, share, of_row = (torch.from_numpy(np.concatenate(values)) for values in zip(*parts))
-    grid = torch.zeros(len(boxes) * (side + 2) * (side + 1), dtype=torch.float64)
+    share, of_row = share.float(), of_row.float()
+    grid = torch.zeros(len(boxes) * (side + 2) * (side + 1))
     grid.index_add_(0, index, share * of_row).index_add_(0, index + side + 1, share * (1 - of_row))
     return grid.view(-1, side + 2, side + 1)[:, :side, :side].cumsum(dim=1).half().numpy()
 
