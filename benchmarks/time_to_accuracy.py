@@ -89,12 +89,17 @@ SAME = {
 }
 
 
+def reference_schedule(setting: Setting, images: int) -> tuple[int, list[int]]:
+    """The iterations of torchvision's warm-up, and those after which its rate falls, on so many training images."""
+    warmup = min(WARMUP, max(1, images // setting.batch - 1), setting.iterations - 1)
+    return warmup, [round(setting.iterations * step / EPOCHS) for step in STEPS]
+
+
 def part_overrides(part: str, name: str, images: int) -> list[str]:
     """The configuration that gives our recipe for a set of so many training images one of PARTS."""
     setting = SETS[name]
     masks = name != "bccd"
-    warmup = min(WARMUP, max(1, images // setting.batch - 1), setting.iterations - 1)
-    steps = [round(setting.iterations * step / EPOCHS) for step in STEPS]
+    warmup, steps = reference_schedule(setting, images)
     heads = ("box_head", "mask_head")[: 1 + masks]
     known = {
         "sampling": ["model.rpn.batch_size_per_image=256", "model.box_head.batch_size_per_image=512"],
@@ -267,8 +272,7 @@ def train_torchvision(name: str, root: Path, seed: int, folder: Path) -> tuple[l
     model = torchvision_model(name, cfg, len(categories))
     rate = RATE * setting.batch / 16
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=MOMENTUM, weight_decay=DECAY)
-    warmup = min(WARMUP, max(1, len(data["train"].ids) // setting.batch - 1), setting.iterations - 1)
-    milestones = [round(setting.iterations * step / EPOCHS) for step in STEPS]
+    warmup, milestones = reference_schedule(setting, len(data["train"].ids))
     batches, marks, spent, results = order(len(data["train"].ids), setting.batch, seed), [], 0.0, []
     for iteration in range(1, setting.iterations + 1):
         began = time.process_time()

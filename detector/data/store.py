@@ -106,16 +106,20 @@ def open_truth(
     small: int = SMALL,
 ) -> Truth:
     """What evaluation compares with in these files, from the store that any program left of them: which categories and
-    attributes it wanted is nothing to the truth. Without one it is that of `open_coco`, which leaves one."""
+    attributes it wanted is nothing to the truth. Without one it is that of `open_coco`, which leaves one.
+
+    Raises ValueError where the store is damaged, and what `open_coco` raises.
+    """
     paths = as_paths(paths)
     options = {"masks": masks, "max_pixels": max_pixels, "keypoints": keypoints}
     folder = cache_of(paths, cache, small)
-    for place in _stores(paths, folder, options) if folder and folder.is_dir() else ():
-        problems = Problems(shown(paths), on_error)
-        found = _known(place, problems).truth
-        problems.report()
-        return found
-    return open_coco(paths, on_error=on_error, cache=cache, small=small, **options).truth
+    place = next(_stores(paths, folder, options), None) if folder and folder.is_dir() else None
+    if place is None:
+        return open_coco(paths, on_error=on_error, cache=cache, small=small, **options).truth
+    problems = Problems(shown(paths), on_error)
+    found = _known(place, problems).truth
+    problems.report()
+    return found
 
 
 def _stores(paths: Sequence[Path], folder: Path, options: Mapping) -> Iterator[Path]:
