@@ -10,12 +10,16 @@ A safetensors file holds its weights, and in the header what is needed to build 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -107,16 +111,17 @@ def atomically(path: Path, write) -> None:
     """Call `write(file)` on a temporary file beside `path`, then put it in its place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name itself must survive a power cut
-        finally:
-            os.close(folder)
+        with news_of_children_waits():
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the new name itself must survive a power cut
+            finally:
+                os.close(folder)
     except (OSError, RuntimeError) as error:
         if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
             raise  # torch's zip writer makes a RuntimeError of a full disk; others have nothing to do with the file
@@ -127,6 +132,25 @@ def atomically(path: Path, write) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def news_of_children_waits() -> Iterator[None]:
+    """Let SIGCHLD wait. When a data-loading process has died, torch raises from it wherever the main thread is, and its
+    zip writer, torn off in the middle, blames the file or aborts the process.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    arrived: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGCHLD, lambda *news: arrived.append(news))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+    if arrived:
+        handler(*arrived[-1])
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:

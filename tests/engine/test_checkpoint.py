@@ -212,6 +212,27 @@ def test_another_programs_error_is_not_taken_for_a_full_disk(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_dead_worker_is_told_of_after_the_file_is_whole(tmp_path):
+    """torch's zip writer, torn off in the middle, blames the file, or aborts the process."""
+
+    def killed(number, frame):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    def write(file):
+        file.write(b"half ")
+        os.kill(os.getpid(), signal.SIGCHLD)
+        file.write(b"and half")
+
+    previous = signal.signal(signal.SIGCHLD, killed)
+    try:
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            checkpoint.atomically(tmp_path / "last.pt", write)
+        assert signal.getsignal(signal.SIGCHLD) is killed
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
+    assert (tmp_path / "last.pt").read_bytes() == b"half and half"
+
+
 def test_keys_that_are_newer_than_the_checkpoint(caplog):
     old = {"data": {"root": "a", "train": {"annotations": "x"}}, "model": {"neck": {"channels": [1]}}, "optimizer": {}}
     new = {**old, "data": {**old["data"], "brightness": 2, "cache": "here"}}
