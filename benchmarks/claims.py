@@ -7,7 +7,8 @@
 Sized for one CPU core, about half a minute for a run: pictures of 112 x 112 px, made by `detector shapes`, and all runs
 of a set continue one model, the quickstart's (`--quickstart`), trained on them with the exact integral of
 PreciseRoIPool, which has no sampling points and rounds nothing. The seed draws the order of the pictures. A run may
-serve several claims. Several processes may train, each with seeds of its own (`--seeds`).
+serve several claims. Several processes may train, each with seeds of its own (`--seeds`),
+once the starts are made.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from detector.roi.pool import bin_ranges, round_half_away
 from detector.structures import with_image
 
 SETS = {"shapes": {"train": 2000, "val": 200}, "figures": {"train": 1200, "val": 200}}
-START_ITERATIONS, ITERATIONS = {"shapes": 100, "figures": 300}, 50
+START_ITERATIONS, ITERATIONS = {"shapes": 100, "figures": 1500}, 50
 SIDE, SEEDS, MOST = 112, 5, 20  # px; of each way; detections of a class in a picture that count
 SMALL = [  # what all runs share
     "optimizer.lr=1.0e-3",
@@ -149,7 +150,9 @@ def train_missing(root: Path, claims: Sequence[int], seeds: Sequence[int], quick
         if not (root / "data" / data / "annotations" / "instances_val.json").exists():
             make_shapes(root / "data" / data, **SETS[data], size=SIDE, seed=1, kind=data)
     for run in [*dict.fromkeys(Run(run.data) for run in wanted), *wanted]:
-        if run.state(root) != "finished":
+        if run.way and Run(run.data).state(root) != "finished":
+            print(f"{run.name}: its start is not finished yet", file=sys.stderr)
+        elif run.state(root) != "finished":
             try:
                 train(configuration(run.overrides(root, quickstart)))
             except RunError as error:  # another process makes it, or it diverges: the others go on

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,12 @@ def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch):
         made.append(text.rpartition("/")[2])
         if "points_4" in text:
             raise RunError("in use by process 1")
+        if not busy:
+            folder = Path(text.removeprefix("run_dir="))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "metrics.json").touch()
 
+    busy = True
     monkeypatch.setattr(claims, "train", train)
     for name, file in (("shapes-boxes-align-0", "metrics.json"), ("shapes-boxes-points_1-0", "last.pt")):
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -36,6 +43,10 @@ def test_what_is_finished_is_not_made_again(tmp_path, monkeypatch):
         ["shapes-boxes-points_1-0", "begun"],
         ["shapes-boxes-points_4-0", "missing"],
     ]
+    claims.train_missing(tmp_path, [9, 12], [0], tmp_path / "quickstart.pt")
+    assert made == ["shapes", "shapes-start"]  # which another process trains: what would begin with it waits
+    made.clear()
+    busy = False
     claims.train_missing(tmp_path, [9, 12], [0], tmp_path / "quickstart.pt")
     ways = [way for claim in (9, 12) for way in CLAIMS[claim]["shapes"] if way != "align"]
     assert made == ["shapes", "shapes-start", *(f"shapes-boxes-{way}-0" for way in ways)]
