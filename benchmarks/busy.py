@@ -1,26 +1,36 @@
-"""Training steps of the quickstart beside other work: what is left of the quiet machine's speed, by how threads wait.
+"""The quickstart beside other work: what is left of the quiet machine's speed, by how threads wait.
 
     python benchmarks/busy.py --json benchmarks/results/busy_cpu.json
+    python benchmarks/busy.py --work predict
+    python benchmarks/busy.py --work ranks --contenders ours torchvision
 
-Each contender is a process with all cores; they take turns. `ours` waits as train.py does, `openmp` as OpenMP does by
-itself, `passive` is always asleep where it waits (OMP_WAIT_POLICY), `torchvision` is its Mask R-CNN with a ResNet-18 on
-the same images, waiting as OpenMP does. Beside them run: nothing; one process that never rests, or two; a training job
+`--work`: training steps with all cores, detections of batches with all cores (prediction, and the larger part of an
+evaluation), or training steps of two ranks with a thread each, whose gradients gloo sums.
+
+Each contender is a process; they take turns. `ours` waits as train.py does, `openmp` as OpenMP does by itself,
+`passive` is always asleep where it waits (OMP_WAIT_POLICY), `torchvision` is its Mask R-CNN with a ResNet-18 on the
+same images, waiting as OpenMP does. Beside them run: nothing; one process that never rests, or two; a training job
 with as many threads as there are cores, which wait as OpenMP does by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
@@ -31,32 +41,52 @@ from detector.ops.layers import to_preferred_layout
 from detector.runtime import keep_freed_memory
 from detector.threads import CHOSEN, share_cores
 
-SIZE, CLASSES = (128, 128), 5
+SIZE, CLASSES, RANKS = (128, 128), 5, 2
 BESIDE = ["quiet", "one", "two", "job"]
 
 
 def quickstart(args: argparse.Namespace, steps: int, watched: bool = False) -> Callable[[], None]:
     """Some steps of the quickstart's model on images of its size."""
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(threads(args))
     if watched:
         share_cores()
     keep_freed_memory()
     cfg = compose("train", ["experiment=quickstart", "data.root=none"])
-    model = to_preferred_layout(build(cfg.model, "model", num_classes=CLASSES), torch.device("cpu")).train()
-    data = synthetic_batch(args.batch, SIZE, 6, "cpu")
+    model = to_preferred_layout(build(cfg.model, "model", num_classes=CLASSES), torch.device("cpu"))
+    data = synthetic_batch(share(args), SIZE, 6, "cpu")
     data.targets.labels.remainder_(CLASSES).add_(1)
-    return partial(train, model, (data.batch, data.targets), steps)
+    return work_of(args, model, (data.batch,), data.targets, steps)
 
 
 def torchvisions(args: argparse.Namespace, steps: int) -> Callable[[], None]:
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(threads(args))
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
     sizes = {"min_size": SIZE[0], "max_size": SIZE[1]}
-    model = MaskRCNN(backbone, CLASSES + 1, **sizes, box_batch_size_per_image=64, rpn_post_nms_top_n_train=300).train()
-    data = synthetic_batch(args.batch, SIZE, 6, "cpu")
+    model = MaskRCNN(backbone, CLASSES + 1, **sizes, box_batch_size_per_image=64, rpn_post_nms_top_n_train=300)
+    data = synthetic_batch(share(args), SIZE, 6, "cpu")
     for target in data.their_targets:
         target["labels"].remainder_(CLASSES).add_(1)
-    return partial(train, model, (data.images, data.their_targets), steps)
+    return work_of(args, model, (data.images,), data.their_targets, steps)
+
+
+def threads(args: argparse.Namespace) -> int:
+    """Of a process."""
+    return 1 if args.work == "ranks" else args.threads
+
+
+def share(args: argparse.Namespace) -> int:
+    """The images of a process at a time."""
+    return args.batch // RANKS if args.work == "ranks" else args.batch
+
+
+def work_of(
+    args: argparse.Namespace, model: torch.nn.Module, images: tuple, targets: Any, steps: int
+) -> Callable[[], None]:
+    if args.work == "predict":
+        return partial(predict, model.eval(), images, steps)
+    if args.work == "ranks":
+        model = DistributedDataParallel(model)
+    return partial(train, model.train(), (*images, targets), steps)
 
 
 def train(model: torch.nn.Module, inputs: tuple, steps: int) -> None:
@@ -67,19 +97,40 @@ def train(model: torch.nn.Module, inputs: tuple, steps: int) -> None:
         optimizer.zero_grad()
 
 
+@torch.inference_mode()
+def predict(model: torch.nn.Module, images: tuple, steps: int) -> None:
+    for _ in range(steps):
+        model(*images)
+
+
+def ranks(work: Callable[[], Callable[[], None]]) -> Callable[[], None]:
+    """The work of two processes in step: this one, and one that does the same until this one has ended."""
+    with tempfile.NamedTemporaryFile() as file:
+        other = os.fork() == 0
+        dist.init_process_group("gloo", f"file://{file.name}", rank=int(other), world_size=RANKS)
+    if not other:
+        return work()
+    with contextlib.suppress(RuntimeError):  # the other process has ended
+        step = work()
+        while True:
+            step()
+    os._exit(0)
+
+
 def never_rest() -> None:
     while True:
         pass
 
 
 def train_on(args: argparse.Namespace) -> None:
-    work = quickstart(args, 1)
+    work = quickstart(argparse.Namespace(**{**vars(args), "work": "train"}), 1)
     while True:
         work()
 
 
 def main() -> None:
     options = harness.parser(__doc__, repeats=7)
+    options.add_argument("--work", choices=["train", "predict", "ranks"], default="train")
     options.add_argument("--batch", type=int, default=8)
     options.add_argument("--steps", type=int, default=4, help="steps of a turn")
     names = ["ours", "openmp", "passive", "torchvision"]
@@ -94,6 +145,8 @@ def main() -> None:
         "torchvision": (partial(torchvisions, args, 1), {}),
     }
     contenders = {name: contenders[name] for name in args.contenders}
+    if args.work == "ranks":
+        contenders = {name: (partial(ranks, build), theirs) for name, (build, theirs) in contenders.items()}
     beside = {
         "quiet": [],
         "one": [never_rest],
