@@ -34,6 +34,7 @@ from detector.export.export import export_program, output_names, save_onnx
 from detector.export.programs import RUNTIMES, Program, installed, open_program
 from detector.ops.layers import to_preferred_layout
 from detector.runtime import keep_freed_memory
+from detector.threads import share_cores
 
 CATEGORIES = list(range(1, 81))
 
@@ -103,6 +104,7 @@ def build(name: str, batch: int, args: argparse.Namespace) -> Callable[[], list]
     if name == "ours":  # as eval.py has it
         if device.type == "cpu":
             keep_freed_memory()
+            share_cores()
         model = to_preferred_layout(ours, device).eval()
     else:
         model = theirs.eval()

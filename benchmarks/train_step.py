@@ -28,6 +28,7 @@ from benchmarks import harness
 from benchmarks.peers import mask_rcnn_pair, synthetic_batch
 from detector.ops.layers import to_preferred_layout
 from detector.runtime import keep_freed_memory
+from detector.threads import share_cores
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,6 +47,7 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float]]
     else:  # as the training loop has it
         if device.type == "cpu":
             keep_freed_memory()
+            share_cores()
         model, inputs = to_preferred_layout(ours, device), (data.batch, data.targets)
         if name != "ours":
             for part in (model.backbone, model.neck, model.rpn.head):
