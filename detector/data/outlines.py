@@ -111,6 +111,37 @@ def rle_counts(counts: str | bytes | list[int], height: int, width: int) -> np.n
     return runs.astype(np.int64)
 
 
+def are_whole(texts: Sequence[bytes], pixels: np.ndarray) -> np.ndarray:
+    """Which of the compressed run lengths [N] fill their mask of pixels [N] exactly: `rle_counts` for many at once."""
+    lengths = np.array([len(text) for text in texts], np.int64)
+    values, last = np.frombuffer(b"".join(texts), np.uint8), lengths.cumsum()
+    strange = np.concatenate([[0], np.cumsum((values < 48) | (values > 111))])
+    whole = (lengths > 0) & (strange[last] == strange[last - lengths])
+    whole[whole] = (values[last[whole] - 1] - 48 & 32) == 0
+    if not whole.any():
+        return whole
+    if not whole.all():
+        whole[whole] = are_whole([text for text, right in zip(texts, whole) if right], pixels[whole])
+        return whole
+    values = values.astype(np.int64) - 48
+    ends = np.flatnonzero((values & 32) == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    sizes = ends - starts + 1
+    shifts = np.minimum(5 * (np.arange(len(values)) - np.repeat(starts, sizes)), 35)
+    runs = np.add.reduceat((values & 31) << shifts, starts)
+    runs -= ((values[ends] & 16) > 0) << np.minimum(5 * sizes, 35)
+    first = np.searchsorted(ends, last - lengths)  # run of each text
+    owner = np.repeat(np.arange(len(texts)), np.diff(first, append=len(runs)))
+    place = np.arange(len(runs)) - first[owner]
+    for rows in (np.flatnonzero(place % 2 == 1), np.flatnonzero((place % 2 == 0) & (place > 0))):
+        own = runs[rows]
+        begins = np.flatnonzero(np.diff(owner[rows], prepend=-1))
+        before = np.cumsum(own) - own
+        runs[rows] = np.cumsum(own) - np.repeat(before[begins], np.diff(begins, append=len(rows)))
+    wrong = (runs < 0) | (runs > pixels[owner]) | (sizes > 7)
+    return (np.add.reduceat(runs, first) == pixels) & (np.bincount(owner, wrong, len(texts)) == 0)
+
+
 def run_rings(runs: np.ndarray, height: int) -> list[np.ndarray]:
     """The rings [P, 2] (even-odd) around the foreground of checked run lengths [runs]; none where it is empty."""
     edges = runs.cumsum()[: len(runs) // 2 * 2]

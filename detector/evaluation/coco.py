@@ -7,13 +7,15 @@ same checked fields, as the one reader of annotation files (data/read_coco.py) t
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from detector.data.annotations import Truth
+from detector.data.outlines import are_whole
 from detector.data.read_coco import OtherSize, Problems, number, read_json, read_mask, read_truth, whole
 from detector.data.several import read_truths
 from detector.evaluation.boundary import BoundaryEval
@@ -30,6 +32,7 @@ BOX_METRICS = box_metrics()
 KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 IOU_TYPES = ("bbox", "segm", "boundary", "keypoints")
 BACKENDS = ("hotcoco", "pycocotools")
+BLOCK = 4096  # results whose masks are checked at once
 FIELD = {"bbox": "bbox", "segm": "segmentation", "boundary": "segmentation", "keypoints": "keypoints"}
 
 
@@ -163,6 +166,18 @@ def _summary(
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """For what makes millions of small dicts, none in a cycle: the collector would look through all again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Results(list):
     """COCO results that are known to be right: those of `check_predictions`, or our own."""
 
@@ -179,6 +194,7 @@ def check_annotations(
     return truth
 
 
+@_without_collector()
 def for_backend(
     truth: Truth, results: list[dict], iou_type: str = "bbox", rescore: bool = True
 ) -> tuple[dict, list[dict]]:
@@ -216,6 +232,7 @@ def for_backend(
     return content, found
 
 
+@_without_collector()
 def check_predictions(predictions: str | Path | list[dict], truth: Truth, iou_type: str = "bbox") -> Results:
     """A checked copy of COCO results for the images and categories of `truth`: ids, score and what is compared.
 
@@ -235,6 +252,7 @@ def check_predictions(predictions: str | Path | list[dict], truth: Truth, iou_ty
     sizes = dict(zip(truth.image_ids.tolist(), truth.image_sizes.tolist()))
     known = {"image_id": sizes, "category_id": set(truth.category_ids)}
     problems, checked = Problems(where), Results()
+    plain = _plain_rles(data, sizes) if field == "segmentation" else {}
     for i, entry in enumerate(data):
         label = f"{where}[{i}]"
         if not isinstance(entry, dict):
@@ -254,7 +272,7 @@ def check_predictions(predictions: str | Path | list[dict], truth: Truth, iou_ty
         if entry.get("bbox") is not None:
             result["bbox"] = _check_box(entry["bbox"], label)
         if field == "segmentation":
-            result[field] = as_rle(entry[field], sizes[result["image_id"]], label, problems)
+            result[field] = plain.get(i) or as_rle(entry[field], sizes[result["image_id"]], label, problems)
         elif field == "keypoints":
             result[field] = _check_keypoints(entry[field], truth.keypoints.shape[1], label)
         checked.append(result)
@@ -262,6 +280,29 @@ def check_predictions(predictions: str | Path | list[dict], truth: Truth, iou_ty
         checked = Results({key: value for key, value in entry.items() if key != "bbox"} for entry in checked)
     problems.report()
     return checked
+
+
+def _plain_rles(data: list, sizes: Mapping[int, list[int]]) -> dict[int, dict]:
+    """place -> mask of the results whose masks are written as COCO writes them and right, checked many at a time."""
+    found = {}
+    for begin in range(0, len(data), BLOCK):
+        block: dict[int, tuple[list[int], bytes]] = {}
+        for i, entry in enumerate(data[begin : begin + BLOCK], begin):
+            mask = entry.get("segmentation") if isinstance(entry, dict) else None
+            if not isinstance(mask, dict) or type(entry.get("image_id")) is not int:
+                continue
+            size, counts = mask.get("size"), mask.get("counts")
+            own = sizes.get(entry["image_id"])
+            if own and own[0] and type(size) is list and size == own and all(type(side) is int for side in size):
+                if isinstance(counts, str) and counts.isascii():
+                    counts = counts.encode()
+                if isinstance(counts, bytes):
+                    block[i] = own, counts
+        whole = are_whole([text for _, text in block.values()], np.array([h * w for (h, w), _ in block.values()], int))
+        for (i, (size, counts)), right in zip(block.items(), whole.tolist()):
+            if right:
+                found[i] = {"size": list(size), "counts": counts}
+    return found
 
 
 def _check_id(entry: dict, field: str, known, label: str, problems: Problems) -> int:

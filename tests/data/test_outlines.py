@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco_mask
 
-from detector.data.outlines import cover, enlarged, grids, ring_area, rle_counts, run_rings, trace_rings, visible_bounds
+from detector.data.outlines import (
+    are_whole,
+    cover,
+    enlarged,
+    grids,
+    ring_area,
+    rle_counts,
+    run_rings,
+    trace_rings,
+    visible_bounds,
+)
 from tests.data.coco_files import outlines_of
 
 MASKS = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=24), elements=st.integers(0, 1))
@@ -47,6 +57,31 @@ def test_ring_of_a_hole_is_negative():
 def test_wrong_run_lengths_are_refused(counts):
     with pytest.raises(ValueError, match="counts"):
         rle_counts(counts, 3, 4)
+
+
+def is_right(text: bytes, height: int, width: int) -> bool:
+    try:
+        rle_counts(text, height, width)
+    except ValueError:
+        return False
+    return True
+
+
+CHANGES = st.lists(st.tuples(st.integers(0, 11), st.integers(0, 200), st.one_of(st.none(), st.integers(0, 255))))
+
+
+@given(st.lists(MASKS, max_size=12), CHANGES, st.lists(st.binary(max_size=12), max_size=3))
+def test_many_run_lengths_are_checked_as_one_is(masks, changes, others):
+    """Right ones among others: with characters exchanged or left out, and any bytes."""
+    texts = [bytearray(coco_mask.encode(np.asfortranarray(mask))["counts"]) for mask in masks]
+    for which, place, byte in changes if texts else ():
+        text = texts[which % len(texts)]
+        if text:
+            text[place % len(text) : place % len(text) + 1] = b"" if byte is None else bytes([byte])
+    shapes = [mask.shape for mask in masks] + [(3, 4)] * len(others)
+    texts = [bytes(text) for text in [*texts, *others]]
+    expected = [is_right(text, *shape) for text, shape in zip(texts, shapes)]
+    assert are_whole(texts, np.array([h * w for h, w in shapes], int)).tolist() == expected
 
 
 def test_polygons_add_up_and_rings_of_a_mask_cancel():
