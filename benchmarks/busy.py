@@ -22,6 +22,7 @@ import os
 import statistics
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,7 @@ def work_of(
     if args.work == "predict":
         return partial(predict, model.eval(), images, steps)
     if args.work == "ranks":
+        warnings.filterwarnings("ignore", message="Grad strides")  # of 1 x 1 layers, whose layout is one of two
         model = DistributedDataParallel(model)
     return partial(train, model.train(), (*images, targets), steps)
 
@@ -105,9 +107,10 @@ def predict(model: torch.nn.Module, images: tuple, steps: int) -> None:
 
 def ranks(work: Callable[[], Callable[[], None]]) -> Callable[[], None]:
     """The work of two processes in step: this one, and one that does the same until this one has ended."""
-    with tempfile.NamedTemporaryFile() as file:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         other = os.fork() == 0
-        dist.init_process_group("gloo", f"file://{file.name}", rank=int(other), world_size=RANKS)
+        dist.init_process_group("gloo", f"file://{folder}/store", rank=int(other), world_size=RANKS)
+        dist.barrier()  # both have met: the folder may go
     if not other:
         return work()
     with contextlib.suppress(RuntimeError):  # the other process has ended
