@@ -7,8 +7,7 @@
 Sized for one CPU core, about half a minute for a run: pictures of 112 x 112 px, made by `detector shapes`, and all runs
 of a set continue one model, the quickstart's (`--quickstart`), trained on them with the exact integral of
 PreciseRoIPool, which has no sampling points and rounds nothing. The seed draws the order of the pictures. A run may
-serve several claims. Several processes may train, each with seeds of its own (`--seeds`),
-once the starts are made.
+serve several claims. Several processes may train, each with seeds of its own (`--seeds`), once the starts are made.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ BOX_METRICS = box_metrics()
 KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 IOU_TYPES = ("bbox", "segm", "boundary", "keypoints")
 BACKENDS = ("hotcoco", "pycocotools")
-BLOCK = 4096  # results whose masks are checked at once
+BLOCK = 256  # results whose masks are checked at once: what lies in a cache
 FIELD = {"bbox": "bbox", "segm": "segmentation", "boundary": "segmentation", "keypoints": "keypoints"}
 
 
