@@ -1,27 +1,31 @@
 """The quickstart beside other work: what is left of the quiet machine's speed, by how threads wait.
 
     python benchmarks/busy.py --json benchmarks/results/busy_cpu.json
+    python benchmarks/busy.py --dtype bf16 --contenders ours fewer openmp
     python benchmarks/busy.py --work predict
     python benchmarks/busy.py --work ranks --contenders ours torchvision
 
 `--work`: training steps with all cores, detections of batches with all cores (prediction, and the larger part of an
 evaluation), or training steps of two ranks with a thread each, whose gradients gloo sums.
 
-Each contender is a process; they take turns. `ours` waits as train.py does, `openmp` as OpenMP does by itself,
-`passive` is always asleep where it waits (OMP_WAIT_POLICY), `torchvision` is its Mask R-CNN with a ResNet-18 on the
-same images, waiting as OpenMP does. Beside them run: nothing; one process that never rests, or two; a training job
-with as many threads as there are cores, which wait as OpenMP does by itself.
+Each contender is a process; they take turns. `ours` waits as train.py does, `fewer` has runtime.threads=auto, fewer
+threads where others use the machine, `openmp` waits as OpenMP does by itself, `passive` is always asleep where it waits
+(OMP_WAIT_POLICY), `torchvision` is its Mask R-CNN with a ResNet-18 on the same images, waiting as OpenMP does. Beside
+them run: nothing; one process that never rests, or two; a training job with as many threads as there are cores, which
+wait as OpenMP does by itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -39,18 +43,21 @@ from benchmarks import harness
 from benchmarks.peers import synthetic_batch
 from detector.config import build, compose
 from detector.ops.layers import to_preferred_layout
-from detector.runtime import keep_freed_memory
-from detector.threads import CHOSEN, share_cores
+from detector.runtime import PRECISIONS, autocast, keep_freed_memory
+from detector.threads import CHOSEN, follow, share_cores
 
 SIZE, CLASSES, RANKS = (128, 128), 5, 2
+SETTLES = 12  # seconds: others start in the first of them, and threads look again after five calm ones
 BESIDE = ["quiet", "one", "two", "job"]
 
 
-def quickstart(args: argparse.Namespace, steps: int, watched: bool = False) -> Callable[[], None]:
+def quickstart(
+    args: argparse.Namespace, steps: int, watched: bool = False, by_number: bool = False
+) -> Callable[[], None]:
     """Some steps of the quickstart's model on images of its size."""
     torch.set_num_threads(threads(args))
     if watched:
-        share_cores()
+        share_cores(by_number)
     keep_freed_memory()
     cfg = compose("train", ["experiment=quickstart", "data.root=none"])
     model = to_preferred_layout(build(cfg.model, "model", num_classes=CLASSES), torch.device("cpu"))
@@ -84,25 +91,45 @@ def work_of(
     args: argparse.Namespace, model: torch.nn.Module, images: tuple, targets: Any, steps: int
 ) -> Callable[[], None]:
     if args.work == "predict":
-        return partial(predict, model.eval(), images, steps)
+        return settled(partial(predict, model.eval(), images, steps, args.dtype))
     if args.work == "ranks":
         warnings.filterwarnings("ignore", message="Grad strides")  # of 1 x 1 layers, whose layout is one of two
         model = DistributedDataParallel(model)
-    return partial(train, model.train(), (*images, targets), steps)
+    work = partial(train, model.train(), (*images, targets), steps, args.dtype)
+    return work if args.work == "ranks" else settled(work)  # two ranks must take as many turns
 
 
-def train(model: torch.nn.Module, inputs: tuple, steps: int) -> None:
+def settled(work: Callable[[], None]) -> Callable[[], None]:
+    """The work, whose first turn, which does not count, lasts until threads have found out what suits the machine."""
+    end = math.inf
+
+    def turn() -> None:
+        nonlocal end
+        end = min(end, time.monotonic() + SETTLES)
+        work()
+        while time.monotonic() < end:
+            work()
+
+    return turn
+
+
+def train(model: torch.nn.Module, inputs: tuple, steps: int, precision: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9, momentum=0.9)
     for _ in range(steps):
-        sum(model(*inputs).values()).backward()
+        follow()
+        with autocast(torch.device("cpu"), precision):
+            losses = model(*inputs)
+        sum(losses.values()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
 @torch.inference_mode()
-def predict(model: torch.nn.Module, images: tuple, steps: int) -> None:
+def predict(model: torch.nn.Module, images: tuple, steps: int, precision: str) -> None:
     for _ in range(steps):
-        model(*images)
+        follow()
+        with autocast(torch.device("cpu"), precision):
+            model(*images)
 
 
 def ranks(work: Callable[[], Callable[[], None]]) -> Callable[[], None]:
@@ -136,13 +163,15 @@ def main() -> None:
     options.add_argument("--work", choices=["train", "predict", "ranks"], default="train")
     options.add_argument("--batch", type=int, default=8)
     options.add_argument("--steps", type=int, default=4, help="steps of a turn")
-    names = ["ours", "openmp", "passive", "torchvision"]
+    options.add_argument("--dtype", choices=PRECISIONS, default="fp32")
+    names = ["ours", "fewer", "openmp", "passive", "torchvision"]
     options.add_argument("--contenders", nargs="+", choices=names, default=names)
     options.add_argument("--beside", nargs="+", choices=BESIDE, default=BESIDE, help="the first one counts as 100 %%")
     args = options.parse_args()
     ours = partial(quickstart, args, args.steps)
     contenders = {
         "ours": (partial(ours, watched=True), {}),
+        "fewer": (partial(ours, watched=True, by_number=True), {}),
         "openmp": (ours, {}),
         "passive": (ours, {"OMP_WAIT_POLICY": "PASSIVE"}),
         "torchvision": (partial(torchvisions, args, 1), {}),

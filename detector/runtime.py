@@ -96,11 +96,13 @@ def start_ranks(runtime: Runtime) -> World:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if runtime.threads or cores() < torch.get_num_threads():  # torch knows nothing of a container's quota
-        torch.set_num_threads(runtime.threads or cores())
+    chosen = None if runtime.threads == "auto" else runtime.threads
+    if chosen or cores() < torch.get_num_threads():  # torch knows nothing of a container's quota
+        torch.set_num_threads(chosen or cores())
     if device.type == "cpu":
         keep_freed_memory()
-        share_cores()
+        # a number that the user has given wins
+        share_cores(by_number=runtime.threads == "auto" and "OMP_NUM_THREADS" not in os.environ)
     torch.backends.cudnn.benchmark = not runtime.deterministic
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

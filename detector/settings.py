@@ -98,7 +98,7 @@ class Runtime:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     workers: int = 2  # data-loading processes of each rank
-    threads: int | None = None  # CPU threads of each rank; null: torch's choice
+    threads: int | Literal["auto"] | None = None  # CPU threads of each rank; null: all; auto: as cores are free
     compile: bool = False  # backbone, neck and the RPN's layers, whose shapes stay
     deterministic: bool = False  # refuse GPU kernels that are not reproducible
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -118,7 +118,7 @@ class Runtime:
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("threads", "log_every", "histograms_every", "pictures_every"):
             value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "at least 1")
+            require(value in (None, "auto") or value >= 1, name, value, "at least 1")
         to_iterations(self.checkpoint_every, 1, 1, "checkpoint_every")
 
 

@@ -16,7 +16,10 @@ import torch
 log = logging.getLogger(__name__)
 
 CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # by which a user says how threads wait
-CROWDED, CALM = 0.05, 0.02  # of the time in which threads could run, spent waiting for a core
+# Cores that threads wait for in vain, from which on they give way, and under which they no longer need to. Between the
+# two both ways are equally fast. Two data workers take 0.2 of a core: threads that slept for that would lose a fifth.
+CROWDED, CALM = 0.4, 0.25
+FREE = 0.6  # of a core that nobody uses, from which on another thread pays
 PATIENCE, LONGEST = 5, 300  # calm seconds after which threads look again, at first and at most
 
 
@@ -41,7 +44,7 @@ def allowed_cores() -> int:
 def times(tasks: Path = Path("/proc/self/task")) -> dict[str, tuple[int, int]]:
     """thread -> nanoseconds that it has run, and that it has waited for a core, where the system counts them."""
     found = {}
-    for task in tasks.iterdir():
+    for task in tasks.iterdir() if tasks.is_dir() else ():
         try:
             run, waited = (task / "schedstat").read_text(encoding="ascii").split()[:2]
         except (OSError, ValueError):  # it has ended, or ends
@@ -50,29 +53,49 @@ def times(tasks: Path = Path("/proc/self/task")) -> dict[str, tuple[int, int]]:
     return found
 
 
+def idle(stat: Path = Path("/proc/stat")) -> float | None:
+    """Seconds that the cores of this process's affinity have been idle, since the machine started and in sum; None
+    where the system does not tell."""
+    allowed = {f"cpu{n}" for n in os.sched_getaffinity(0)} if hasattr(os, "sched_getaffinity") else set()
+    try:
+        rows = [line.split() for line in stat.read_text(encoding="ascii").splitlines()]
+    except OSError:
+        return None
+    ticks = [int(row[4]) + int(row[5]) for row in rows if row and row[0] in allowed]  # idle, and waiting for a disk
+    return sum(ticks) / os.sysconf("SC_CLK_TCK") if any(ticks) else None
+
+
 class Barrier:
-    """How OpenMP's threads wait at the end of a parallel region: `asleep`, or looking for the others all the time.
+    """How OpenMP's threads wait at the end of a parallel region: asleep, or looking for the others all the time.
 
     Looking is fastest on cores of one's own. Where one thread has no core for the moment the others look for it in
     vain, on cores that it could have. libgomp, which comes with torch on Linux, looks 300,000 times before it sleeps,
     but 100 times while it has more threads than the machine has cores: idle ones, kept by a thread of ours, make it so.
     """
 
+    words = "threads sleep where they wait; runtime.threads=auto would let fewer of them work"
+
     def __init__(self, libgomp: ctypes.CDLL):
         self.libgomp = libgomp
         self.leave: threading.Event | None = None
 
     @property
-    def asleep(self) -> bool:
+    def yielding(self) -> bool:
         return self.leave is not None
 
-    def sleep(self) -> None:
-        """Wait asleep from now on."""
+    def give_way(self, lost: float, seconds: int) -> None:
+        """Wait asleep from now on, whatever was lost for how many seconds."""
+        if self.yielding:
+            return
         led, self.leave = threading.Event(), threading.Event()
         threading.Thread(target=self._lead, args=(led, self.leave), daemon=True, name="idle threads").start()
         led.wait()
 
-    def look(self) -> None:
+    def may_return(self, idle: float | None) -> bool:
+        """Always: threads that sleep show by their waiting what they would lose."""
+        return True
+
+    def take_back(self) -> None:
         """Wait as OpenMP does by itself."""
         if self.leave:
             self.leave.set()
@@ -83,6 +106,37 @@ class Barrier:
         self.libgomp.GOMP_parallel(nothing, None, allowed_cores() + 1, 0)
         led.set()
         leave.wait()  # libgomp keeps the threads of a region for the next one, until the thread that led it ends
+
+
+class Number:
+    """How many threads work, of those that there were at first: so many fewer as wait for cores in vain.
+
+    That is faster than threads that sleep, since oneDNN's own barriers look for the others in any case. But sums over
+    another number of threads have other last bits: it is for those who ask for it. `follow` puts it into effect.
+    """
+
+    words = "fewer threads work"
+
+    def __init__(self, most: int):
+        self.most = self.wanted = most
+        self.followed = False  # until somebody does nothing is chosen: the start of a program crowds its own cores
+
+    @property
+    def yielding(self) -> bool:
+        return self.wanted < self.most
+
+    def give_way(self, lost: float, seconds: int) -> None:
+        """Fewer by the cores that are lost, rounded up; not for a second alone, which may be one of our own making."""
+        if self.followed and seconds > 1:
+            self.wanted = max(1, self.wanted - math.ceil(lost))
+
+    def may_return(self, idle: float | None) -> bool:
+        """Where a core is free for one more. Where nobody knows, a try tells."""
+        return idle is None or idle >= FREE
+
+    def take_back(self) -> None:
+        """All of them."""
+        self.wanted = self.most
 
 
 def libgomp(maps: Path = Path("/proc/self/maps")) -> ctypes.CDLL | None:
@@ -96,57 +150,82 @@ def libgomp(maps: Path = Path("/proc/self/maps")) -> ctypes.CDLL | None:
 
 
 class Watch:
-    """Chooses how threads wait by what they have lost since the last look."""
+    """Lets a `Barrier` or a `Number` of threads give way and take back, by what threads lost since the last look."""
 
-    def __init__(self, barrier: Barrier):
-        self.barrier = barrier
+    def __init__(self, way: Barrier | Number):
+        self.way = way
         self.times = dict[str, tuple[int, int]]()
-        self.looking = self.calm = 0  # seconds on end
+        self.idle: float | None = None
+        self.taken = self.calm = self.crowded = 0  # seconds on end
         self.patience = PATIENCE
         self.reported = False
 
-    def see(self, now: dict[str, tuple[int, int]]) -> None:
-        """now: `times`, a second after the last call."""
-        run, waited = (sum(now[t][i] - self.times.get(t, (0, 0))[i] for t in now) / 1e9 for i in (0, 1))
-        self.times = now
-        if run + waited < 0.2:  # the process waits for something else, or for a GPU
+    def see(self, now: dict[str, tuple[int, int]], idle: float | None = None) -> None:
+        """now, idle: of `times` and of `idle`, a second after the last call."""
+        run, lost = (sum(now[t][i] - self.times.get(t, (0, 0))[i] for t in now) / 1e9 for i in (0, 1))
+        free = None if idle is None or self.idle is None else idle - self.idle
+        self.times, self.idle = now, idle
+        if run + lost < 0.2:  # the process waits for something else, or for a GPU
             return
-        lost = waited / (run + waited)
-        if self.barrier.asleep:
-            self.calm = self.calm + 1 if lost < CALM else 0
-            if self.calm >= self.patience:
-                self.looking = 0
-                self.barrier.look()
-        elif lost < CROWDED:
-            self.looking += 1
-        else:
-            self.patience = PATIENCE if self.looking >= self.patience else min(2 * self.patience, LONGEST)
+        self.crowded = self.crowded + 1 if lost >= CROWDED else 0
+        if lost >= CROWDED:
+            before = self.way.yielding
+            self.way.give_way(lost, self.crowded)
             self.calm = 0
-            self.barrier.sleep()
-            if not self.reported:
+            if self.way.yielding and not before:
+                self.patience = PATIENCE if self.taken >= self.patience else min(2 * self.patience, LONGEST)
+            if self.way.yielding and not self.reported:
                 threads = torch.get_num_threads()
-                words = "%d threads; %.1f cores available, others use this machine: threads sleep where they wait"
-                log.info(words, threads, threads * (1 - lost))
-            self.reported = True
+                words = "%d threads; %.1f cores available, others use this machine: %s"
+                log.info(words, threads, threads * run / (run + lost), self.way.words)
+                self.reported = True
+        elif self.way.yielding:
+            self.calm = self.calm + 1 if lost < CALM and self.way.may_return(free) else 0
+            if self.calm >= self.patience:
+                self.taken = 0
+                self.way.take_back()
+        else:
+            self.taken += 1
 
 
 _watching = threading.Lock()  # held for good by the first call
+_number: Number | None = None
 
 
-def share_cores() -> None:
-    """From now on let the threads of this process wait in the way that suits the load of the machine.
+def share_cores(by_number: bool = False) -> None:
+    """From now on let the threads of this process give way to others that use the machine, and take back what is free.
 
-    Results stay the same to the bit. Does nothing where the user has chosen (OMP_WAIT_POLICY, GOMP_SPINCOUNT), with one
-    thread, and where threads are not libgomp's. Measured by benchmarks/busy.py.
+    They wait asleep then, and results stay the same to the bit; this does nothing where the user has chosen how they
+    wait (OMP_WAIT_POLICY, GOMP_SPINCOUNT) and where they are not libgomp's. by_number: fewer of them work instead. Does
+    nothing with one thread. Measured by benchmarks/busy.py.
     """
-    if torch.get_num_threads() < 2 or any(name in os.environ for name in CHOSEN):
+    global _number
+    if torch.get_num_threads() < 2 or (any(name in os.environ for name in CHOSEN) and not by_number):
         return
-    library = libgomp()
-    if library is not None and _watching.acquire(blocking=False):
-        threading.Thread(target=_watch, args=(Watch(Barrier(library)),), daemon=True, name="watch").start()
+    if not times():  # the system does not count what threads wait
+        return
+    library = None if by_number else libgomp()
+    if (by_number or library is not None) and _watching.acquire(blocking=False):
+        way = Number(torch.get_num_threads()) if library is None else Barrier(library)
+        _number = way if isinstance(way, Number) else None
+        threading.Thread(target=_watch, args=(Watch(way),), daemon=True, name="watch").start()
+
+
+def number_varies() -> bool:
+    """Whether `share_cores` chooses how many threads work."""
+    return _number is not None
+
+
+def follow() -> None:
+    """Work with as many threads as `share_cores` by number has chosen, which only this thread can say for itself. For
+    loops, between two pieces of work."""
+    if _number:
+        _number.followed = True
+        if _number.wanted != torch.get_num_threads():
+            torch.set_num_threads(_number.wanted)
 
 
 def _watch(watch: Watch) -> None:
     while True:
-        watch.see(times())
+        watch.see(times(), idle())
         time.sleep(1)

@@ -75,7 +75,7 @@ def evaluate_checkpoint(
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
     workers: int = 2,
-    threads: int | None = None,
+    threads: int | Literal["auto"] | None = None,
     flip: bool = False,
     scales: Sequence[float] = (1.0,),
     tiles: dict[str, Any] | None = None,

@@ -31,6 +31,7 @@ from detector.evaluation.tables import summary_table
 from detector.runtime import chosen_precision, set_random_state
 from detector.settings import COCO_LIMITS, Evaluation, Training
 from detector.structures import Batch, Targets
+from detector.threads import number_varies
 from detector.weights.start import Weights
 from detector.weights.transfer import fills_body
 
@@ -174,7 +175,8 @@ def introduce(run: Run, state: State, checkpoint: Mapping[str, Any] | None, weig
     wanted, precision = run.runtime.precision, chosen_precision(world.device, run.runtime.precision)
     precision += " (runtime.precision=auto)" if wanted == "auto" else ""
     ranks = f", {world.size} ranks" if world.size > 1 else ""
-    threads = f", {torch.get_num_threads()} threads" if world.device.type == "cpu" else ""
+    most = "up to " if number_varies() else ""
+    threads = f", {most}{torch.get_num_threads()} threads" if world.device.type == "cpu" else ""
     used = weights.model is None or not fills_body(model, weights.model.state_dict)
     loaded = [f"{key} = {name}" for key, name in zip(FILES, (weights.name, weights.backbone if used else None)) if name]
     origin = [f"iteration {checkpoint['iteration']} of this run"] if checkpoint else loaded

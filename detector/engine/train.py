@@ -32,6 +32,7 @@ from detector.engine.state import Run, State
 from detector.runtime import StopRequest, autocast, random_state, seed_everything, start_ranks, stop_on_signal
 from detector.settings import Evaluation, Runtime, Training
 from detector.structures import Batch, Targets, to_device
+from detector.threads import follow
 from detector.weights import Start
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ def repeat(run: Run, state: State, journal: Journal, contents: dict, stop: StopR
             micro_batches = [next(batches) for _ in range(training.accumulate)]
             waited = time.perf_counter() - waiting
             micro_batches = [(to_device(b, world.device), to_device(t, world.device)) for b, t in micro_batches]
+            follow()
             wanted = journal.is_due(state.iteration + 1)
             losses, stats = forward_backward(model, micro_batches, state.scaler, run, stats=wanted)
             state.scaler.unscale_(state.optimizer)

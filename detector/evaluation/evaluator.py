@@ -22,6 +22,7 @@ from detector.evaluation.voc import voc_metrics
 from detector.runtime import autocast, eval_mode
 from detector.settings import COCO_LIMITS
 from detector.structures import Detections, to_device
+from detector.threads import follow
 
 log = logging.getLogger(__name__)
 TELL_EVERY = 30.0  # seconds
@@ -124,6 +125,7 @@ def predict(
     bar = tqdm(total=total, desc="evaluate", unit="image", disable=None if progress else True, leave=False)
     with bar, eval_mode(model), torch.inference_mode(), autocast(device, precision):
         for batch, _ in loader:
+            follow()
             detections = model(to_device(batch, device))
             kinds |= kinds_of(detections)
             results |= {image: [] for image in batch.image_ids.tolist()}
