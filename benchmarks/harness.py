@@ -76,6 +76,7 @@ def apart(
         with patch.dict(os.environ, (environments or {}).get(name, {})):
             context.Process(target=_serve, args=(theirs, build, device), daemon=True).start()
         theirs.close()  # so that the end of the process ends the wait for it
+        ends[name].recv()  # one after the other: threads of those that are ready would give way to those that start
     for turn in range(repeats + 1):
         for name, end in ends.items():
             end.send(True)
@@ -91,6 +92,7 @@ def apart(
 def _serve(connection: Any, build: Callable[[], Callable[[], Any]], device: str) -> None:
     work, cuda = build(), device.startswith("cuda")
     wait = torch.cuda.synchronize if cuda else lambda: None
+    connection.send("ready")
     while connection.recv():
         wait()
         start = time.perf_counter()

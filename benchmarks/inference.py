@@ -2,6 +2,7 @@
 
     python benchmarks/inference.py                                  batches of 1 and 4 images of 480 x 640 on the CPU
     python benchmarks/inference.py --programs                       both exported too, in ONNX Runtime and OpenVINO
+    python benchmarks/inference.py --dtype bf16                     torchvision in fp32 too, as it is by itself
     python benchmarks/inference.py --device cuda --batch 1 8 --size 800 1333 --dtype bf16
 
 Ours ends with COCO results: masks pasted where they are visible and run-length encoded. torchvision's ends with
@@ -98,7 +99,7 @@ def their_program(model: nn.Module, images: list[torch.Tensor], runtime: str, th
 def build(name: str, batch: int, args: argparse.Namespace) -> Callable[[], list]:
     """One contender's way from images to detections."""
     torch.set_num_threads(args.threads)
-    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    device, dtype = torch.device(args.device), DTYPES["fp32" if name.endswith("fp32") else args.dtype]
     ours, theirs = mask_rcnn_pair(args.device, args.size, confident=True)
     data = synthetic_batch(batch, args.size, 10, args.device)
     if name == "ours":  # as eval.py has it
@@ -133,6 +134,8 @@ def main() -> None:
     options.add_argument("--programs", action="store_true", help="both as exported programs too; on the CPU, in fp32")
     args = options.parse_args()
     rows, saved, names = [], [], ["ours", "torchvision", "torchvision with RLE"]
+    if args.dtype != "fp32":
+        names += ["torchvision, fp32"]
     if args.programs:
         runtimes = [runtime for runtime in RUNTIMES if installed(runtime)]
         names += [f"ours in {runtime}" for runtime in runtimes]

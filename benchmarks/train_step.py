@@ -1,14 +1,16 @@
 """One training step of Mask R-CNN R50-FPN against torchvision's: the same weights, images, objects and numbers of RoIs.
 
     python benchmarks/train_step.py                                  two images of 480 x 640 on the CPU
+    python benchmarks/train_step.py --dtype bf16 --contenders ours torchvision torchvision_fp32
     python benchmarks/train_step.py --device cuda --batch 8 --size 800 1333 --dtype bf16
     python benchmarks/train_step.py --device cuda --batch 16 --size 1024 1024 --dtype bf16 \\
         --contenders ours compiled graphs torchvision                fixed sizes, as large-scale jitter makes them
 
 A step is forward, backward and the optimiser's update. The contenders take turns, each in a process of its own with the
-settings that its users have: `compiled` is ours with runtime.compile=true, `graphs` the same parts as CUDA graphs. The
-losses of the first step are compared too. "of peak" is the share of the rate that a large matrix product reaches on
-this machine in the same dtype, for the operations of the step's convolutions and matrix products.
+settings that its users have: `compiled` is ours with runtime.compile=true, `graphs` the same parts as CUDA graphs,
+`torchvision_fp32` what torchvision does by itself, whatever the dtype. The losses of the first step are compared too.
+"of peak" is the share of the rate that a large matrix product reaches on this machine in the same dtype, for the
+operations of the step's convolutions and matrix products.
 """
 
 from __future__ import annotations
@@ -33,16 +35,16 @@ from detector.threads import share_cores
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-CONTENDERS = ("ours", "compiled", "graphs", "torchvision")
+CONTENDERS = ("ours", "compiled", "graphs", "torchvision", "torchvision_fp32")
 
 
 def build(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float]]:
     """One contender's step: forward, backward, update; it returns the losses, and its operations in the first turn."""
     torch.set_num_threads(args.threads)
-    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    device, dtype = torch.device(args.device), DTYPES["fp32" if name.endswith("fp32") else args.dtype]
     ours, theirs = mask_rcnn_pair(args.device, args.size)
     data = synthetic_batch(args.batch, args.size, args.objects, args.device)
-    if name == "torchvision":
+    if name.startswith("torchvision"):
         model, inputs = theirs, (data.images, data.their_targets)
     else:  # as the training loop has it
         if device.type == "cpu":
@@ -66,7 +68,7 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float]]
         return {name: loss.item() for name, loss in losses.items()}
 
     def first_step() -> dict[str, float]:
-        if name not in ("ours", "torchvision"):  # tracing does not go through the counter
+        if name in ("compiled", "graphs"):  # tracing does not go through the counter
             return step()
         with FlopCounterMode(display=False) as counter:
             return step() | {"flops": counter.get_total_flops()}
@@ -132,7 +134,8 @@ def main() -> None:
         row["images_per_s"] = round(1000 * args.batch / row["median_ms"], 3)
         row["peak_mib"] = round(memory[name])
         done = flops[name] or flops.get("ours")
-        row["of_peak"] = done and round(1000 * done / row["median_ms"] / peak, 3)
+        alike = done and name != "torchvision_fp32"
+        row["of_peak"] = round(1000 * done / row["median_ms"] / peak, 3) if alike else None
     columns = ("median_ms", "images_per_s", "speedup", "peak_mib", "of_peak")
     header = ["", "median ms", "images/s", "speed-up", "peak MiB", "of peak"]
     print(harness.table(header, [[name, *(row[c] for c in columns)] for name, row in figures.items()]))
