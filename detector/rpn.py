@@ -107,12 +107,22 @@ class RPNHead(nn.Module):
         hidden, inside = windows(features, image, cells, radius=len(self.conv))
         for conv in self.conv.modules():
             if isinstance(conv, nn.Conv2d):  # beyond the map is zero, not bias
-                hidden = F.conv2d(hidden * inside[:, None], conv.weight, conv.bias).relu_()
+                hidden = hidden * inside[:, None]
+                conv2d = F.conv2d if hidden.shape[-1] > 3 else on_one_cell
+                hidden = conv2d(hidden, conv.weight, conv.bias).relu_()
                 inside = inside[:, 1:-1, 1:-1]
         which = (anchors.flatten() % num_anchors)[:, None]
-        logits = self.objectness_logits(hidden).flatten(1).gather(1, which)
-        deltas = take(self.deltas(hidden).view(len(hidden), num_anchors, 4), which)
-        return logits.view(anchors.shape), deltas.view(*anchors.shape, 4)
+        logits, deltas = (
+            on_one_cell(hidden, c.weight, c.bias).flatten(1) for c in (self.objectness_logits, self.deltas)
+        )
+        deltas = take(deltas.view(len(hidden), num_anchors, 4), which)
+        return logits.gather(1, which).view(anchors.shape), deltas.view(*anchors.shape, 4)
+
+
+def on_one_cell(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.conv2d(x, weight, bias) of x [S, C, k, k] with weight [O, C, k, k], [S, O, 1, 1]: as a matrix product, whose
+    gradient takes a tenth of the time on a CPU."""
+    return F.linear(*(t.permute(0, 2, 3, 1).flatten(1) for t in (x, weight)), bias)[:, :, None, None]
 
 
 def windows(features: Sequence[Tensor], image: Tensor, cells: Tensor, radius: int) -> tuple[Tensor, Tensor]:
