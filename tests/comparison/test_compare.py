@@ -131,6 +131,16 @@ def test_names_of_methods(make_run):
     ]
 
 
+def test_precision_is_compared_and_other_ways_to_run_are_not(make_run):
+    ways = {"a": {"precision": "bf16", "threads": 2}, "b": {"precision": "fp32"}, "c": {"threads": 1}, "old": None}
+    for seed, (name, runtime) in enumerate(ways.items()):
+        make_run(name, roi("align"), seed, **({} if runtime is None else {"runtime": runtime}))
+    folder = make_run("b again", roi("align"), 1, runtime={"precision": "fp32", "workers": 0})
+    methods, left_out = group([read_run(path, "last") for path in find_folders(str(folder.parent))])
+    assert [(m.label, m.seeds) for m in methods] == [("precision=bf16", [0]), ("precision=fp32", [1, 2, 3])]
+    assert len(left_out) == 1
+
+
 def test_the_weight_of_offsets_tells_only_those_apart_that_learn_some(make_run, run_config):
     for name, method, weight in (
         ("a", "align", 0.1),
