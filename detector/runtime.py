@@ -101,8 +101,9 @@ def start_ranks(runtime: Runtime) -> World:
         torch.set_num_threads(chosen or cores())
     if device.type == "cpu":
         keep_freed_memory()
-        # a number that the user has given wins
-        share_cores(by_number=runtime.threads == "auto" and "OMP_NUM_THREADS" not in os.environ)
+        # a number that the user has given wins, and compiled parts would be compiled anew for another
+        fixed = "OMP_NUM_THREADS" in os.environ or runtime.compile
+        share_cores(by_number=runtime.threads == "auto" and not fixed)
     torch.backends.cudnn.benchmark = not runtime.deterministic
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -50,7 +50,7 @@ def test_no_more_threads_than_cores(monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_threads_auto_lets_their_number_vary_unless_the_user_gave_one(monkeypatch):
+def test_threads_auto_lets_their_number_vary_unless_it_is_given(monkeypatch):
     asked = []
     monkeypatch.setattr("detector.runtime.share_cores", lambda by_number: asked.append(by_number))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -58,9 +58,10 @@ def test_threads_auto_lets_their_number_vary_unless_the_user_gave_one(monkeypatc
     start_ranks(Runtime(device="cpu", threads=advice))
     start_ranks(Runtime(device="cpu", threads=torch.get_num_threads()))
     start_ranks(Runtime(device="cpu"))
+    start_ranks(Runtime(device="cpu", threads=advice, compile=True))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     start_ranks(Runtime(device="cpu", threads=advice))
-    assert asked == [True, False, False, False]
+    assert asked == [True, False, False, False, False]
 
 
 class Seconds:

@@ -158,8 +158,9 @@ class _WeightedSum(torch.autograd.Function):
         for level, (bags, table, weight) in enumerate(zip(ctx.bags, tables, weights)):
             owners = bags.owners()
             if ctx.needs_input_grad[2 + level]:
-                cells, order = bags.indices.sort(stable=True)
-                starts = torch.searchsorted(cells, torch.arange(len(table), dtype=torch.int32, device=cells.device))
+                number = torch.int16 if len(table) <= 2**15 else torch.int32  # sorted twice as fast
+                cells, order = bags.indices.to(number).sort(stable=True)
+                starts = torch.searchsorted(cells, torch.arange(len(table), dtype=number, device=cells.device))
                 grads[level] = _embedding_bag(grad, owners[order].int(), starts, weight[order])
             if ctx.needs_input_grad[2 + levels + level]:
                 grads[levels + level] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
