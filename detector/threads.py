@@ -145,7 +145,8 @@ def libgomp(maps: Path = Path("/proc/self/maps")) -> ctypes.CDLL | None:
         found = set(re.findall(r"/.*libgomp[^/\n]*$", maps.read_text(encoding="utf-8"), re.MULTILINE))
     except OSError:
         return None
-    of_torch = [name for name in found if Path(name).is_relative_to(Path(torch.__file__).parent)] or list(found)
+    folder = Path(torch.__file__).resolve().parent  # an environment may be a link
+    of_torch = [name for name in found if Path(name).is_relative_to(folder)] or list(found)
     return ctypes.CDLL(of_torch[0]) if len(of_torch) == 1 else None
 
 
