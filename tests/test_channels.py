@@ -88,7 +88,7 @@ def trained(six, tmp_path_factory):
 def test_what_only_the_other_channels_show_is_learnt(trained):
     """Three channels tell no category from the other: there no training helps."""
     _, six, three = trained
-    assert six["loss"] < 0.7 * three["loss"] and six["AP50"] > three["AP50"] + 0.2
+    assert six["loss"] < 0.8 * three["loss"] and six["AP50"] > three["AP50"] + 0.2
 
 
 def test_validation_measures_the_statistics_and_says_what_to_train_with(six):
