@@ -129,7 +129,10 @@ def culprit(config_name: str, overrides: Sequence[str]) -> str | None:
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as problem:
-            return f"{text}: {' '.join(str(problem).split())}"
+            key, _, value = text.partition("=")
+            bare = "=" in value and value[0] not in "[{'\""  # such as the name of a method that has settings in it
+            mend = f"""; as a text it wants quotes: '{key}="{value}"'""" if bare else ""
+            return f"{text}: {' '.join(str(problem).split())}{mend}"
         if not override.key_or_group.startswith("hydra/"):  # has options of plugins beside ours
             (chosen if override.key_or_group in groups else values).append((text, override))
     for text, override in chosen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -102,6 +103,12 @@ def test_one_line_names_key_value_and_near_matches(override, message):
     found = complaint(override)
     assert re.search(message, found), found
     assert "\n" not in found.split(" There are:")[0]
+
+
+def test_a_text_with_a_sign_of_hydras_is_told_its_quotes_which_work():
+    found = explain(ValueError("as Hydra says it"), "compare", ["runs=x", "baseline=align, width=64"])
+    (advice,) = shlex.split(found.partition("it wants quotes: ")[2])
+    assert suggest.compose("compare", ["runs=x", advice]).baseline == "align, width=64"
 
 
 def test_a_group_of_another_program_names_the_keys_of_this_one():
