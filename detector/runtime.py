@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from detector.ops.checks import ConfigError
 from detector.settings import Runtime
-from detector.threads import cores, share_cores
+from detector.threads import cores, end_sharing, share_cores
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,14 @@ def start_ranks(runtime: Runtime) -> World:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    end_sharing()
     chosen = None if runtime.threads == "auto" else runtime.threads
     if chosen or cores() < torch.get_num_threads():  # torch knows nothing of a container's quota
         torch.set_num_threads(chosen or cores())
     if device.type == "cpu":
         keep_freed_memory()
         # a number that the user has given wins, and compiled parts would be compiled anew for another
-        fixed = "OMP_NUM_THREADS" in os.environ or runtime.compile
+        fixed = "OMP_NUM_THREADS" in os.environ or runtime.compile or runtime.deterministic
         share_cores(by_number=runtime.threads == "auto" and not fixed)
     torch.backends.cudnn.benchmark = not runtime.deterministic
     if runtime.deterministic:

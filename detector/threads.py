@@ -118,8 +118,12 @@ class Number:
     words = "fewer threads work"
 
     def __init__(self, most: int):
+        self.begin(most)
+
+    def begin(self, most: int) -> None:
+        """Of a run. Until it follows nothing is chosen: the start of a program crowds its own cores."""
         self.most = self.wanted = most
-        self.followed = False  # until somebody does nothing is chosen: the start of a program crowds its own cores
+        self.followed, self.asked = False, True
 
     @property
     def yielding(self) -> bool:
@@ -205,6 +209,8 @@ def share_cores(by_number: bool = False) -> None:
         return
     if not times():  # the system does not count what threads wait
         return
+    if _number and by_number:  # of an earlier run in this process
+        _number.begin(torch.get_num_threads())
     library = None if by_number else libgomp()
     if (by_number or library is not None) and _watching.acquire(blocking=False):
         way = Number(torch.get_num_threads()) if library is None else Barrier(library)
@@ -214,13 +220,20 @@ def share_cores(by_number: bool = False) -> None:
 
 def number_varies() -> bool:
     """Whether `share_cores` chooses how many threads work."""
-    return _number is not None
+    return _number is not None and _number.asked
+
+
+def end_sharing() -> None:
+    """Let all threads work again, where fewer did for an earlier run of this process, and leave their number alone."""
+    if _number and _number.asked:
+        _number.asked = False
+        torch.set_num_threads(_number.most)
 
 
 def follow() -> None:
     """Work with as many threads as `share_cores` by number has chosen, which only this thread can say for itself. For
     loops, between two pieces of work."""
-    if _number:
+    if _number and _number.asked:
         _number.followed = True
         if _number.wanted != torch.get_num_threads():
             torch.set_num_threads(_number.wanted)

@@ -14,7 +14,19 @@ import torch
 
 from detector.runtime import start_ranks
 from detector.settings import Runtime
-from detector.threads import Barrier, Number, Watch, cores, follow, idle, libgomp, share_cores, times
+from detector.threads import (
+    Barrier,
+    Number,
+    Watch,
+    cores,
+    end_sharing,
+    follow,
+    idle,
+    libgomp,
+    number_varies,
+    share_cores,
+    times,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,9 +71,11 @@ def test_threads_auto_lets_their_number_vary_unless_it_is_given(monkeypatch):
     start_ranks(Runtime(device="cpu", threads=torch.get_num_threads()))
     start_ranks(Runtime(device="cpu"))
     start_ranks(Runtime(device="cpu", threads=advice, compile=True))
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
+    start_ranks(Runtime(device="cpu", threads=advice, deterministic=True))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     start_ranks(Runtime(device="cpu", threads=advice))
-    assert asked == [True, False, False, False, False]
+    assert asked == [True, False, False, False, False, False]
 
 
 class Seconds:
@@ -120,6 +134,7 @@ def test_a_loop_follows_what_was_chosen_for_it(monkeypatch):
         torch.set_num_threads(2)
         number = Number(2)
         monkeypatch.setattr("detector.threads._number", number)
+        monkeypatch.setattr("detector.threads._watching", SimpleNamespace(acquire=lambda blocking: False))
         follow()
         assert torch.get_num_threads() == 2
         number.give_way(0.7, seconds=2)
@@ -128,6 +143,14 @@ def test_a_loop_follows_what_was_chosen_for_it(monkeypatch):
         number.take_back()
         follow()
         assert torch.get_num_threads() == 2
+        number.give_way(0.7, seconds=2)
+        follow()
+        end_sharing()  # the next run of this process wants all threads, whatever the load
+        assert torch.get_num_threads() == 2 and not number_varies()
+        follow()
+        assert torch.get_num_threads() == 2
+        share_cores(by_number=True)
+        assert number_varies() and not number.yielding and not number.followed
     finally:
         torch.set_num_threads(before)
 
