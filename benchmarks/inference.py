@@ -29,7 +29,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from benchmarks.peers import mask_rcnn_pair, synthetic_batch
-from benchmarks.train_step import DTYPES
+from benchmarks.train_step import DTYPES, dtype_of
 from detector.evaluation.results import detections_to_coco
 from detector.export.export import export_program, output_names, save_onnx
 from detector.export.programs import RUNTIMES, Program, installed, open_program
@@ -99,7 +99,7 @@ def their_program(model: nn.Module, images: list[torch.Tensor], runtime: str, th
 def build(name: str, batch: int, args: argparse.Namespace) -> Callable[[], list]:
     """One contender's way from images to detections."""
     torch.set_num_threads(args.threads)
-    device, dtype = torch.device(args.device), DTYPES["fp32" if name.endswith("fp32") else args.dtype]
+    device, dtype = torch.device(args.device), dtype_of(name, args)
     ours, theirs = mask_rcnn_pair(args.device, args.size, confident=True)
     data = synthetic_batch(batch, args.size, 10, args.device)
     if name == "ours":  # as eval.py has it

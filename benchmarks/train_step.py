@@ -38,10 +38,15 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONTENDERS = ("ours", "compiled", "graphs", "torchvision", "torchvision_fp32")
 
 
+def dtype_of(name: str, args: argparse.Namespace) -> torch.dtype | None:
+    """Of a contender's autocast; None: it has none."""
+    return DTYPES["fp32" if name.endswith("fp32") else args.dtype]
+
+
 def build(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float]]:
     """One contender's step: forward, backward, update; it returns the losses, and its operations in the first turn."""
     torch.set_num_threads(args.threads)
-    device, dtype = torch.device(args.device), DTYPES["fp32" if name.endswith("fp32") else args.dtype]
+    device, dtype = torch.device(args.device), dtype_of(name, args)
     ours, theirs = mask_rcnn_pair(args.device, args.size)
     data = synthetic_batch(args.batch, args.size, args.objects, args.device)
     if name.startswith("torchvision"):

@@ -118,7 +118,8 @@ class Runtime:
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("threads", "log_every", "histograms_every", "pictures_every"):
             value = getattr(self, name)
-            require(value in (None, "auto") or value >= 1, name, value, "at least 1")
+            chosen_later = value is None or (name == "threads" and value == "auto")
+            require(chosen_later or value >= 1, name, value, "at least 1")
         to_iterations(self.checkpoint_every, 1, 1, "checkpoint_every")
 
 

@@ -73,7 +73,7 @@ class Barrier:
     but 100 times while it has more threads than the machine has cores: idle ones, kept by a thread of ours, make it so.
     """
 
-    words = "threads sleep where they wait; runtime.threads=auto would let fewer of them work"
+    words = "threads sleep where they wait"
 
     def __init__(self, libgomp: ctypes.CDLL):
         self.libgomp = libgomp
@@ -118,12 +118,8 @@ class Number:
     words = "fewer threads work"
 
     def __init__(self, most: int):
-        self.begin(most)
-
-    def begin(self, most: int) -> None:
-        """Of a run. Until it follows nothing is chosen: the start of a program crowds its own cores."""
         self.most = self.wanted = most
-        self.followed, self.asked = False, True
+        self.followed = False  # until then nothing is chosen: the start of a program crowds its own cores
 
     @property
     def yielding(self) -> bool:
@@ -157,44 +153,51 @@ def libgomp(maps: Path = Path("/proc/self/maps")) -> ctypes.CDLL | None:
 class Watch:
     """Lets a `Barrier` or a `Number` of threads give way and take back, by what threads lost since the last look."""
 
-    def __init__(self, way: Barrier | Number):
+    def __init__(self):
+        self.times, self.idle = dict[str, tuple[int, int]](), None
+        self.begin(None)
+
+    def begin(self, way: Barrier | Number | None) -> None:
+        """Of a run, or with None the end of one."""
         self.way = way
-        self.times = dict[str, tuple[int, int]]()
-        self.idle: float | None = None
         self.taken = self.calm = self.crowded = 0  # seconds on end
         self.patience = PATIENCE
         self.reported = False
 
     def see(self, now: dict[str, tuple[int, int]], idle: float | None = None) -> None:
         """now, idle: of `times` and of `idle`, a second after the last call."""
+        way = self.way  # of which another thread may begin another
         run, lost = (sum(now[t][i] - self.times.get(t, (0, 0))[i] for t in now) / 1e9 for i in (0, 1))
         free = None if idle is None or self.idle is None else idle - self.idle
         self.times, self.idle = now, idle
-        if run + lost < 0.2:  # the process waits for something else, or for a GPU
+        if way is None or run + lost < 0.2:  # the process waits for something else, or for a GPU
             return
-        self.crowded = self.crowded + 1 if lost >= CROWDED else 0
+        before = way.yielding
         if lost >= CROWDED:
-            before = self.way.yielding
-            self.way.give_way(lost, self.crowded)
-            self.calm = 0
-            if self.way.yielding and not before:
+            self.crowded, self.calm = self.crowded + 1, 0
+            way.give_way(lost, self.crowded)
+            if way.yielding and not before:
                 self.patience = PATIENCE if self.taken >= self.patience else min(2 * self.patience, LONGEST)
-            if self.way.yielding and not self.reported:
-                threads = torch.get_num_threads()
-                words = "%d threads; %.1f cores available, others use this machine: %s"
-                log.info(words, threads, threads * run / (run + lost), self.way.words)
-                self.reported = True
-        elif self.way.yielding:
-            self.calm = self.calm + 1 if lost < CALM and self.way.may_return(free) else 0
-            if self.calm >= self.patience:
                 self.taken = 0
-                self.way.take_back()
-        else:
+                self._report(run / (run + lost), way.words)
+            return
+        self.crowded = 0
+        if not before:
             self.taken += 1
+            return
+        self.calm = self.calm + 1 if lost < CALM and way.may_return(free) else 0
+        if self.calm >= self.patience:
+            way.take_back()
+
+    def _report(self, share: float, words: str) -> None:
+        if not self.reported:
+            threads = torch.get_num_threads()
+            told = "%d threads; %.1f cores available, others use this machine: %s"
+            log.info(told, threads, threads * share, words)
+        self.reported = True
 
 
-_watching = threading.Lock()  # held for good by the first call
-_number: Number | None = None
+_watch: Watch | None = None  # that of this process, which looks from the first call on
 
 
 def share_cores(by_number: bool = False) -> None:
@@ -202,44 +205,48 @@ def share_cores(by_number: bool = False) -> None:
 
     They wait asleep then, and results stay the same to the bit; this does nothing where the user has chosen how they
     wait (OMP_WAIT_POLICY, GOMP_SPINCOUNT) and where they are not libgomp's. by_number: fewer of them work instead. Does
-    nothing with one thread. Measured by benchmarks/busy.py.
+    nothing with one thread, nor where the system does not count what threads wait. Measured by benchmarks/busy.py.
     """
-    global _number
-    if torch.get_num_threads() < 2 or (any(name in os.environ for name in CHOSEN) and not by_number):
+    global _watch
+    end_sharing()
+    if torch.get_num_threads() < 2 or not times():
         return
-    if not times():  # the system does not count what threads wait
+    way: Barrier | Number
+    if by_number:
+        way = Number(torch.get_num_threads())
+    elif any(name in os.environ for name in CHOSEN) or (library := libgomp()) is None:
         return
-    if _number and by_number:  # of an earlier run in this process
-        _number.begin(torch.get_num_threads())
-    library = None if by_number else libgomp()
-    if (by_number or library is not None) and _watching.acquire(blocking=False):
-        way = Number(torch.get_num_threads()) if library is None else Barrier(library)
-        _number = way if isinstance(way, Number) else None
-        threading.Thread(target=_watch, args=(Watch(way),), daemon=True, name="watch").start()
+    else:
+        way = Barrier(library)
+    if _watch is None:
+        _watch = Watch()
+        threading.Thread(target=_look_on, args=(_watch,), daemon=True, name="watch").start()
+    _watch.begin(way)
+
+
+def end_sharing() -> None:
+    """End what `share_cores` began for an earlier run of this process: all threads work, and wait as by themselves."""
+    if _watch and _watch.way:
+        _watch.way.take_back()
+        follow()
+        _watch.begin(None)
 
 
 def number_varies() -> bool:
     """Whether `share_cores` chooses how many threads work."""
-    return _number is not None and _number.asked
-
-
-def end_sharing() -> None:
-    """Let all threads work again, where fewer did for an earlier run of this process, and leave their number alone."""
-    if _number and _number.asked:
-        _number.asked = False
-        torch.set_num_threads(_number.most)
+    return _watch is not None and isinstance(_watch.way, Number)
 
 
 def follow() -> None:
     """Work with as many threads as `share_cores` by number has chosen, which only this thread can say for itself. For
     loops, between two pieces of work."""
-    if _number and _number.asked:
-        _number.followed = True
-        if _number.wanted != torch.get_num_threads():
-            torch.set_num_threads(_number.wanted)
+    if _watch and isinstance(_watch.way, Number):
+        _watch.way.followed = True
+        if _watch.way.wanted != torch.get_num_threads():
+            torch.set_num_threads(_watch.way.wanted)
 
 
-def _watch(watch: Watch) -> None:
+def _look_on(watch: Watch) -> None:
     while True:
         watch.see(times(), idle())
         time.sleep(1)

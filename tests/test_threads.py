@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from pathlib import Path
@@ -66,15 +65,14 @@ def test_threads_auto_lets_their_number_vary_unless_it_is_given(monkeypatch):
     asked = []
     monkeypatch.setattr("detector.runtime.share_cores", lambda by_number: asked.append(by_number))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    (advice,) = re.findall(r"runtime\.threads=(\w+)", Barrier.words)
-    start_ranks(Runtime(device="cpu", threads=advice))
+    start_ranks(Runtime(device="cpu", threads="auto"))
     start_ranks(Runtime(device="cpu", threads=torch.get_num_threads()))
     start_ranks(Runtime(device="cpu"))
-    start_ranks(Runtime(device="cpu", threads=advice, compile=True))
+    start_ranks(Runtime(device="cpu", threads="auto", compile=True))
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
-    start_ranks(Runtime(device="cpu", threads=advice, deterministic=True))
+    start_ranks(Runtime(device="cpu", threads="auto", deterministic=True))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    start_ranks(Runtime(device="cpu", threads=advice))
+    start_ranks(Runtime(device="cpu", threads="auto"))
     assert asked == [True, False, False, False, False, False]
 
 
@@ -86,7 +84,8 @@ class Seconds:
         if way is None:
             self.way.give_way = lambda lost, seconds: setattr(self.way, "yielding", True)
             self.way.take_back = lambda: setattr(self.way, "yielding", False)
-        self.watch, self.run, self.waited, self.idle = Watch(self.way), 0, 0, 0
+        self.watch, self.run, self.waited, self.idle = Watch(), 0, 0, 0
+        self.watch.begin(self.way)
 
     def pass_by(self, run: float, waited: float, times: int = 1, idle: float | None = None) -> bool:
         for _ in range(times):
@@ -132,9 +131,9 @@ def test_a_loop_follows_what_was_chosen_for_it(monkeypatch):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        number = Number(2)
-        monkeypatch.setattr("detector.threads._number", number)
-        monkeypatch.setattr("detector.threads._watching", SimpleNamespace(acquire=lambda blocking: False))
+        number, watch = Number(2), Watch()
+        watch.begin(number)
+        monkeypatch.setattr("detector.threads._watch", watch)
         follow()
         assert torch.get_num_threads() == 2
         number.give_way(0.7, seconds=2)
@@ -150,7 +149,7 @@ def test_a_loop_follows_what_was_chosen_for_it(monkeypatch):
         follow()
         assert torch.get_num_threads() == 2
         share_cores(by_number=True)
-        assert number_varies() and not number.yielding and not number.followed
+        assert number_varies() and watch.way.most == 2 and not watch.way.yielding and not watch.way.followed
     finally:
         torch.set_num_threads(before)
 
@@ -236,10 +235,9 @@ def test_what_the_user_chose_stays(monkeypatch, threads, variables, by_number, w
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     started = []
-    monkeypatch.setattr("detector.threads._watch", started.append)
-    monkeypatch.setattr("detector.threads._watching", threading.Lock())
+    monkeypatch.setattr("detector.threads._look_on", started.append)
+    monkeypatch.setattr("detector.threads._watch", None)
     monkeypatch.setattr("detector.threads.libgomp", lambda: SimpleNamespace())
-    monkeypatch.setattr("detector.threads._number", None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     share_cores(by_number)
     share_cores(by_number)

@@ -199,7 +199,7 @@ def group(runs: Sequence[Run]) -> tuple[list[Method], dict[Path, str]]:
 
 
 def relevant(run: Run) -> dict[str, Any]:
-    """The settings of a run, {dotted key: value}, that can make a difference: rounding is one that is compared, too."""
+    """The settings of a run, {dotted key: value}, that can make a difference, precision among them."""
     found = {k: v for k, v in flatten(run.config).items() if not {k, k.split(".")[0]} & IRRELEVANT}
     found["runtime.precision"] = lookup(run.config, "runtime.precision") or "fp32"
     if run.log and not any("loss_offset" in line for line in run.log):  # its methods learn no offsets
