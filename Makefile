@@ -66,7 +66,7 @@ bench: $(READY)  ## every benchmark that fits in ten minutes on this machine
 	$(PY) benchmarks/evaluation.py --repeats 3 --json benchmarks/results/evaluation_cpu.json
 
 # A machine with a GPU and PyTorch but no package index gets what is missing there as wheels.
-MISSING := hydra-core omegaconf pycocotools albumentations albucore hotcoco stringzilla simsimd pydantic pydantic_core \
+MISSING := hydra-core omegaconf pycocotools albumentations albucore hotcoco msgspec stringzilla simsimd pydantic pydantic_core \
 	annotated-types typing-inspection typing_extensions
 wheels: constraints.txt  ## the packages that a bare PyTorch installation lacks, into wheels/
 	rm -rf wheels

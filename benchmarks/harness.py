@@ -76,7 +76,11 @@ def apart(
         with patch.dict(os.environ, (environments or {}).get(name, {})):
             context.Process(target=_serve, args=(theirs, build, device), daemon=True).start()
         theirs.close()  # so that the end of the process ends the wait for it
-        ends[name].recv()  # one after the other: threads of those that are ready would give way to those that start
+        if not device.startswith("cuda"):  # the threads of those that are ready would give way to those that start
+            ends[name].recv()
+    if device.startswith("cuda"):
+        for end in ends.values():
+            end.recv()
     for turn in range(repeats + 1):
         for name, end in ends.items():
             end.send(True)

@@ -102,20 +102,31 @@ def matmul_rate(
 
 
 def profiled(args: argparse.Namespace) -> str:
-    """The operators of one of our steps by their own time, and its CPU time beside what the matrix peak would take."""
-    step = build("ours", args)
+    """The operators of one of our steps by their own time, and all of it beside what the matrix peak would take.
+
+    The time is that of the CPU's threads; on a GPU that of its kernels, with how long it stood idle.
+    """
+    step, cuda = build("ours", args), args.device.startswith("cuda")
     flops = step()["flops"]
-    clock = partial(time.clock_gettime, time.CLOCK_PROCESS_CPUTIME_ID)
+    clock = time.perf_counter if cuda else partial(time.clock_gettime, time.CLOCK_PROCESS_CPUTIME_ID)
+    step()
     start = clock()
     step()
     seconds = clock() - start
     floor = flops / matmul_rate(args.device, DTYPES[args.dtype], args.threads, clock)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU, *[activity.CUDA] * cuda]) as found:
         step()
-    rows = sorted(found.key_averages(), key=lambda row: -row.self_cpu_time_total)
-    total = sum(row.self_cpu_time_total for row in rows)
-    lines = [[row.key, row.count, round(100 * row.self_cpu_time_total / total, 1)] for row in rows[:25]]
-    text = f"a step takes {seconds:.2f} s of CPU, its {flops / 1e9:.0f} G operations {floor:.2f} s at the matrix peak"
+    time_of = "self_device_time_total" if cuda else "self_cpu_time_total"
+    rows = sorted(found.key_averages(), key=lambda row: -getattr(row, time_of))
+    if cuda:  # an operator's time is that of its kernels, which are listed too
+        rows = [row for row in rows if row.device_type == torch.autograd.DeviceType.CUDA]
+    total = sum(getattr(row, time_of) for row in rows)
+    lines = [[row.key[:100], row.count, round(100 * getattr(row, time_of) / total, 1)] for row in rows[:40]]
+    text = f"a step takes {seconds:.3f} s, its {flops / 1e9:.0f} G operations {floor:.3f} s at the matrix peak"
+    if cuda:
+        launches = sum(row.count for row in rows)
+        text += f"; {launches} kernels and copies take {total / 1e6:.3f} s of it"
     return f"{harness.table(['', 'calls', '% of the time'], lines)}\n\n{text}"
 
 
@@ -126,7 +137,7 @@ def main() -> None:
     options.add_argument("--objects", type=int, default=10, help="objects of each image")
     options.add_argument("--dtype", choices=DTYPES, default="fp32")
     options.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["ours", "torchvision"])
-    options.add_argument("--profile", action="store_true", help="the operators of one of our steps on the CPU instead")
+    options.add_argument("--profile", action="store_true", help="the operators of one of our steps instead")
     args = options.parse_args()
     if args.profile:
         print(profiled(args))

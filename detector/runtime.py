@@ -105,7 +105,6 @@ def start_ranks(runtime: Runtime) -> World:
         # a number that the user has given wins, and compiled parts would be compiled anew for another
         fixed = "OMP_NUM_THREADS" in os.environ or runtime.compile or runtime.deterministic
         share_cores(by_number=runtime.threads == "auto" and not fixed)
-    torch.backends.cudnn.benchmark = not runtime.deterministic
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(runtime.deterministic)

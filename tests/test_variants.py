@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import detection, resnet18, resnet34, resnet101
 
 from detector.config import CONFIGS, build, check
-from detector.structures import Batch, Targets
+from detector.model import TwoStageDetector
+from detector.structures import Batch, Detections, Targets
 from tests.tiny import small_swins
 
 GROUPS = ("model", "backbone", "neck")
@@ -105,8 +106,8 @@ def random_input(keypoints: int = 17) -> tuple[Batch, Targets]:
     return Batch(images, sizes, sizes, torch.arange(2), torch.arange(2)), targets
 
 
-@pytest.mark.parametrize("group, name", [(group, name) for group, names in NAMES.items() for name in names])
-def test_a_training_step_and_an_inference(group, name, monkeypatch):
+def untrained(group: str, name: str, monkeypatch) -> TwoStageDetector:
+    """The named part in a small model of three classes with random weights."""
     if name in TIMM:
         pytest.importorskip("timm")
     if "swin" in name:
@@ -117,27 +118,55 @@ def test_a_training_step_and_an_inference(group, name, monkeypatch):
         for key, value in model.backbone.state_dict().items():
             if key.endswith("bn3.weight"):
                 value.fill_(0.1)  # or untrained residual blocks add up to infinity
-    batch, targets = random_input()
-    losses = model.train()(batch, targets)
+    return model
+
+
+def assert_learns(model: TwoStageDetector, losses: dict[str, torch.Tensor]) -> None:
+    """The losses and their gradients are finite, and every parameter has one."""
     sum(losses.values()).backward()
     for key, value in losses.items():
         assert value.isfinite(), key
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+
+
+def detections(model: TwoStageDetector, batch: Batch) -> Detections:
+    """What it finds, however unsure it is."""
+    for head in model.box_head.modules() if model.box_head else ():
+        if hasattr(head, "score_threshold"):
+            head.score_threshold = -1.0
+    with torch.no_grad():
+        return model.eval()(batch)
+
+
+ALL = [(group, name) for group, names in NAMES.items() for name in names]
+
+
+@pytest.mark.parametrize("group, name", ALL)
+def test_a_training_step_and_an_inference(group, name, monkeypatch):
+    model = untrained(group, name, monkeypatch)
+    batch, targets = random_input()
+    losses = model.train()(batch, targets)
+    assert_learns(model, losses)
     expected = {"loss_objectness", "loss_rpn_box_reg"}
     expected |= set() if name == "rpn" else {"loss_classifier", "loss_box_reg"}
     expected |= {"loss_mask"} if "mask" in name else {"loss_keypoint"} if "keypoint" in name else set()
     assert set(losses) == expected | LOSSES.get(name, set())
-    if name != "rpn":
-        for head in model.box_head.modules():
-            if hasattr(head, "score_threshold"):
-                head.score_threshold = -1.0
-    with torch.no_grad():
-        found = model.eval()(batch)
+    found = detections(model, batch)
     assert found.valid.any(dim=1).all()
     assert (found.boxes[1] <= torch.tensor([128.0, 80, 128, 80])).all()
     assert (found.masks is not None) == ("loss_mask" in losses)
+
+
+@pytest.mark.parametrize("group, name", ALL)
+def test_bf16(group, name, monkeypatch):
+    model = untrained(group, name, monkeypatch)
+    batch, targets = random_input()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_learns(model, model.train()(batch, targets))
+        found = detections(model, batch)
+    assert found.valid.any(dim=1).all() and found.boxes.isfinite().all()
     assert (found.keypoints is not None) == ("keypoint" in name)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import get_model_weights, resnet
@@ -54,8 +55,11 @@ class DeformConv2d(nn.Conv2d):
             points = offset.shape[1] // 3
             offset, mask = offset.split([2 * points, points], dim=1)
             mask = mask.sigmoid()
-        weight = self.weight.to(x.dtype)  # autocast knows nothing of this op
-        return deform_conv2d(x, offset.to(x.dtype), weight, None, self.stride, self.padding, self.dilation, mask)
+        # the op has no bf16, and autocast casts for it on GPUs alone
+        exact = torch.promote_types(x.dtype, torch.float32)
+        mask = None if mask is None else mask.to(exact)
+        args = x.to(exact), offset.to(exact), self.weight.to(exact), None, self.stride, self.padding, self.dilation
+        return deform_conv2d(*args, mask).to(x.dtype)
 
 
 class Residual:

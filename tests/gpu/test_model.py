@@ -19,14 +19,6 @@ pytestmark = pytest.mark.cuda
 METHODS = {"align": RoIAlign, "deformable": DeformableRoIPool}
 
 
-@pytest.fixture(autouse=True)
-def exact_convolutions():
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = allowed
-
-
 @pytest.mark.parametrize("roi", METHODS.values(), ids=METHODS)
 def test_losses_and_gradients_are_the_cpus(roi):
     found = {}
