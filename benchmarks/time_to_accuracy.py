@@ -6,8 +6,12 @@ ours with the recipe of the data set, on the same body, sizes and pictures; and 
     python benchmarks/time_to_accuracy.py --list
 
 `--exchange` gives ours a part as torchvision has it, one at a time; `all` gives it all of them at once. Every run is
-kept in --out: the same command goes on where it was stopped, with more seeds or parts it runs what is missing. The
-differences of the last AP have 95 % intervals over seeds and validation images (comparison/statistics.py).
+kept in --out: the same command goes on where it was stopped, with more seeds or parts it runs what is missing; `--ours`
+leaves torchvision out, as where bf16 is compared with fp32:
+
+    python benchmarks/time_to_accuracy.py --data bccd --root ../shared/data/bccd --seeds 5 --ours --exchange bf16
+
+The differences of the last AP have 95 % intervals over seeds and validation images (comparison/statistics.py).
 
 CPU seconds are those of the training process, evaluations left out. Both read pictures in the training process.
 """
@@ -83,6 +87,7 @@ PARTS = {
     "masks": "mask targets are shares, sampled half a pixel off",
     "resize": "pictures shrink bilinearly, without averaging",
 }
+OURS = {"bf16": "what recipes choose by themselves where the processor has it; all else here is fp32"}
 SAME = {
     "low_quality": "both take an object's best anchors, whatever their overlap",
     "loss": "both have smooth L1 with beta 1/9 and the mean over what was sampled",
@@ -116,6 +121,7 @@ def part_overrides(part: str, name: str, images: int) -> list[str]:
             *("schedule.max_epochs=null", f"schedule.milestones={steps}", f"schedule.warmup={warmup}"),
             *("training.reference_batch=16", "training.clip_norm=null"),
         ],
+        "bf16": ["runtime.precision=bf16"],
         "masks": ["model.mask_head.target_threshold=null", "++model.mask_head.target_aligned=false"] if masks else [],
     }
     if part == "augmentation":
@@ -400,6 +406,7 @@ def main() -> None:
     options.add_argument("--root", type=Path, help="where the data set lies")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--exchange", nargs="+", default=[], metavar="PART", help="parts, a+b together, or all")
+    options.add_argument("--ours", action="store_true", help="without torchvision, and so without a chart")
     options.add_argument("--list", action="store_true", help="say what can be exchanged, and what has been run")
     options.add_argument("--out", type=Path, default=Path("runs/time_to_accuracy"), help="where runs are kept")
     options.add_argument("--draws", type=int, default=500, help="of the bootstrap")
@@ -410,16 +417,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(0)
     if args.list:
-        for part, meaning in {**PARTS, **{name: f"the same: {text}" for name, text in SAME.items()}}.items():
+        same = {name: f"the same: {text}" for name, text in SAME.items()}
+        for part, meaning in {**PARTS, **OURS, **same}.items():
             print(f"{part:15} {meaning}")
         for file in sorted(args.out.glob("*/*.json")):
             print(f"{file.parent.name}/{file.stem}: {json.loads(file.read_text(encoding='utf-8'))['curve'][-1]}")
         return
-    unknown = [part for name in args.exchange for part in contender(name)[1] if part not in PARTS]
+    unknown = [part for name in args.exchange for part in contender(name)[1] if part not in PARTS | OURS]
     if unknown or args.root is None:
         options.error(f"unknown part {unknown[0]!r}: see --list" if unknown else "--root: where the data set lies")
 
-    names = ["ours", "torchvision", *args.exchange]
+    names = ["ours", *[] if args.ours else ["torchvision"], *args.exchange]
     runs: dict[str, list[dict]] = {name: [] for name in names}
     for seed in range(args.seeds):
         for name in names:
@@ -435,7 +443,7 @@ def main() -> None:
         print(harness.table(["", "AP", "against ours (95 %)", "CPU s"], rows))
     curves = {name: [each["curve"] for each in of_seeds] for name, of_seeds in runs.items()}
     harness.save(args.json, "cpu", setting=SETS[args.data]._asdict(), last=figures, curves=curves)
-    if args.chart:
+    if args.chart and not args.ours:
         parts = [chart(runs, kinds[-1], against) for against in ("iteration", "cpu_s")]
         args.chart.write_text(side_by_side(parts), encoding="utf-8")
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from detector.ops.checks import check_choice
 from detector.roi.bag import CHUNK, max_of_runs, pool_cells, runs
 from detector.roi.base import RoIOp, check_fixed, check_inputs, choose_path
-from detector.roi.geometry import FAR, KERNELS, Axis, Regions, cells_between, interpolate, locate, per_level
+from detector.roi.geometry import FAR, KERNELS, Axis, Regions, cells_between, interpolate, locate, per_level, share
 from detector.roi.plain import align_boxes
 from detector.structures import RoIFeatures
 
@@ -140,7 +140,7 @@ class RoIAlign(RoIOp):
         if self.aligned:
             start, end = start - 0.5, end - 0.5
         size = end - start if self.aligned else (end - start).clamp(min=1)
-        bin_size = size / bins
+        bin_size = share(size, bins)
         first = start[:, None] + torch.arange(bins, device=start.device) * bin_size[:, None]
         counts: Tensor | int = bin_size.detach().ceil().clamp(min=0)
         most, listed = None, self.per_level or [ratio for _, ratio in self.per_size or ()]

@@ -139,6 +139,12 @@ def group_points(values: Tensor, h: int, w: int) -> Tensor:
     return values.unflatten(2, (w, -1)).unflatten(1, (h, -1)).transpose(2, 3).flatten(3)
 
 
+def share(extent: Tensor, bins: int) -> Tensor:
+    """extent / bins, correctly rounded everywhere: by a number of Python's a GPU multiplies with its reciprocal, which
+    can put the edge of a bin on the other side of a whole number."""
+    return extent / (extent.new_full((), bins) if extent.is_cuda else bins)
+
+
 def cells_between(first: Tensor, last: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The cells from `first` up to but without `last` [R, ...], as [R, ..., K] with K the most of any bin.
 

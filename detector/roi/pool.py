@@ -18,7 +18,7 @@ from torch import Tensor
 from detector.ops.checks import check_choice
 from detector.roi.bag import pool_max
 from detector.roi.base import RoIOp, check_inputs, choose_path
-from detector.roi.geometry import Axis, cells_between, locate
+from detector.roi.geometry import Axis, cells_between, locate, share
 from detector.roi.plain import max_between
 from detector.structures import RoIFeatures
 
@@ -69,16 +69,16 @@ def bin_ranges(start: Tensor, end: Tensor, bins: int, size: Tensor, quantization
     i = torch.arange(bins + 1, device=start.device)
     if quantization == "caffe":
         start, end = round_half_away(start), round_half_away(end)
-        bin_size = ((end - start + 1).clamp(min=1) / bins)[:, None]
+        bin_size = share((end - start + 1).clamp(min=1), bins)[:, None]
         edges = i.to(start.dtype)
         low, high = (edges[:-1] * bin_size).floor(), (edges[1:] * bin_size).ceil()
     elif quantization == "floor":
         start, end = start.floor(), end.floor()
-        edges = (i * (end - start).clamp(min=0)[:, None] / bins).floor()
+        edges = share(i * (end - start).clamp(min=0)[:, None], bins).floor()
         low, high = edges[:, :-1], edges[:, 1:]
     else:
         start, end = start.floor(), end.floor()
-        bin_size = (end - start).clamp(min=0)[:, None].div(bins).floor()
+        bin_size = share((end - start).clamp(min=0)[:, None], bins).floor()
         low, high = i[:-1] * bin_size, i[1:] * bin_size
     low, high = ((start[:, None] + v).clamp(min=0).minimum(size[:, None]).int() for v in (low, high))
     return low, high

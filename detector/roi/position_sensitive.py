@@ -24,7 +24,7 @@ from detector.ops.layers import init_zero
 from detector.roi.align import RoIAlign
 from detector.roi.bag import pool_cells
 from detector.roi.base import RoIOp, check_inputs, choose_path, pair
-from detector.roi.geometry import Axis, Regions, cells_between, locate
+from detector.roi.geometry import Axis, Regions, cells_between, locate, share
 from detector.roi.plain import mean_between
 from detector.roi.pool import round_half_away
 from detector.structures import RoIFeatures
@@ -159,12 +159,12 @@ class PositionSensitiveRoIPool(PositionSensitive):
         """First cell of every bin and the one past its last, [R, bins] int32 each."""
         i = torch.arange(bins + 1, device=start.device)
         if self.quantization == "rfcn":
-            bin_size = ((end - start).clamp(min=0.1) / bins)[:, None]
+            bin_size = share((end - start).clamp(min=0.1), bins)[:, None]
             start, limit = start[:, None], size[:, None]
             low, high = (i[:-1] * bin_size + start).floor(), (i[1:] * bin_size + start).ceil()
         else:
             start, end = round_half_away(start), round_half_away(end)
-            bin_size = ((end - start).clamp(min=1) / bins)[:, None]
+            bin_size = share((end - start).clamp(min=1), bins)[:, None]
             start, limit = start[:, None], size[:, None] - 1
             low, high = (i[:-1] * bin_size).floor() + start, (i[1:] * bin_size).ceil() + start
         low, high = (v.clamp(min=0).minimum(limit).int() for v in (low, high))

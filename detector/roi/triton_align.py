@@ -43,7 +43,7 @@ def _pick(values, level):
 @triton.jit
 def _sampling(start, extent, bins, SAMPLES: tl.constexpr):
     """Bin size, sampling points per bin (SAMPLES, adaptive where 0) and the step between them, along one axis."""
-    size = extent / bins
+    size = tl.div_rn(extent, bins * 1.0)  # plain division is off by a bit, which can add a point
     if SAMPLES > 0:
         points = SAMPLES
     else:
@@ -253,8 +253,9 @@ def _offsets_gradient(
         tl.store(modulation_grad + place, share * by_modulation, mask=live)
     if offsets is not None:
         offset = offsets_grad + roi * 2 * bins + bin
-        tl.store(offset, gamma * extent_x * factor * by_x, mask=live)
-        tl.store(offset + bins, gamma * extent_y * factor * by_y, mask=live)
+        read = axis_y[3] * axis_x[3] > 0  # RoIs that are not finite read nothing, and no number times 0 is NaN then
+        tl.store(offset, tl.where(read, gamma * extent_x * factor * by_x, 0.0), mask=live)
+        tl.store(offset + bins, tl.where(read, gamma * extent_y * factor * by_y, 0.0), mask=live)
 
 
 # The arguments that all ops share, `sampling` below: what is read where, and how.

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 pytestmark = pytest.mark.cuda
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "roi").glob("*.yaml"))
-CHANNELS = 2 * 3 * 3  # divides for the position-sensitive methods of 3 x 3 bins
+CHANNELS = 8 * 3 * 3  # for the position-sensitive methods of 3 x 3 bins and for attention's heads
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

@@ -248,6 +248,19 @@ def test_rois_that_are_not_finite_pool_zero():
         )
         assert not out.any()
         assert not any(g.any() for g in gradients(out, features, torch.ones_like(out)))
+    offsets, modulation, rois, levels = random(3, 2, 2, 2), random(3, 2, 2), rois[:3], levels[:3]
+    out = roi_align_fused(features, rois, levels, STRIDES, (2, 2), offsets=offsets, modulation=modulation)
+    assert not any(g.any() for g in gradients(out, [*features, offsets, modulation], torch.ones_like(out)))
+
+
+@pytest.mark.parametrize("bins", [3, 7])
+def test_bins_of_whole_cells_take_as_many_points(bins):
+    """Adaptive sampling: a quotient off by a rounding would take one more."""
+    features = maps(channels=2)
+    rois = boxes(*((i % 2, 0, 0, 4 * bins * k, 4 * bins * k) for i, k in enumerate((1, 2, 3, 5, 6))))
+    levels = torch.zeros(len(rois), dtype=torch.int64, device=DEVICE)
+    out = roi_align_fused(features, rois, levels, STRIDES, (bins, bins), 0)
+    close(out, plain_align(features, rois, levels, (bins, bins), 0, True))
 
 
 def test_batch_and_level_out_of_range_read_the_nearest():
