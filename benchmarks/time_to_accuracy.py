@@ -427,7 +427,7 @@ def main() -> None:
     if unknown or args.root is None:
         options.error(f"unknown part {unknown[0]!r}: see --list" if unknown else "--root: where the data set lies")
 
-    names = ["ours", *[] if args.ours else ["torchvision"], *args.exchange]
+    names = ["ours", *(() if args.ours else ("torchvision",)), *args.exchange]
     runs: dict[str, list[dict]] = {name: [] for name in names}
     for seed in range(args.seeds):
         for name in names:
