@@ -231,10 +231,9 @@ class RPN(nn.Module):
         candidates = []
         for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors)):
             score, index = self.best(logit.float(), torch.sym_min(pre, logit.shape[1]))
-            box = self.coder.decode(take(delta, index), anchor[index])
-            candidates.append((box, score, torch.full_like(index, level)))
-        boxes, scores, levels = (torch.cat(of_levels, 1) for of_levels in zip(*candidates))
-        boxes = clip(boxes, image_sizes)
+            candidates.append((take(delta, index), anchor[index], score, torch.full_like(index, level)))
+        moves, places, scores, levels = (torch.cat(of_levels, 1) for of_levels in zip(*candidates))
+        boxes = clip(self.coder.decode(moves, places), image_sizes)
 
         large = (boxes[..., 2:] - boxes[..., :2] > self.min_size).all(-1)
         image = torch.arange(len(image_sizes), device=boxes.device)

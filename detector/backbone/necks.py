@@ -27,6 +27,15 @@ def check_top(top: str, *ways: str) -> None:
         raise ValueError(f"top={top!r}: expected {', '.join(map(repr, ways))} or 'none'")
 
 
+def enlarged(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps [N, C, H, W] at `size`, each value that of the nearest cell, in x's type: autocast would make float32 maps,
+    of which nothing is more exact."""
+    if x.dtype == torch.float32:
+        return F.interpolate(x, size=size, mode="nearest")
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, size=size, mode="nearest")
+
+
 class FPN(nn.Module):
     """Lateral 1 x 1 convolutions, a top-down sum, and a 3 x 3 convolution per level.
 
@@ -73,7 +82,7 @@ class FPN(nn.Module):
         """The levels that the maps have one by one, before any top level."""
         merged = [lateral(x) for lateral, x in zip(self.lateral, maps)]
         for i in range(len(merged) - 1, 0, -1):
-            merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=merged[i - 1].shape[-2:], mode="nearest")
+            merged[i - 1] = merged[i - 1] + enlarged(merged[i], merged[i - 1].shape[-2:])
         return [output(conv_layout(x)) for output, x in zip(self.output, merged)]
 
 
@@ -143,8 +152,8 @@ class BothWays(nn.Module):
         """Levels [N, C, Hl, Wl] of levels of these sizes."""
         between = list(levels)
         for i in range(len(levels) - 2, -1, -1):
-            enlarged = F.interpolate(between[i + 1], size=levels[i].shape[-2:], mode="nearest")
-            between[i] = self.down[i]([levels[i], enlarged])
+            larger = enlarged(between[i + 1], levels[i].shape[-2:])
+            between[i] = self.down[i]([levels[i], larger])
         found = between[:1]
         for i, fuse in enumerate(self.up, 1):
             both = [levels[i], between[i]] if i < len(levels) - 1 else [levels[i]]

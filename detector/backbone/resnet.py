@@ -67,15 +67,17 @@ class Residual:
 
     convolutions: int
     downsample: nn.Module | None
-    relu: nn.ReLU
     conv2: nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else conv_norm(x, *self.downsample.children())
+        shortcut = x
+        if self.downsample is not None:
+            conv, norm = self.downsample.children()
+            shortcut = conv_norm(x, conv, norm)
         for i in range(1, self.convolutions):
-            x = self.relu(conv_norm(x, getattr(self, f"conv{i}"), getattr(self, f"bn{i}")))
+            x = conv_norm(x, getattr(self, f"conv{i}"), getattr(self, f"bn{i}"), relu=True)
         i = self.convolutions
-        return self.relu(conv_norm(x, getattr(self, f"conv{i}"), getattr(self, f"bn{i}")).add_(shortcut))
+        return conv_norm(x, getattr(self, f"conv{i}"), getattr(self, f"bn{i}"), relu=True, shortcut=shortcut)
 
 
 class BasicBlock(Residual, resnet.BasicBlock):
@@ -226,4 +228,4 @@ class ResNet(nn.Module):
 
     def stem(self, images: Tensor) -> Tensor:
         """The map [N, width, H / 4, W / 4] that stage 2 works on."""
-        return self.maxpool(self.relu(conv_norm(images, self.conv1, self.bn1)))
+        return self.maxpool(conv_norm(images, self.conv1, self.bn1, relu=True))

@@ -16,7 +16,7 @@ from torchvision.ops import roi_align
 from detector.heads.box import SampledRoIs
 from detector.heads.trunk import ConvTrunk
 from detector.ops import losses
-from detector.ops.layers import bias_of, init_kaiming
+from detector.ops.layers import bias_of, init_kaiming, pointwise_relu
 from detector.protocols import Trunk
 from detector.roi import RoIExtractor, RoIOp, make_op
 from detector.structures import Detections, RoIFeatures, Targets, rois_from_boxes
@@ -42,7 +42,7 @@ class MaskPredictor(nn.Module):
         A transposed convolution whose stride is its kernel is one of 1 x 1: each cell makes its own 2 x 2 cells.
         """
         weight = self.upsample.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [2 * 2 * channels, in_channels]
-        cells = F.conv2d(hidden, weight[:, :, None, None], bias_of(self.upsample).repeat(4)).relu_()
+        cells = pointwise_relu(hidden, weight[:, :, None, None], bias_of(self.upsample).repeat(4))
         cells = cells.permute(0, 2, 3, 1).unflatten(-1, (4, -1))  # [R, h, w, 2 * 2, channels]
         which = torch.zeros_like(labels) if self.mask_logits.out_channels == 1 else (labels - 1).clamp(min=0)
         of_class, bias = self.mask_logits.weight[which].flatten(1), bias_of(self.mask_logits)[which]

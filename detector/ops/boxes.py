@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
+from detector.ops.kernels import triton_available
+
+MOST = 1 << 18  # boxes that are suppressed on a GPU without first leaving out those that take no part
 # A box may grow by this factor in one step: 1000 px from a stride-16 anchor, as in Detectron.
 MAX_LOG_SCALE = math.log(1000.0 / 16)
 
@@ -105,6 +108,10 @@ def nms_by_image(
     Returns:
         rows [images, limit] into the input, best first, and valid [images, limit]; padding points at row 0.
     """
+    if boxes.is_cuda and triton_available():
+        from detector.ops.triton_nms import nms_fused
+
+        return nms_fused(boxes, scores, image, group, threshold, images, limit)
     keep = []
     for i in range(images):  # one by one: of too many boxes at once torchvision takes every group apart
         rows = torch.nonzero(image == i)[:, 0]
@@ -204,6 +211,12 @@ def survivors(
         image: [A] index of each row's image, 0..images-1. group: [A, B] as in `nms_by_image`.
         nms: `nms_by_image` or another function of this module that is called like it.
     """
+    if nms is nms_by_image and boxes.is_cuda and triton_available() and wanted.numel() <= MOST:
+        taking_part = torch.where(wanted, image[:, None], images)  # the others are of no image: no need to count them
+        flat = scores.flatten(), taking_part.flatten(), group.flatten()
+        rows, valid = nms(boxes.flatten(0, 1), *flat, threshold, images, limit)
+        row, column = torch.div(rows, wanted.shape[1], rounding_mode="floor"), rows % wanted.shape[1]
+        return Survivors(row, column, valid, torch.where(valid, scores[row, column], 0))
     row, column = torch.nonzero(wanted, as_tuple=True)
     if len(row) == 0:  # padding has nothing to point at
         nothing = image.new_zeros(images, limit)
@@ -216,15 +229,16 @@ def survivors(
 
 
 def group_by_image(rows: Tensor, image: Tensor, images: int, limit: int) -> tuple[Tensor, Tensor]:
-    """Lay rows [R] out as [images, limit] in their order, with the valid mask; what exceeds `limit` is dropped."""
+    """Lay rows [R] out as [images, limit] in their order, with the valid mask; what exceeds `limit` is dropped, and so
+    are rows whose image is `images`."""
     order = torch.argsort(image, stable=True)
     rows, image = rows[order], image[order]
-    start = torch.searchsorted(image, torch.arange(images, device=image.device))
+    start = torch.searchsorted(image, torch.arange(images + 1, device=image.device))
     rank = torch.arange(len(rows), device=rows.device) - start[image]
-    inside = rank < limit
-    slot = (image * limit + rank)[inside]
-    table = rows.new_zeros(images * limit).index_copy(0, slot, rows[inside])
-    valid = torch.zeros(images * limit, dtype=torch.bool, device=rows.device).index_fill(0, slot, True)
+    end = images * limit  # a place for what is dropped, so that their number need not be known
+    slot = torch.where((rank < limit) & (image < images), image * limit + rank, end)
+    table = rows.new_zeros(end + 1).index_copy(0, slot, rows)[:end]
+    valid = torch.zeros(end + 1, dtype=torch.bool, device=rows.device).index_fill(0, slot, True)[:end]
     return table.view(images, limit), valid.view(images, limit)
 
 

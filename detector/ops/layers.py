@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FrozenBatchNorm2d
 
 from detector.ops import winograd
+from detector.ops.kernels import triton_available
 
 Layer = TypeVar("Layer", bound=nn.Module)
 TRACKER = ModuleTracker()  # never entered: asked for what it tells at any time
@@ -38,6 +40,23 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
     def __init__(self, channels: int, fold: bool = True):
         super().__init__(channels)
         self.fold = fold
+        self._folded: tuple[list[Tensor], list[int], tuple[Tensor, Tensor]] | None = None
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift [C] of the values that come in, computed once for the constants that there are."""
+        constants = [self.weight, self.bias, self.running_mean, self.running_var]
+        if torch.compiler.is_compiling() or any(t.is_inference() for t in constants):
+            return self._fold()
+        versions = [t._version for t in constants]
+        kept = self._folded
+        if kept is None or versions != kept[1] or any(a is not b for a, b in zip(constants, kept[0])):
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._folded = constants, versions, self._fold()
+        return kept[2]
+
+    def _fold(self) -> tuple[Tensor, Tensor]:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fold:
@@ -85,43 +104,97 @@ def conv_layout(x: Tensor) -> Tensor:
     return x if prefers_channels_last(x.device) else x.contiguous()
 
 
-def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
-    """norm(conv(x)) of x [N, C, H, W]; a frozen batch norm costs nothing, folded into a plain convolution.
+def conv_norm(
+    x: Tensor, conv: nn.Module, norm: nn.Module, relu: bool = False, shortcut: Tensor | None = None
+) -> Tensor:
+    """norm(conv(x)) + shortcut of x [N, C, H, W], with relu the positive part of it; a frozen batch norm costs nothing,
+    folded into a plain convolution.
 
     With s = weight / sqrt(var + eps):  s (W * x - mean) + bias  =  (s W) * x + (bias - s mean),  exact in value and in
     the gradients of x and W, without a pass over the maps.
     """
-    if type(conv) is not nn.Conv2d or not (isinstance(norm, FrozenBatchNorm) and norm.fold):
-        return norm(conv(x))
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return _ScaledConv.apply(x, conv.weight, scale, norm.bias - norm.running_mean * scale, conv)
+    if type(conv) is nn.Conv2d and isinstance(norm, FrozenBatchNorm) and norm.fold:
+        return _Conv.apply(x, conv.weight, *norm.folded(), conv, relu, shortcut)
+    out = norm(conv(x))
+    out = out if shortcut is None else out.add_(shortcut)
+    return out.relu_() if relu else out
 
 
-class _ScaledConv(torch.autograd.Function):
-    """(scale W) * x + bias, which keeps W for its gradient and not the product: a copy of all weights less."""
+def finishes_in_one_pass(x: Tensor) -> bool:
+    """Whether bias, shortcut and ReLU of a convolution of x are added by one kernel: on a GPU, where the bias alone
+    would take a pass over the result, and not where a compiler joins them by itself."""
+    return x.is_cuda and not torch.compiler.is_compiling() and triton_available()
+
+
+class _Conv(torch.autograd.Function):
+    """(scale W) * x + bias + shortcut, or the positive part of it. It keeps W for its gradient and not the product: a
+    copy of all weights less. `like` is the convolution whose stride and so on are meant."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, conv: nn.Conv2d) -> Tensor:
-        ctx.save_for_backward(x, weight, scale)
-        ctx.conv = conv
-        return F.conv2d(
-            x, weight * scale.view(-1, 1, 1, 1), bias, conv.stride, conv.padding, conv.dilation, conv.groups
-        )
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor,
+        like: nn.Conv2d | SimpleNamespace,
+        relu: bool,
+        shortcut: Tensor | None,
+    ) -> Tensor:
+        fused = finishes_in_one_pass(x)
+        separate = None if fused else bias
+        out = F.conv2d(x, _scaled(weight, scale), separate, like.stride, like.padding, like.dilation, like.groups)
+        if fused:
+            from detector.ops import triton_finish
+
+            if triton_finish.finishes(out, shortcut):
+                triton_finish.finish(out, bias, shortcut, relu)
+            else:
+                out, fused = out.add_(bias.view(-1, 1, 1)), False
+        if not fused:
+            out = out if shortcut is None else out.add_(shortcut)
+            out = out.relu_() if relu else out
+        ctx.save_for_backward(x, weight, scale, out if relu else None)
+        ctx.like, ctx.shortcut = like, None if shortcut is None else shortcut.dtype
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight, scale), conv = ctx.saved_tensors, ctx.conv
-        scale = scale.view(-1, 1, 1, 1)
-        inputs = grad, x.to(grad.dtype), (weight * scale).to(grad.dtype)  # autocast made the result in grad's type
-        shape = conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups
-        wanted = [*ctx.needs_input_grad[:2], False]
-        to_x, to_weight, _ = torch.ops.aten.convolution_backward(*inputs, None, *shape, wanted)
+        (x, weight, scale, out), like = ctx.saved_tensors, ctx.like
+        if out is not None:
+            grad = torch.ops.aten.threshold_backward(grad, out, 0)
+        # autocast made the result in grad's type
+        inputs = grad, x.to(grad.dtype), _scaled(weight, scale).to(grad.dtype)
+        shape = like.stride, like.padding, like.dilation, False, (0, 0), like.groups
+        needs_x, needs_weight, _, needs_bias, *_, needs_shortcut = ctx.needs_input_grad
+        to_x: Any = None
+        to_weight, to_bias = to_x, to_x
+        if needs_x or needs_weight or needs_bias:
+            wanted = [needs_x, needs_weight, needs_bias]
+            to_x, to_weight, to_bias = torch.ops.aten.convolution_backward(*inputs, [len(weight)], *shape, wanted)
         return (
-            to_x if to_x is None else to_x.to(x.dtype),
-            to_weight if to_weight is None else to_weight * scale,
-            *[None] * 3,
+            to_x.to(x.dtype) if needs_x else None,
+            _scaled(to_weight.to(weight.dtype), scale) if needs_weight else None,
+            None,
+            to_bias.to(weight.dtype) if needs_bias else None,
+            *(None, None),
+            grad.to(ctx.shortcut) if needs_shortcut else None,
         )
+
+
+def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+    return weight if scale is None else weight * scale.view(-1, 1, 1, 1)
+
+
+POINTWISE = SimpleNamespace(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1)
+
+
+def pointwise_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The positive part of a 1 x 1 convolution of x [N, C, H, W] with weight [O, C, 1, 1] and bias [O]."""
+    if finishes_in_one_pass(x):
+        return _Conv.apply(x, weight, None, bias, POINTWISE, True, None)
+    return F.conv2d(x, weight, bias).relu_()
 
 
 def checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -167,9 +240,20 @@ class Conv3x3(nn.Conv2d):
         return super().forward(x)
 
 
+class ConvBlock(nn.Sequential):
+    """A convolution and what follows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, *rest = self
+        plain = all(isinstance(layer, nn.ReLU) for layer in rest) and conv.bias is not None
+        if plain and finishes_in_one_pass(x):
+            return _Conv.apply(x, conv.weight, None, conv.bias, conv, bool(rest), None)
+        return super().forward(x)
+
+
 def conv_block(
     in_channels: int, out_channels: int, kernel: int, norm: str | None = None, relu: bool = True, stride: int = 1
-) -> nn.Sequential:
+) -> ConvBlock:
     """Convolution that keeps the size (at stride 1), a norm by name, which then replaces the bias, and ReLU."""
     conv = Conv3x3 if kernel == 3 else partial(nn.Conv2d, kernel_size=kernel, padding=kernel // 2)
     layers: list[nn.Module] = [conv(in_channels, out_channels, stride=stride, bias=norm is None)]
@@ -177,7 +261,7 @@ def conv_block(
         layers.append(norm_layer(norm)(out_channels))
     if relu:
         layers.append(nn.ReLU(inplace=True))
-    return nn.Sequential(*layers)
+    return ConvBlock(*layers)
 
 
 def module_list(modules: Iterable[Layer]) -> Sequence[Layer]:

@@ -12,22 +12,19 @@ Dimensions: N images, L levels, R RoIs, C channels, h x w output bins.
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
-from importlib.util import find_spec
-from subprocess import CalledProcessError
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from detector.ops.kernels import triton_available
 from detector.structures import RoIFeatures
 
-log = logging.getLogger(__name__)
 PATHS = ("triton", "bag", "torchvision", "plain")
 _forced: str | None = None
 
@@ -161,26 +158,6 @@ def make_op(
 
 
 # --------------------------------------------------------------------------------------------------- the choice of path
-
-
-@torch.compiler.assume_constant_result
-@cache
-def triton_available() -> bool:
-    """Whether this machine has Triton, a GPU that it compiles for, and what Triton builds its launcher with."""
-    if find_spec("triton") is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (7, 0):
-        return False
-    from triton.runtime import driver
-
-    try:
-        _ = driver.active.utils  # built at its first use
-    except (RuntimeError, OSError, CalledProcessError) as error:
-        log.warning(
-            "Triton's kernels cannot be used, RoI methods take slower paths: %s. Triton needs a C compiler and "
-            "Python's header files (Debian and Ubuntu: apt-get install gcc python3-dev)",
-            error,
-        )
-        return False
-    return True
 
 
 def choose_path(features: Tensor, paths: Sequence[str] = PATHS) -> str:

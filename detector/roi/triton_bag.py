@@ -139,7 +139,8 @@ class Accumulator:
 def tile(channels: int) -> dict[str, int]:
     """Launch settings for so many channels."""
     width = min(triton.next_power_of_2(channels), CHANNELS)
-    return {"ROWS": ROWS, "CHANNELS": width, "num_warps": max(ROWS * width // (32 * VALUES), 1)}
+    warps = max(ROWS * width // (32 * VALUES), 1)
+    return {"ROWS": ROWS, "CHANNELS": width, "num_warps": warps, "enable_fp_fusion": True}
 
 
 def grid(rows: int, channels: int) -> tuple[int, int]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-from detector.roi.base import choose_path, triton_available, use_path
+from detector.ops.kernels import triton_available
+from detector.roi.base import choose_path, use_path
+from tests.triton_runs import compile_for_hopper, run_under_the_interpreter
 
 CASES = Path(__file__).with_name("triton_cases.py")
 
@@ -21,14 +19,7 @@ CASES = Path(__file__).with_name("triton_cases.py")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kernels_compute_their_equations_under_the_interpreter():
-    triton = pytest.importorskip("triton", reason="this platform has no Triton")
-    if triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip(f"the interpreter of Triton {triton.__version__} does not run with NumPy {np.__version__}")
-    # Triton reads the variable when it is imported, so the cases need a process of their own.
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", str(CASES)]
-    run = subprocess.run(command, env=environment, cwd=CASES.parents[2], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    run_under_the_interpreter(CASES)
 
 
 COMMON = {
@@ -63,25 +54,6 @@ def kernel_arguments(name: str, dtype: str) -> dict:
             },
         ),
     }[name]
-
-
-def compile_for_hopper(kernel, arguments: dict) -> str:
-    """PTX of a kernel for given argument types, with pointers and channels known to be multiples of 16."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    types, constants, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        if value is None or name.isupper():
-            types[name], constants[(i,)] = "constexpr", value
-            continue
-        types[name] = value
-        for at, part in [((i, j), v) for j, v in enumerate(value)] if isinstance(value, tuple) else [((i,), value)]:
-            if part.startswith("*") or name == "channels":
-                attributes[at] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, types, constexprs=constants, attrs=attributes)
-    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
 
 
 @pytest.mark.parametrize("dtype", ["*fp32", "*bf16"])
