@@ -47,7 +47,7 @@ def steps() -> dict[str, tuple[int, list[str], str | None]]:
 
     return {
         "tests": (200, pytest, None),
-        "kernels": measured(100, ["benchmarks/roi_kernels.py", "--tiles"], "kernels"),
+        "kernels": measured(60, ["benchmarks/roi_kernels.py"], "kernels"),
         "shapes": (60, ["-m", "detector", "shapes", "--out", shapes], None),
         "quickstart": (120, ["train.py", f"data.root={shapes}", f"run_dir={demo}"], "quickstart/metrics.json"),
         "step, batch 8": measured(60, [*bf16, *large, "--batch", "8"], "step_bf16_8"),
