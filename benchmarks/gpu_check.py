@@ -33,7 +33,7 @@ def steps() -> dict[str, tuple[int, list[str], str | None]]:
     """Name -> (limit in seconds, arguments of python, the file in FOLDER that it leaves its figures in)."""
     pytest = ["-m", "pytest", "-q", "-rs", "--timeout=150", "-p", "no:benchmark", "-n", "14", "tests/gpu"]
     roi_ops = ["benchmarks/roi_ops.py", "--device", "cuda", "--methods", "align", "deformable", "--rois", "1000"]
-    step = ["benchmarks/train_step.py", "--device", "cuda", "--repeats", "4"]
+    step = ["benchmarks/train_step.py", "--device", "cuda", "--repeats", "4", "--steps", "5"]
     bf16 = [*step, "--dtype", "bf16"]
     large, jitter = (
         ["--size", "800", "1333"],
@@ -54,7 +54,7 @@ def steps() -> dict[str, tuple[int, list[str], str | None]]:
         "step, batch 16": measured(60, [*bf16, *large, "--batch", "16"], "step_bf16_16"),
         "step in float32": measured(60, [*step, *large, "--batch", "8"], "step_fp32_8"),
         "what a step does": (60, [*bf16, *large, "--batch", "8", "--profile"], None),
-        "inference": measured(60, [*detect, "--dtype", "bf16"], "inference_bf16"),
+        "inference": measured(120, [*detect, "--dtype", "bf16", "--repeats", "3"], "inference_bf16"),
         "ops in float32": measured(45, roi_ops, "roi_ops_fp32"),
         "ops in bfloat16": measured(45, [*roi_ops, "--dtype", "bfloat16"], "roi_ops_bf16"),
         "step of fixed sizes": measured(150, [*bf16, *jitter, "--batch", "8"], "step_bf16_jitter"),

@@ -80,8 +80,11 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float]]
         with FlopCounterMode(display=False) as counter:
             return step() | {"flops": counter.get_total_flops()}
 
+    def steps() -> dict[str, float]:
+        return [step() for _ in range(args.steps)][-1]
+
     turns = iter([first_step])
-    return lambda: next(turns, step)()
+    return lambda: next(turns, steps)()
 
 
 def matmul_rate(
@@ -137,6 +140,7 @@ def main() -> None:
     options.add_argument("--objects", type=int, default=10, help="objects of each image")
     options.add_argument("--dtype", choices=DTYPES, default="fp32")
     options.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["ours", "torchvision"])
+    options.add_argument("--steps", type=int, default=1, help="of a turn: a GPU that stood idle takes the first slowly")
     options.add_argument("--profile", action="store_true", help="the operators of one of our steps instead")
     args = options.parse_args()
     if args.profile:
@@ -145,6 +149,7 @@ def main() -> None:
     peak = matmul_rate(args.device, DTYPES[args.dtype], args.threads)
     builders = {name: partial(build, name, args) for name in args.contenders}
     seconds, results, memory = harness.apart(builders, args.repeats, args.device)
+    seconds = {name: [taken / args.steps for taken in of_turns] for name, of_turns in seconds.items()}
     first = {name: each[0] for name, each in results.items()}
     figures = harness.summary(seconds, reference=args.contenders[-1])
     flops = {name: losses.pop("flops", None) for name, losses in first.items()}
@@ -160,7 +165,7 @@ def main() -> None:
     print()
     for name, losses in first.items():
         print(f"losses of {name}: " + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
-    setting = {"batch": args.batch, "size": list(args.size), "objects": args.objects, "dtype": args.dtype}
+    setting = {name: getattr(args, name) for name in ("batch", "size", "objects", "dtype", "steps")}
     harness.save(
         args.json, args.device, setting=setting, matmul_tflops=round(peak / 1e12, 3), step=figures, losses=first
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -19,6 +21,28 @@ from detector.config import CONFIGS
 
 ROOT = CONFIGS.parent
 EXAMPLE = ROOT / "examples" / "own_roi_method"
+
+
+# What a machine with PyTorch and a GPU but no package index has beside it.
+BESIDE_TORCH = {
+    "torch",
+    "torchvision",
+    "numpy",
+    "pyyaml",
+    "opencv-python-headless",
+    "tensorboard",
+    "matplotlib",
+    "scipy",
+}
+BESIDE_TORCH |= {"safetensors", "tqdm", "pillow", "tifffile", "psutil", "filelock", "fsspec"}
+
+
+def test_a_gpu_without_an_index_gets_all_dependencies():
+    """`make wheels` carries what such a machine lacks; a new dependency must be named there or here."""
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    names = {re.match(r"[\w-]+", need).group() for need in needs}
+    carried = re.search(r"^MISSING := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M).group(1)
+    assert names - BESIDE_TORCH <= set(carried.replace("\\", " ").split())
 
 
 def build_wheel(source: Path, names: list[str], work: Path) -> Path:
