@@ -41,7 +41,6 @@ from detector.inference.load import load
 from detector.inference.predict import Detector, as_batch
 from detector.inference.result import Result
 from detector.ops.boxes import pairwise_iou, survivors
-from detector.ops.layers import to_preferred_layout
 from detector.roi import RoIExtractor
 from detector.runtime import keep_freed_memory, start_ranks
 from detector.settings import Runtime
@@ -138,7 +137,6 @@ def bench(
     if world.device.type == "cpu":
         keep_freed_memory()
     detector = load(checkpoint, world.device, trust=trust)
-    to_preferred_layout(detector.model, world.device)
     if size:
         pipeline = Pipeline([ResizeShortestEdge(size, size)], channels=detector.pictures.channels)
         detector = dataclasses.replace(detector, preprocess=pipeline)

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, conv1x1
 
-from detector.ops.layers import conv_block, init_kaiming, init_uniform, norm_layer, prefers_channels_last
+from detector.ops.layers import (
+    conv_block,
+    finishes_in_one_pass,
+    init_kaiming,
+    init_uniform,
+    joined,
+    norm_layer,
+    prefers_channels_last,
+)
 
 
 class FCTrunk(nn.Module):
@@ -74,6 +82,8 @@ class RoILinear(nn.Conv2d):
         # as a convolution it is fastest on a CPU with AVX-512, where the gradient takes more memory; on others slowest
         on_cpu = features.device.type == "cpu" and prefers_channels_last(features.device)
         if on_cpu and not torch.is_grad_enabled():
+            if finishes_in_one_pass(features) and self.bias is not None:
+                return joined(features, self.weight, None, self.bias, self).flatten(1)
             return super().forward(features).flatten(1)
         features, weight = (t.permute(0, 2, 3, 1).flatten(1) for t in (features, self.weight))
         return F.linear(features, weight, self.bias)

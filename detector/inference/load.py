@@ -18,6 +18,7 @@ from detector.data import Pictures, Pipeline
 from detector.evaluation.operating_point import OPERATING_POINT
 from detector.evaluation.proposals import OBJECT
 from detector.inference.predict import Detector
+from detector.ops.layers import hold_weights, to_preferred_layout
 from detector.weights.downloads import HUB, located
 
 
@@ -47,7 +48,9 @@ def load(
         model.load_state_dict(state["ema"] or state["model"])
     except RuntimeError as error:
         raise ConfigError(f"{name}: the weights do not fit the model of the same file: {error}") from None
-    model.to(device).eval()
+    model = hold_weights(model.to(device).eval())
+    if model.layout == torch.channels_last:
+        to_preferred_layout(model, torch.device(device))
     ids = list(state["category_ids"])
     if model.box_head is None:  # proposals, of whatever class
         categories, ids = ["object"], [OBJECT]

@@ -16,11 +16,24 @@ from torch.utils.module_tracker import ModuleTracker
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FrozenBatchNorm2d
 
-from detector.ops import winograd
+from detector.ops import onednn, winograd
 from detector.ops.kernels import triton_available
 
 Layer = TypeVar("Layer", bound=nn.Module)
+Made = TypeVar("Made")
 TRACKER = ModuleTracker()  # never entered: asked for what it tells at any time
+
+
+def kept(owner: nn.Module, sources: Sequence[Tensor], make: Callable[[], Made]) -> Made:
+    """What `make` makes of the sources, made anew only where they are others or have been written to since."""
+    if torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
+        return make()
+    versions = [t._version for t in sources]
+    found = owner.__dict__.get("_kept")
+    if found is None or versions != found[1] or any(a is not b for a, b in zip(sources, found[0], strict=True)):
+        with torch.inference_mode(False), torch.no_grad():
+            found = owner.__dict__["_kept"] = list(sources), versions, make()
+    return found[2]
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):
@@ -40,19 +53,10 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
     def __init__(self, channels: int, fold: bool = True):
         super().__init__(channels)
         self.fold = fold
-        self._folded: tuple[list[Tensor], list[int], tuple[Tensor, Tensor]] | None = None
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift [C] of the values that come in, computed once for the constants that there are."""
-        constants = [self.weight, self.bias, self.running_mean, self.running_var]
-        if torch.compiler.is_compiling() or any(t.is_inference() for t in constants):
-            return self._fold()
-        versions = [t._version for t in constants]
-        kept = self._folded
-        if kept is None or versions != kept[1] or any(a is not b for a, b in zip(constants, kept[0])):
-            with torch.inference_mode(False), torch.no_grad():
-                kept = self._folded = constants, versions, self._fold()
-        return kept[2]
+        """Scale and shift [C] of the values that come in."""
+        return kept(self, [self.weight, self.bias, self.running_mean, self.running_var], self._fold)
 
     def _fold(self) -> tuple[Tensor, Tensor]:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
@@ -114,21 +118,77 @@ def conv_norm(
     the gradients of x and W, without a pass over the maps.
     """
     if type(conv) is nn.Conv2d and isinstance(norm, FrozenBatchNorm) and norm.fold:
-        return _Conv.apply(x, conv.weight, *norm.folded(), conv, relu, shortcut)
+        return joined(x, conv.weight, *norm.folded(), conv, relu, shortcut)
     out = norm(conv(x))
     out = out if shortcut is None else out.add_(shortcut)
     return out.relu_() if relu else out
 
 
 def finishes_in_one_pass(x: Tensor) -> bool:
-    """Whether bias, shortcut and ReLU of a convolution of x are added by one kernel: on a GPU, where the bias alone
-    would take a pass over the result, and not where a compiler joins them by itself."""
-    return x.is_cuda and not torch.compiler.is_compiling() and triton_available()
+    """Whether bias, shortcut and ReLU of a convolution of x are added in one pass: by a kernel on a GPU, where the bias
+    alone would take a pass over the result, and by oneDNN in bf16. Not where a compiler joins them by itself."""
+    return not torch.compiler.is_compiling() and (onednn.takes(x) or (x.is_cuda and triton_available()))
+
+
+def joined(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor,
+    like: nn.Conv2d | SimpleNamespace,
+    relu: bool = False,
+    shortcut: Tensor | None = None,
+) -> Tensor:
+    """(scale W) * x + bias + shortcut, or the positive part of it, by as few passes over the result as there can be.
+
+    Args:
+        like: the convolution whose stride and so on are meant.
+    """
+    args = x, weight, scale, bias, like, relu, shortcut
+    return _Conv.apply(*args) if torch.is_grad_enabled() else _join(*args)
+
+
+def _join(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor,
+    like: Any,
+    relu: bool,
+    shortcut: Tensor | None,
+) -> Tensor:
+    if not finishes_in_one_pass(x):
+        out = F.conv2d(x, _scaled(weight, scale), bias, like.stride, like.padding, like.dilation, like.groups)
+        out = out if shortcut is None else out.add_(shortcut)
+        return out.relu_() if relu else out
+    if not x.is_cuda:
+        return onednn.conv(x, *_half(weight, scale, bias, like), like, relu, shortcut)
+    from detector.ops.triton_finish import finish
+
+    out = F.conv2d(x, _scaled(weight, scale), None, like.stride, like.padding, like.dilation, like.groups)
+    return finish(out, bias, shortcut, relu)
+
+
+def _half(weight: Tensor, scale: Tensor | None, bias: Tensor, like: Any) -> tuple[Tensor, Tensor]:
+    """scale W and bias in bf16."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        return _scaled(weight, scale).to(torch.bfloat16), bias.to(torch.bfloat16)
+
+    sources = [t for t in (weight, scale, bias) if t is not None]
+    return kept(like, sources, make) if getattr(like, "holds", False) else make()
+
+
+def hold_weights(model: nn.Module) -> nn.Module:
+    """The model, whose weights stay as they are until it is trained: what bf16 on a CPU makes of them is made once."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.holds = True  # type: ignore[assignment]  # of a module any attribute may be
+    return model
 
 
 class _Conv(torch.autograd.Function):
-    """(scale W) * x + bias + shortcut, or the positive part of it. It keeps W for its gradient and not the product: a
-    copy of all weights less. `like` is the convolution whose stride and so on are meant."""
+    """`joined`, which keeps W for its gradient and not the product: a copy of all weights less."""
 
     @staticmethod
     def forward(
@@ -141,19 +201,9 @@ class _Conv(torch.autograd.Function):
         relu: bool,
         shortcut: Tensor | None,
     ) -> Tensor:
-        fused = finishes_in_one_pass(x)
-        separate = None if fused else bias
-        out = F.conv2d(x, _scaled(weight, scale), separate, like.stride, like.padding, like.dilation, like.groups)
-        if fused:
-            from detector.ops import triton_finish
-
-            if triton_finish.finishes(out, shortcut):
-                triton_finish.finish(out, bias, shortcut, relu)
-            else:
-                out, fused = out.add_(bias.view(-1, 1, 1)), False
-        if not fused:
-            out = out if shortcut is None else out.add_(shortcut)
-            out = out.relu_() if relu else out
+        if getattr(like, "holds", False):  # it is trained after all: fused optimisers leave no trace of what they write
+            like.holds = False
+        out = _join(x, weight, scale, bias, like, relu, shortcut)
         ctx.save_for_backward(x, weight, scale, out if relu else None)
         ctx.like, ctx.shortcut = like, None if shortcut is None else shortcut.dtype
         return out
@@ -193,7 +243,7 @@ POINTWISE = SimpleNamespace(stride=(1, 1), padding=(0, 0), dilation=(1, 1), grou
 def pointwise_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The positive part of a 1 x 1 convolution of x [N, C, H, W] with weight [O, C, 1, 1] and bias [O]."""
     if finishes_in_one_pass(x):
-        return _Conv.apply(x, weight, None, bias, POINTWISE, True, None)
+        return joined(x, weight, None, bias, POINTWISE, relu=True)
     return F.conv2d(x, weight, bias).relu_()
 
 
@@ -245,10 +295,10 @@ class ConvBlock(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         conv, *rest = self
-        plain = all(isinstance(layer, nn.ReLU) for layer in rest) and conv.bias is not None
-        if plain and finishes_in_one_pass(x):
-            return _Conv.apply(x, conv.weight, None, conv.bias, conv, bool(rest), None)
-        return super().forward(x)
+        followed = not all(isinstance(layer, nn.ReLU) for layer in rest)  # by a norm
+        if followed or not isinstance(conv, nn.Conv2d) or conv.bias is None or not finishes_in_one_pass(x):
+            return super().forward(x)
+        return joined(x, conv.weight, None, conv.bias, conv, relu=bool(rest))
 
 
 def conv_block(

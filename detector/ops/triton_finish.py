@@ -28,22 +28,29 @@ def _finish(
     tl.store(x + place, value, mask=inside)
 
 
-def finishes(x: Tensor, shortcut: Tensor | None) -> bool:
-    """Whether `finish` takes them: both channels_last, of one type."""
+def takes(x: Tensor, shortcut: Tensor | None) -> bool:
+    """Whether the kernel does: both channels_last, of one type."""
     maps = [x] if shortcut is None else [x, shortcut]
     return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(
         each.dtype == x.dtype and each.is_contiguous(memory_format=torch.channels_last) for each in maps
     )
 
 
-def finish(x: Tensor, bias: Tensor, shortcut: Tensor | None, relu: bool) -> None:
-    """x [N, C, H, W] becomes x + bias [C] + shortcut [N, C, H, W], and 0 where that is negative if relu; summed in
-    float32 and rounded once."""
+def finish(x: Tensor, bias: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
+    """x [N, C, H, W], which becomes x + bias [C] + shortcut [N, C, H, W], and 0 where that is negative if relu.
+
+    The kernel sums in float32 and rounds once; other layouts and types than it takes are added one by one.
+    """
     channels = x.shape[1]
     width = min(triton.next_power_of_2(channels), 256)
     rows, cells = TILE // width, x.numel() // max(channels, 1)
+    if not takes(x, shortcut):
+        x.add_(bias.view(-1, 1, 1))
+        x = x if shortcut is None else x.add_(shortcut)
+        return x.relu_() if relu else x
     if cells:
         _finish[(triton.cdiv(cells, rows), triton.cdiv(channels, width))](
             x, bias, shortcut, cells, channels, RELU=relu, ROWS=rows, CHANNELS=width,
             num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
+    return x
