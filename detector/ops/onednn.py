@@ -39,11 +39,14 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor, like: Any, relu: bool, shortcu
     """
     x, weight, bias = (t.to(torch.bfloat16) for t in (x, weight, bias))
     shape = like.padding, like.stride, like.dilation, like.groups
-    op = torch.ops.mkldnn._convolution_pointwise
+    op, channels_last = torch.ops.mkldnn._convolution_pointwise, torch.channels_last
     if shortcut is None:
         return op(x, weight, bias, *shape, "relu" if relu else "none", [], "")
-    activation = "relu" if relu else None
-    return op.binary(x, shortcut.to(torch.bfloat16), weight, bias, *shape, "add", 1.0, activation, [], "")
+    if like.groups == 1 and x.is_contiguous(memory_format=channels_last) and not x.is_contiguous():
+        activation = "relu" if relu else None
+        return op.binary(x, shortcut.to(torch.bfloat16), weight, bias, *shape, "add", 1.0, activation, [], "")
+    out = op(x, weight, bias, *shape, "none", [], "").add_(shortcut)  # others it adds to by itself, and not in bf16
+    return out.relu_() if relu else out
 
 
 def _flops(x: Sequence[int], second: Sequence[int], third: Any, *rest: Any, out_shape: Sequence[int], **_: Any) -> int:

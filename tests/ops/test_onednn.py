@@ -23,6 +23,19 @@ def test_values_and_gradients_are_those_of_the_layers(kind, monkeypatch):
 
 
 @needs_bf16
+@pytest.mark.parametrize(("groups", "side", "layout"), [(2, 6, "channels_last"), (1, 6, "contiguous"), (1, 1, "both")])
+def test_shortcuts_of_all_kinds(groups, side, layout):
+    conv, norm = nn.Conv2d(8, 8, 3, padding=1, groups=groups, bias=False), layers.FrozenBatchNorm(8)
+    x, more = torch.randn(2, 8, side, side), torch.randn(2, 8, side, side).bfloat16()
+    if layout == "channels_last":
+        x, more = (t.contiguous(memory_format=torch.channels_last) for t in (x, more))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = layers.conv_norm(x, conv, norm, relu=True, shortcut=more)
+    expected = (norm(conv(x)) + more).relu()
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@needs_bf16
 def test_where_it_serves():
     x = torch.zeros(1, 3, 4, 4)
     assert not onednn.takes(x) and onednn.takes(x.bfloat16()) and not onednn.takes(x[:0].bfloat16())
