@@ -33,7 +33,7 @@ from benchmarks.train_step import DTYPES, dtype_of
 from detector.evaluation.results import detections_to_coco
 from detector.export.export import export_program, output_names, save_onnx
 from detector.export.programs import RUNTIMES, Program, installed, open_program
-from detector.ops.layers import hold_weights, to_preferred_layout
+from detector.ops.layers import to_preferred_layout
 from detector.runtime import keep_freed_memory
 from detector.threads import share_cores
 
@@ -106,7 +106,7 @@ def build(name: str, batch: int, args: argparse.Namespace) -> Callable[[], list]
         if device.type == "cpu":
             keep_freed_memory()
             share_cores()
-        model = hold_weights(to_preferred_layout(ours, device)).eval()
+        model = to_preferred_layout(ours, device).eval().requires_grad_(False)
     else:
         model = theirs.eval()
     program = name.partition(" in ")[2]

@@ -130,8 +130,8 @@ class EMA:
 
 
 def tensors(model: nn.Module) -> list[Tensor]:
-    """All parameters and buffers."""
-    return [*(p.data for p in model.parameters()), *model.buffers()]
+    """All parameters and buffers, which know what is written to them."""
+    return [*(p.detach() for p in model.parameters()), *model.buffers()]
 
 
 # ---------------------------------------------------------------------------------------------------- learning rates

@@ -18,7 +18,7 @@ from detector.data import Pictures, Pipeline
 from detector.evaluation.operating_point import OPERATING_POINT
 from detector.evaluation.proposals import OBJECT
 from detector.inference.predict import Detector
-from detector.ops.layers import hold_weights, to_preferred_layout
+from detector.ops.layers import to_preferred_layout
 from detector.weights.downloads import HUB, located
 
 
@@ -48,7 +48,7 @@ def load(
         model.load_state_dict(state["ema"] or state["model"])
     except RuntimeError as error:
         raise ConfigError(f"{name}: the weights do not fit the model of the same file: {error}") from None
-    model = hold_weights(model.to(device).eval())
+    model.to(device).eval().requires_grad_(False)
     if model.layout == torch.channels_last:
         to_preferred_layout(model, torch.device(device))
     ids = list(state["category_ids"])

@@ -25,7 +25,8 @@ TRACKER = ModuleTracker()  # never entered: asked for what it tells at any time
 
 
 def kept(owner: nn.Module, sources: Sequence[Tensor], make: Callable[[], Made]) -> Made:
-    """What `make` makes of the sources, made anew only where they are others or have been written to since."""
+    """What `make` makes of the sources, made anew only where they are others or have been written to since: by what
+    raises a tensor's version, which fused optimisers do not, nor what goes through `.data`."""
     if torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
         return make()
     versions = [t._version for t in sources]
@@ -170,21 +171,14 @@ def _join(
 
 
 def _half(weight: Tensor, scale: Tensor | None, bias: Tensor, like: Any) -> tuple[Tensor, Tensor]:
-    """scale W and bias in bf16."""
+    """scale W and bias in bf16, made once of a layer's weight that is not trained, as those of a loaded detector."""
 
     def make() -> tuple[Tensor, Tensor]:
         return _scaled(weight, scale).to(torch.bfloat16), bias.to(torch.bfloat16)
 
     sources = [t for t in (weight, scale, bias) if t is not None]
-    return kept(like, sources, make) if getattr(like, "holds", False) else make()
-
-
-def hold_weights(model: nn.Module) -> nn.Module:
-    """The model, whose weights stay as they are until it is trained: what bf16 on a CPU makes of them is made once."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.holds = True  # type: ignore[assignment]  # of a module any attribute may be
-    return model
+    stays = isinstance(like, nn.Module) and not any(t.requires_grad for t in sources)
+    return kept(like, sources, make) if stays else make()
 
 
 class _Conv(torch.autograd.Function):
@@ -201,8 +195,6 @@ class _Conv(torch.autograd.Function):
         relu: bool,
         shortcut: Tensor | None,
     ) -> Tensor:
-        if getattr(like, "holds", False):  # it is trained after all: fused optimisers leave no trace of what they write
-            like.holds = False
         out = _join(x, weight, scale, bias, like, relu, shortcut)
         ctx.save_for_backward(x, weight, scale, out if relu else None)
         ctx.like, ctx.shortcut = like, None if shortcut is None else shortcut.dtype

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from detector.engine.optimizer import EMA
 from detector.ops import layers, onednn
 from tests.ops.convolutions import KINDS, check_against_layers
 
@@ -67,26 +68,31 @@ def test_another_pytorch_goes_without(monkeypatch):
 
 
 @needs_bf16
-def test_held_weights_are_made_once_and_again_when_they_change(monkeypatch):
+def test_weights_that_are_not_trained_are_made_once_and_again_when_they_change(monkeypatch):
     made, scaled = [], layers._scaled
     monkeypatch.setattr(layers, "_scaled", lambda *args: made.append(args) or scaled(*args))
     conv, norm, x = nn.Conv2d(4, 4, 3, bias=False), layers.FrozenBatchNorm(4), torch.randn(1, 4, 6, 6)
-    model = layers.hold_weights(nn.ModuleList([conv, norm]))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)  # raises no version counter
+    conv.requires_grad_(False)
 
     def look() -> torch.Tensor:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             return layers.conv_norm(x, conv, norm)
 
-    first = look()
-    assert torch.equal(look(), first) and len(made) == 1
-    with torch.autocast("cpu", torch.bfloat16):
-        layers.conv_norm(x, conv, norm).float().sum().backward()  # trained all the same
-    optimizer.step()
-    assert not torch.equal(look(), first)
-    second = look()
+    looks = [look()]
+    assert torch.equal(look(), looks[0]) and len(made) == 1
     norm.load_state_dict({**norm.state_dict(), "running_var": torch.full((4,), 4.0)})
-    assert not torch.equal(look(), second)
-    third = look()
-    conv.weight = nn.Parameter(torch.zeros_like(conv.weight))
-    assert not torch.equal(look(), third) and not look().any()
+    looks.append(look())
+    conv.load_state_dict({"weight": torch.randn(4, 4, 3, 3)})
+    looks.append(look())
+    average = EMA(conv, 0.9)
+    average.model = conv  # what an average of weights is looked through, too
+    average.update(nn.Conv2d(4, 4, 3, bias=False), 0)
+    looks.append(look())
+    conv.requires_grad_(True)  # trained after all, by an optimiser that raises no version
+    with torch.autocast("cpu", torch.bfloat16):
+        layers.conv_norm(x, conv, norm).float().sum().backward()
+    torch.optim.SGD(conv.parameters(), lr=0.1, fused=True).step()
+    looks.append(look())
+    conv.weight = nn.Parameter(torch.zeros_like(conv.weight), requires_grad=False)
+    looks.append(look())
+    assert not any(torch.equal(a, b) for a, b in zip(looks, looks[1:]))
