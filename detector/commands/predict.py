@@ -80,6 +80,7 @@ def predict_files(
     device: str = "auto",
     paste: Literal["aligned", "torchvision"] = "aligned",
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
+    threads: int | Literal["auto"] | None = None,
     data: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
     trust: str | list[str] | None = None,
@@ -108,8 +109,8 @@ def predict_files(
     if track:
         check_tracker(track)
     paths = [] if images is None else find_images(images)
-    with config_errors("device"):
-        world = start_ranks(Runtime(device=device))
+    with config_errors("runtime"):
+        world = start_ranks(Runtime(device=device, threads=threads))
     precision = chosen_precision(world.device, precision)
     detector = load(checkpoint, world.device, model, trust)
     least, said = detector.least_score(threshold)

@@ -26,6 +26,7 @@ from detector.ops.paste import paste_masks
 from detector.runtime import autocast
 from detector.settings import Tiles
 from detector.structures import Batch, Detections, each, to_device, with_image
+from detector.threads import follow
 
 log = logging.getLogger(__name__)
 OLD_THRESHOLD = 0.5  # of checkpoints without an operating point
@@ -258,6 +259,7 @@ def detect(
 
     model: any in evaluation mode. preprocess: the validation transforms.
     """
+    follow()
     batch = as_batch(model, arrays, preprocess)
     with autocast(batch.images.device, precision):
         found = model(batch)

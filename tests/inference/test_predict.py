@@ -323,3 +323,18 @@ def test_every_page_of_a_file_is_an_image(checkpoint, shapes_tiny, tmp_path, til
         train(checked(*TINY, *both, f"run_dir={tmp_path / 'run'}", "data.page=each"))
     train(checked(*TINY, *both, f"run_dir={tmp_path / 'run'}", "schedule.max_iterations=1", "schedule.warmup=0"))
     assert (tmp_path / "run" / "metrics.json").is_file()
+
+
+def test_threads_of_prediction(checkpoint, tmp_path, monkeypatch):
+    followed, before = [], torch.get_num_threads()
+    monkeypatch.setattr("detector.inference.predict.follow", lambda: followed.append(torch.get_num_threads()))
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (96, 64)).save(photo)
+    options = [f"checkpoint={checkpoint}", f"images={photo}", f"output={tmp_path / 'out'}", "device=cpu", "draw=false"]
+    try:
+        predict_files(**arguments("predict", [*options, "threads=3"]))
+        assert followed == [3]
+        with pytest.raises(ConfigError, match="threads = 0"):
+            predict_files(**arguments("predict", [*options, "threads=0"]))
+    finally:
+        torch.set_num_threads(before)
