@@ -22,6 +22,9 @@ from unittest.mock import patch
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from detector.runtime import chosen_precision
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -141,6 +144,7 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "bf16": chosen_precision(torch.device("cpu"), "auto") == "bf16",  # whether it has instructions for it
     }
     if device.startswith("cuda"):
         about["gpu"] = torch.cuda.get_device_name()
