@@ -159,6 +159,7 @@ def test_a_training_step_and_an_inference(group, name, monkeypatch):
     assert (found.masks is not None) == ("loss_mask" in losses)
 
 
+@pytest.mark.slow  # where a processor has no instructions for it
 @pytest.mark.parametrize("group, name", ALL)
 def test_bf16(group, name, monkeypatch):
     model = untrained(group, name, monkeypatch)
