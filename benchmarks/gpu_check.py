@@ -35,10 +35,8 @@ def steps() -> dict[str, tuple[int, list[str], str | None]]:
     roi_ops = ["benchmarks/roi_ops.py", "--device", "cuda", "--methods", "align", "deformable", "--rois", "1000"]
     step = ["benchmarks/train_step.py", "--device", "cuda", "--repeats", "4", "--steps", "5"]
     bf16 = [*step, "--dtype", "bf16"]
-    large, jitter = (
-        ["--size", "800", "1333"],
-        ["--size", "1024", "1024", "--contenders", "ours", "graphs", "torchvision"],
-    )
+    large = ["--size", "800", "1333"]
+    jitter = ["--size", "1024", "1024", "--contenders", "ours", "graphs", "torchvision"]
     detect = ["benchmarks/inference.py", "--device", "cuda", "--size", "800", "1333", "--batch", "1", "8"]
     shapes, demo = f"{FOLDER}/shapes", f"{FOLDER}/quickstart"
 

@@ -24,17 +24,8 @@ EXAMPLE = ROOT / "examples" / "own_roi_method"
 
 
 # What a machine with PyTorch and a GPU but no package index has beside it.
-BESIDE_TORCH = {
-    "torch",
-    "torchvision",
-    "numpy",
-    "pyyaml",
-    "opencv-python-headless",
-    "tensorboard",
-    "matplotlib",
-    "scipy",
-}
-BESIDE_TORCH |= {"safetensors", "tqdm", "pillow", "tifffile", "psutil", "filelock", "fsspec"}
+BESIDE_TORCH = {"torch", "torchvision", "numpy", "pyyaml", "opencv-python-headless", "tensorboard", "matplotlib"}
+BESIDE_TORCH |= {"scipy", "safetensors", "tqdm", "pillow", "tifffile", "psutil", "filelock", "fsspec"}
 
 
 def test_a_gpu_without_an_index_gets_all_dependencies():

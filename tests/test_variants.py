@@ -157,6 +157,7 @@ def test_a_training_step_and_an_inference(group, name, monkeypatch):
     assert found.valid.any(dim=1).all()
     assert (found.boxes[1] <= torch.tensor([128.0, 80, 128, 80])).all()
     assert (found.masks is not None) == ("loss_mask" in losses)
+    assert (found.keypoints is not None) == ("keypoint" in name)
 
 
 @pytest.mark.slow  # where a processor has no instructions for it
@@ -168,7 +169,6 @@ def test_bf16(group, name, monkeypatch):
         assert_learns(model, model.train()(batch, targets))
         found = detections(model, batch)
     assert found.valid.any(dim=1).all() and found.boxes.isfinite().all()
-    assert (found.keypoints is not None) == ("keypoint" in name)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES["model"] if name != "rpn"])

@@ -34,8 +34,8 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor, like: Any, relu: bool, shortcu
     """(weight * x + bias + shortcut) in bf16, its positive part if relu, summed in float32 and rounded once.
 
     Args:
+        x: [N, C, H, W]. weight: [O, C / groups, h, w]. bias: [O]. shortcut: [N, O, H', W'], as the result is.
         like: has the convolution's stride, padding, dilation and groups.
-        shortcut: like the result.
     """
     x, weight, bias = (t.to(torch.bfloat16) for t in (x, weight, bias))
     shape = like.padding, like.stride, like.dilation, like.groups
