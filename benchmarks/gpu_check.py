@@ -44,7 +44,7 @@ def steps() -> dict[str, tuple[int, list[str], str | None]]:
         return limit, [*arguments, "--json", f"{FOLDER}/{name}.json"], f"{name}.json"
 
     return {
-        "tests": (200, pytest, None),
+        "tests": (280, pytest, None),
         "kernels": measured(60, ["benchmarks/roi_kernels.py"], "kernels"),
         "shapes": (60, ["-m", "detector", "shapes", "--out", shapes], None),
         "quickstart": (120, ["train.py", f"data.root={shapes}", f"run_dir={demo}"], "quickstart/metrics.json"),

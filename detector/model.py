@@ -9,6 +9,7 @@ Dimensions: N images, P proposals, R RoIs, D detections, C channels, K classes, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from detector.heads.box import SampledRoIs
 from detector.heads.trunk import SharedTrunk
 from detector.ops import losses
 from detector.ops.boxes import area
+from detector.ops.layers import BATCH_NORM
 from detector.protocols import Backbone, BoxHead, DetectionHead, ExtraHead, Neck
 from detector.rpn import RPN
 from detector.structures import RESULT_FIELDS, Batch, Detections, RoIFeatures, Targets, each
@@ -173,6 +175,8 @@ class TwoStageDetector(nn.Module):
             return (found, {}) if stats else found
 
         sampled, positives = self.box_head.sample(proposals, batch, targets)
+        if self.normalises_over_rows():
+            sampled, positives = sampled.without_padding(), positives.without_padding()
         heads: dict[str, tuple[Any, SampledRoIs]] = {"box_head": (self.box_head, sampled)}
         for name in ("mask_head", "keypoint_head"):
             if getattr(self, name) is not None:
@@ -190,6 +194,12 @@ class TwoStageDetector(nn.Module):
                 roi_features[name] = prediction.roi_features, rows
         found |= self.offset_loss(roi_features)
         return (found, self.stats(roi_features, positives)) if stats else found
+
+    def normalises_over_rows(self) -> bool:
+        """Whether heads have batch norms that learn, in whose statistics rows of padding would count."""
+        heads = [self.box_head, self.mask_head, self.keypoint_head, *self.extra_heads.values()]
+        parts = itertools.chain.from_iterable(head.modules() for head in heads if head is not None)
+        return any(isinstance(part, BATCH_NORM) and part.training for part in parts)
 
     def features(self, batch: Batch) -> list[Tensor]:
         """Feature levels [N, C, Hl, Wl] of a batch, finest first."""

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from detector.roi.base import RoIOp
 from detector.structures import RoIFeatures
-from tests.tiny import random_batch, tiny_model
+from tests.tiny import all_rows, random_batch, tiny_model
 
 WAITS = {"nonzero", "masked_select", "_local_scalar_dense", "unique_dim", "_unique2", "unique_consecutive", "equal"}
 WAITS |= {"is_nonzero", "bincount", "lift_fresh", "nms"}
@@ -43,11 +43,6 @@ class MeanOfMap(RoIOp):
     def forward(self, features, rois, levels, strides):
         values = features[0].mean((2, 3))[rois[:, 0].long()]
         return RoIFeatures(values[:, :, None, None].expand(-1, -1, *self.output_size).contiguous())
-
-
-def all_rows(valid, *tensors):
-    """structures.flatten_valid as it is on a GPU."""
-    return valid.flatten().float(), *(t.flatten(0, 1) for t in tensors)
 
 
 def test_a_step_waits_for_nms_alone(monkeypatch):

@@ -12,7 +12,7 @@ from torchvision.models import detection, resnet18, resnet34, resnet101
 from detector.config import CONFIGS, build, check
 from detector.model import TwoStageDetector
 from detector.structures import Batch, Detections, Targets
-from tests.tiny import small_swins
+from tests.tiny import all_rows, small_swins
 
 GROUPS = ("model", "backbone", "neck")
 NAMES = {group: sorted(file.stem for file in (CONFIGS / group).glob("*.yaml")) for group in GROUPS}
@@ -158,6 +158,32 @@ def test_a_training_step_and_an_inference(group, name, monkeypatch):
     assert (found.boxes[1] <= torch.tensor([128.0, 80, 128, 80])).all()
     assert (found.masks is not None) == ("loss_mask" in losses)
     assert (found.keypoints is not None) == ("keypoint" in name)
+
+
+@pytest.mark.parametrize("name", NAMES["model"])
+def test_rows_of_padding_change_nothing(name, monkeypatch):
+    """On a GPU they stay among the RoIs; nor does an image without objects, whose padding has nothing to look for."""
+    model = untrained("model", name, monkeypatch).train()
+    batch, targets = random_input()
+    monkeypatch.setattr("torch.rand", lambda *size, device=None: torch.full(size, 0.3))  # PointRend draws for each row
+    there = torch.tensor([True, False])
+    targets = targets._replace(
+        **{
+            field: torch.where(there.view(-1, *[1] * (value.dim() - 1)), value, 0).to(value.dtype)
+            for field, value in targets._asdict().items()
+        }
+    )
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    losses = model(batch, targets)
+    learnt = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    monkeypatch.setattr("detector.heads.box.flatten_valid", all_rows)
+    padded = model(batch, targets)
+    assert_learns(model, padded)
+    for key, value in losses.items():
+        torch.testing.assert_close(padded[key], value, rtol=1e-4, atol=1e-6)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, learnt[key], rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.slow  # where a processor has no instructions for it

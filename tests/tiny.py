@@ -79,3 +79,8 @@ def random_batch(images: int = 2, objects: int = 3, size: tuple[int, int] = (96,
     masks = torch.ones(images, objects, 28, 28, dtype=torch.uint8)
     boxes, labels = boxes * valid[..., None], labels * valid
     return batch, Targets(boxes, labels, valid, torch.zeros_like(valid), masks, boxes.clone(), valid)
+
+
+def all_rows(valid, *tensors):
+    """structures.flatten_valid as it is on a GPU."""
+    return valid.flatten().float(), *(t.flatten(0, 1) for t in tensors)

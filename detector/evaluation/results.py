@@ -11,13 +11,16 @@ from torch import nn
 
 from detector.ops.boxes import area, clip
 from detector.ops.paste import encode_window, paste_window
-from detector.structures import Batch, Detections, each
+from detector.structures import Batch, Detections, each, to_device
 
 Writers = Mapping[str, Callable[[np.ndarray], Any]]
 
 
 def to_original(detections: Detections, batch: Batch) -> Detections:
-    """The same detections in pixels of the original images; boxes without area inside the image become invalid."""
+    """The same detections in pixels of the original images; boxes without area inside the image become invalid.
+
+    Both on one device.
+    """
     scale = batch.original_sizes / batch.image_sizes
     scale = scale.to(detections.boxes).flip(1)[:, None]  # [N, 1, 2] (x, y)
     boxes = clip(detections.boxes.float() * scale.repeat(1, 1, 2), batch.original_sizes)
@@ -42,7 +45,8 @@ def detections_to_coco(
     labels without one (categories that the data set does not have) are left out. threshold, paste: as in
     masks.paste_window. writers: see `writers_of`.
     """
-    found = each(lambda t: t.float().cpu().numpy(), to_original(detections, batch))
+    found = to_original(to_device(detections, "cpu", non_blocking=False), to_device(batch, "cpu"))
+    found = each(lambda t: t.float().numpy(), found)
     results = []
     for n, image_id in enumerate(batch.image_ids.tolist()):
         height, width = batch.original_sizes[n].tolist()

@@ -188,6 +188,8 @@ def _features_gradient(
     value = tl.load(grad + (place * channels)[:, None] + channel[None, :], mask=inside, other=0).to(tl.float32) * share
     if modulation is not None:
         value *= tl.load(modulation + place, mask=live, other=0).to(tl.float32)[:, None]
+    # Padding has a gradient of zeros, and all of it would meet in one cell.
+    inside &= (tl.max((value != 0).to(tl.int32), axis=1) > 0)[:, None]
     first_y, count_y = _walk(axis_y)
     first_x, count_x = _walk(axis_x)
     for step_y in range(count_y):
