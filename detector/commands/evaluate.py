@@ -179,7 +179,7 @@ def evaluate_checkpoint(
                 points = point["classes"]
             if points and (measured.get("froc") if froc is None else froc):
                 with optional("FROC"):
-                    print(f"\n{write_froc(truth, results, kind, limits[-1], dataset.annotation_files, folder)}\n")
+                    print(f"\n{write_froc(truth, results, kind, limits[-1], folder)}\n")
                     written.append(FROC)
         with optional("classes.csv"):
             (folder / "classes.csv").write_text(class_csv(metrics, truth, points), encoding="utf-8")

@@ -79,6 +79,8 @@ class Truth(Images):
     unsure: np.ndarray  # labels, int32
     attribute_groups: list[list[str]]  # A of them, see attributes.py
     attributes: np.ndarray  # [M, A] int16; A = 0 where they were not asked for
+    series: np.ndarray  # [I] int32: a number for each series of images (video, volume), -1 for an image by itself
+    tracks: np.ndarray  # [M] int32: a number for each track_id, the same thing in the images of a series; -1 without
 
     def has_mask(self) -> np.ndarray:
         """[M] bool."""
@@ -98,11 +100,13 @@ class Truth(Images):
         negative, negative_starts = cut(self.negative, self.negative_starts, images)
         unsure, unsure_starts = cut(self.unsure, self.unsure_starts, images)
         own = ("object_ids", "labels", "boxes", "areas", "crowd", "ignored", "keypoints", "num_keypoints", "attributes")
+        own += ("tracks",)
         return replace(
             self,
             image_ids=self.image_ids[images],
             image_sizes=self.image_sizes[images],
             sources=self.sources[images],
+            series=self.series[images],
             **{"file_names": names, "file_name_starts": name_starts},
             object_starts=starts_of(np.diff(self.object_starts)[images]),
             ring_starts=starts_of(np.diff(self.ring_starts)[objects]),

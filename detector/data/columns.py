@@ -74,6 +74,21 @@ class Rows:
         return np.where(inside, found, -1)
 
 
+class Codes:
+    """Whole numbers from 0 for texts and numbers, alike for those that are equal."""
+
+    def __init__(self):
+        self.known: dict[str | float, int] = {}
+
+    def of(self, values: Sequence) -> np.ndarray:
+        """[n] int32, -1 for None and what is neither text nor number."""
+        if values.count(None) == len(values):
+            return np.full(len(values), -1, np.int32)
+        known = self.known
+        codes = (known.setdefault(v, len(known)) if isinstance(v, (str, int, float)) else -1 for v in values)
+        return np.fromiter(codes, np.int32, len(values))
+
+
 class Columns:
     """Blocks, one after the other."""
 
@@ -145,12 +160,15 @@ def image_columns(
     names: Sequence[str],
     negative: Sequence[Sequence[int]],
     unsure: Sequence[Sequence[int]],
+    series: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Images as a block: ids [n] int64, sizes [n, 2] int32 (height, width), file names, and LVIS's lists of labels."""
+    """Images as a block: ids [n] int64, sizes [n, 2] int32 (height, width), file names, LVIS's lists of labels, and
+    series [n] int32."""
     texts = [name.encode() for name in names]
     columns = {
         "id": ids,
         "size": sizes,
+        "series": series,
         "names": np.frombuffer(b"".join(texts), np.uint8),
         "names_counts": counts_of(texts),
     }

@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from detector.data.annotations import starts_of
-from detector.data.columns import chosen, counts_of, image_columns
+from detector.data.columns import Codes, chosen, counts_of, image_columns
 from detector.data.json_lists import RAW
 
 EDGE = 1e-2  # pixels: the least size of a box that is learnt from, and of what lies in the image
@@ -32,6 +33,8 @@ class _Image(msgspec.Struct, gc=False):
     width: int = 0
     neg_category_ids: list[int] | None = None
     not_exhaustive_category_ids: list[int] | None = None
+    series: Any = None
+    video_id: Any = None
 
 
 class _Attributes(msgspec.Struct, gc=False):
@@ -47,6 +50,7 @@ class _Box(msgspec.Struct, gc=False):
     iscrowd: int = 0
     ignore: int = 0
     attributes: _Attributes | None = None
+    track_id: Any = None
 
 
 class _Outlined(_Box, gc=False):
@@ -61,6 +65,19 @@ OBJECTS = {
 REFUSED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
+def series_of(file_name: str, series: Any = None, video_id: Any = None) -> str | None:
+    """The series of images that one belongs to: its field `series`, its video, the file whose page it is, or the folder
+    of a DICOM file; else none."""
+    if series is not None:
+        return f"series {series}"
+    if video_id is not None:
+        return f"video {video_id}"
+    file, _, page = file_name.rpartition("#page=")
+    if file and page.isdigit():
+        return file
+    return file_name.rpartition("/")[0] if file_name[-6:].lower().endswith((".dcm", ".dicom")) else None
+
+
 class PlainImages:
     """The images of a block."""
 
@@ -69,12 +86,13 @@ class PlainImages:
         self.names = [image.file_name for image in found]
         self.listed = all(image.neg_category_ids is not None for image in found)  # LVIS's lists
 
-    def columns(self, label_of: dict[int, int], federated: bool) -> dict[str, np.ndarray]:
+    def columns(self, label_of: dict[int, int], federated: bool, series: Codes) -> dict[str, np.ndarray]:
         lists = ([], [])
         for labels, name in zip(lists, ("neg_category_ids", "not_exhaustive_category_ids")):
             groups = [getattr(image, name) or () for image in self.found] if federated else [()] * len(self.found)
             labels += [[label_of[id_] for id_ in ids if id_ in label_of] for ids in groups]
-        return image_columns(self.ids, self.sizes, self.names, *lists)
+        named = [series_of(image.file_name, image.series, image.video_id) for image in self.found]
+        return image_columns(self.ids, self.sizes, self.names, *lists, series.of(named))
 
 
 def plain_images(data: bytes, max_pixels: int | None) -> PlainImages | None:
@@ -101,11 +119,13 @@ def plain_objects(
     sizes: np.ndarray,
     category_ids: Sequence[int],
     learning: bool,
+    tracks: Codes,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The plain annotations of a JSON list: their places in it [n], and their columns.
 
     rows_of: the rows of images by their ids, -1 where there is none. sizes: [I, 2] (height, width) of the images, 0, 0
     where it is unknown. category_ids: of label 1, 2, ..., ascending. learning: nothing to be told of what is learnt.
+    tracks: the numbers of track_ids.
     """
     rows, found = _decoded(data, masks)
     fields = list(zip(*map(msgspec.structs.astuple, found))) or [()] * len(OBJECTS[masks][1].type.__struct_fields__)
@@ -131,7 +151,7 @@ def plain_objects(
         odd |= (width < EDGE) | (height < EDGE)
         odd |= (x1 > right - EDGE) | (y1 > bottom - EDGE) | (x2 < EDGE) | (y2 < EDGE)
         odd |= (x1 < -OUT) | (y1 < -OUT) | (x2 > right + OUT) | (y2 > bottom + OUT)
-    groups = [group or () for group in fields[8]] if masks and any(fields[8]) else [()] * len(found)
+    groups = [group or () for group in fields[9]] if masks and any(fields[9]) else [()] * len(found)
     outlines = _outlines(groups, odd, np.stack([bottom, right], 1), crowd.astype(bool), learning)
     columns = {
         "image": image.astype(np.int32),
@@ -143,6 +163,7 @@ def plain_objects(
         "ignored": _whole(fields[6])[0] == 1,
         "keypoints": np.zeros((len(found), 0, 3)),
         "num_keypoints": np.zeros(len(found), np.int32),
+        "track": tracks.of(fields[8]),
         "learnt": np.full(len(found), learning),
         "learnt_box": learnt_box,
         "even_odd": np.zeros(len(found), bool),

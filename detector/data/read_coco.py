@@ -26,10 +26,10 @@ from pycocotools import mask as rle_tools
 
 from detector.data.annotations import Annotations, Truth, starts_of
 from detector.data.attributes import AttributeReader, Groups, Said, encode
-from detector.data.columns import Columns, Rows, Seen, chosen, counts_of, image_columns, interleave, order_of
+from detector.data.columns import Codes, Columns, Rows, Seen, chosen, counts_of, image_columns, interleave, order_of
 from detector.data.json_lists import Block, JsonList, blocks_of, read_lists
 from detector.data.outlines import rle_counts, run_rings
-from detector.data.plain import EDGE, FAR, OUT, plain_images, plain_objects
+from detector.data.plain import EDGE, FAR, OUT, plain_images, plain_objects, series_of
 from detector.data.suspicions import Boxes
 
 logger = logging.getLogger(__name__)
@@ -328,6 +328,7 @@ class _Image(NamedTuple):
     width: int
     negative: list[int]  # LVIS's lists, as labels
     unsure: list[int]
+    series: str | None = None
 
 
 class Mask(NamedTuple):
@@ -377,13 +378,14 @@ class _Object(NamedTuple):
     mask: Mask | None
     keypoints: list[float]
     num_keypoints: int
+    track: Any
     learnt: _Learnt | None
 
 
 NOT_LEARNT = "nothing is learnt from it, but evaluation counts it as an object to be found, as COCO does"
 ALWAYS = ("image", "id", "label", "crowd", "keypoints")  # the columns that are kept of objects
 LEARNT = ("learnt", "learnt_box", "even_odd", "learnt_rings", "learnt_points")
-TRUTH = ("box", "area", "ignored", "num_keypoints", "rings", "points", "runs")
+TRUTH = ("box", "area", "ignored", "num_keypoints", "track", "rings", "points", "runs")
 NO_MASK = "segmentation without a polygon of at least three points, no mask for the object"
 LESS_MASK = "polygon of fewer than three points or of an odd number of coordinates, left out"
 
@@ -409,7 +411,8 @@ class _Reader:
         self.label_of = {id_: label for label, id_ in enumerate(classes.ids, 1)}
         self.federated = False
         self.images, self.objects, self.boxes_seen = Columns(), Columns(), Boxes()
-        self.images.append(_block_of([]), 0)
+        self.series, self.tracks = Codes(), Codes()
+        self.images.append(_block_of([], self.series), 0)
         self.objects.append(self._kept(self._columns([])), 0)
         self.num_learnt = self.num_learnt_crowds = 0
         self.maskless, self.crowds, self.any_mask = Places(), Places(), False
@@ -451,11 +454,11 @@ class _Reader:
                 or names.has(hashes).any()
             ):
                 images = self._read_one_by_one(block, ids, names, wrong)
-                columns = _block_of(images)
+                columns = _block_of(images, self.series)
                 hashes = np.array([hash(image.file_name) for image in images], np.int64)
             else:
                 self.federated &= found.listed
-                columns = found.columns(self.label_of, self.federated)
+                columns = found.columns(self.label_of, self.federated, self.series)
             ids.add(columns["id"])
             names.add(hashes)
             self.images.append(columns, len(columns["id"]))
@@ -508,16 +511,17 @@ class _Reader:
         height, width = (self._whole(record, key, where) for key in ("height", "width"))
         lists = [self._lvis_list(record, key) for key in ("neg_category_ids", "not_exhaustive_category_ids")]
         known = height is not None and width is not None and 0 < height < 2**31 and 0 < width < 2**31
+        series = series_of(name if isinstance(name, str) else "", record.get("series"), record.get("video_id"))
         if not self.learning:
             name = name if isinstance(name, str) and _is_text(name) else ""
-            return _Image(id_, name, *((height, width) if known else (0, 0)), *lists)
+            return _Image(id_, name, *((height, width) if known else (0, 0)), *lists, series)
         if not isinstance(name, str) or not name or not _is_text(name):
             return self.problems.error("image without a file_name", f"{where} file_name={name!r}")
         if not (height and width and height > 0 and width > 0):
             return self.problems.error("image without a size", f"{where} {size}")
         if height * width > self.max_pixels or not known:
             return self.problems.error(f"image over data.max_pixels={self.max_pixels}", f"{where} {width} x {height}")
-        return _Image(id_, name, height, width, *lists)
+        return _Image(id_, name, height, width, *lists, series)
 
     def _lvis_list(self, record: dict, key: str) -> list[int]:
         values = record.get(key) if self.federated else []
@@ -579,6 +583,8 @@ class _Reader:
                 runs=runs,
                 keypoints=keypoints,
                 num_keypoints=objects.take("num_keypoints", places),
+                series=self.images.take("series"),
+                tracks=objects.take("track", places),
                 **attributes,
             )
         return truth, arrays
@@ -624,7 +630,7 @@ class _Reader:
         rows, plain = np.zeros(0, np.int64), None
         if isinstance(block.data, bytes) and not self.num_keypoints and not self.attributes:
             where = self._rows.of, self.sizes, self.classes.ids
-            rows, plain = plain_objects(block.data, self.masks, *where, self.learning)
+            rows, plain = plain_objects(block.data, self.masks, *where, self.learning, self.tracks)
             own[rows], has_id[rows] = plain["id"], True
         others = np.ones(block.count, bool)
         others[rows] = False
@@ -691,6 +697,7 @@ class _Reader:
             "ignored": np.array([item.ignored for item in items], bool),
             "keypoints": np.array([item.keypoints for item in items], np.float64).reshape(shape),
             "num_keypoints": np.array([min(item.num_keypoints, 2**31 - 1) for item in items], np.int32),
+            "track": self.tracks.of([item.track for item in items]),
             "learnt": np.array([item.learnt is not None for item in items], bool),
             "learnt_box": np.array([item.box for item in learnt], np.float32).reshape(-1, 4),
             "even_odd": np.array([item.even_odd for item in learnt], bool),
@@ -774,8 +781,8 @@ class _Reader:
         mask = mask if self.masks else None
         learnt = self._learnt(box, mask, crowd, size, where, box if no_box else bbox) if self.learning else None
         ignored = bool(flag(record.get("ignore")))
-        label = self.label_of[category_id]
-        return _Object(row, own, label, box, area, crowd, ignored, mask, keypoints, num_keypoints, learnt)
+        label, track = self.label_of[category_id], record.get("track_id")
+        return _Object(row, own, label, box, area, crowd, ignored, mask, keypoints, num_keypoints, track, learnt)
 
     def _whole(self, record: dict, key: str, where: str) -> int | None:
         """`whole` of a field, with a notice where it is not written as a whole number."""
@@ -938,10 +945,10 @@ def _read_polygons(segmentation: Sequence, size: tuple[int, int], notice: Callab
 # --------------------------------------------------------------------------------------------------------------- arrays
 
 
-def _block_of(images: list[_Image]) -> dict[str, np.ndarray]:
-    ids, names, heights, widths, negative, unsure = zip(*images) if images else [()] * len(_Image._fields)
+def _block_of(images: list[_Image], series: Codes) -> dict[str, np.ndarray]:
+    ids, names, heights, widths, negative, unsure, named = zip(*images) if images else [()] * len(_Image._fields)
     sizes = np.stack([np.array(heights, np.int32), np.array(widths, np.int32)], axis=1)
-    return image_columns(np.array(ids, np.int64), sizes, names, negative, unsure)
+    return image_columns(np.array(ids, np.int64), sizes, names, negative, unsure, series.of(named))
 
 
 def _among(seen: Seen, values: Sequence[int]) -> set[int]:

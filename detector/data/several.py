@@ -110,6 +110,8 @@ def _joined(parts: Sequence[Images], **values) -> Images:
             continue
         if item.name.endswith("_starts"):
             values[item.name] = starts_of(np.concatenate([np.diff(column) for column in columns]))
+        elif item.name in ("series", "tracks"):
+            values[item.name] = _apart(columns)
         elif item.name == "keypoints":  # a file without objects has none
             columns = [np.pad(c, ((0, 0), (0, most - c.shape[1]), (0, 0))) for c in columns]
             values[item.name] = np.concatenate(columns)
@@ -119,6 +121,12 @@ def _joined(parts: Sequence[Images], **values) -> Images:
     values["image_ids"] = np.arange(1, sum(counts) + 1, dtype=np.int64)
     values["sources"] = np.repeat(np.arange(len(parts), dtype=np.int32), counts)
     return replace(parts[0], **values)
+
+
+def _apart(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Numbers of each file, from 0, as numbers of all files together; negative ones stay."""
+    firsts = starts_of([column.max(initial=-1) + 1 for column in columns])
+    return np.concatenate([np.where(c < 0, c, c + first).astype(c.dtype) for c, first in zip(columns, firsts)])
 
 
 def _relabelled(columns: Sequence[np.ndarray], names: Sequence[Sequence[str]], label_of: dict[str, int]) -> np.ndarray:

@@ -29,7 +29,7 @@ from detector.data.several import Paths, as_paths, read_several, shown
 
 logger = logging.getLogger(__name__)
 
-VERSION = 5  # of what a store holds; older ones are not read
+VERSION = 6  # of what a store holds; older ones are not read
 OPTIONS = "options.json"  # of a store with the truth: those of OF_TRUTH that it was read with
 OF_TRUTH = ("masks", "max_pixels", "keypoints")
 SMALL = 20_000_000  # bytes of JSON that are parsed faster than it is worth storing

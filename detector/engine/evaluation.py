@@ -64,8 +64,8 @@ def measure(run: Run, state: State, batches: Callable[[], Iterable], journal: Jo
         detect=detect,
     )
     if run.evaluation.froc and run.world.main and run.cfg.model.get("box_head") and state.iteration == run.total:
-        limits, files = run.evaluation.max_detections, run.val_set.annotation_files
-        text = write_froc(ground_truth(run.val_set), results, main_kind(metrics), limits[-1], files, run.folder)
+        limit = run.evaluation.max_detections[-1]
+        text = write_froc(ground_truth(run.val_set), results, main_kind(metrics), limit, run.folder)
         log.info("\n%s\n", text)
     losses = validation_losses(run, state, batches(), stop) if run.evaluation.losses else {}
     return_freed_memory()

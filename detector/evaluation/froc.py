@@ -10,8 +10,6 @@ Dimensions: I images or series, D detections, T thresholds.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,94 +68,64 @@ def curve(
 
 
 def froc_by_series(
-    annotations: Any, predictions: Any, iou_type: str, content: Mapping[str, Any], limit: int = COCO_LIMITS[-1]
+    annotations: Any, predictions: Any, iou_type: str, limit: int = COCO_LIMITS[-1]
 ) -> dict[str, Any] | None:
-    """Of all categories, by series; None where each image is a series of its own.
-
-    content: the annotation file, whose images may have a `series` and whose objects may have a track_id.
-    """
-    names = {image["id"]: series_of(image) for image in content["images"]}
-    series = sorted({*names.values()})
-    if len(series) == len(names):
+    """Of all categories, by series; None where each image is a series of its own. Where objects have a track_id, those
+    of one series and track are a lesion; crowd regions are none."""
+    truth = check_annotations(annotations, iou_type)
+    alone = -1 - np.arange(len(truth))
+    names, unit = np.unique(np.where(truth.series < 0, alone, truth.series), return_inverse=True)
+    if len(names) == len(truth):
         return None
-    checked = check_annotations(annotations, iou_type)
-    found = check_predictions(predictions, checked, iou_type)
-    kept = kept_matches(annotations, predictions, iou_type, limit)
-    index = {name: i for i, name in enumerate(series)}
-    place = np.array([index[names[i]] for i in kept.image_ids.tolist()])
-    lesions = lesions_of(content, names)
-    if lesions is None:
-        mine = kept.true | kept.false
-        objects = np.bincount(place, kept.objects.sum(1), len(series)).astype(int)
-        known = curve(place[kept.image[mine]], kept.score[mine], kept.true[mine], objects)
+    kept = kept_matches(truth, predictions, iou_type, limit)
+    rank = np.argsort(truth.image_ids)
+    place = unit[rank[np.searchsorted(truth.image_ids, kept.image_ids, sorter=rank)]]
+    if (truth.tracks[~truth.crowd] >= 0).any():
+        known = _by_lesion(kept, place, truth, unit, check_predictions(predictions, truth, iou_type))
     else:
-        known = _by_lesion(kept, place, series, lesions, content, found, iou_type)
-    return {"series": len(series), "all": known}
+        mine = kept.true | kept.false
+        objects = np.bincount(place, kept.objects.sum(1), len(names)).astype(int)
+        known = curve(place[kept.image[mine]], kept.score[mine], kept.true[mine], objects)
+    return {"series": len(names), "all": known}
 
 
-def series_of(image: Mapping[str, Any]) -> str:
-    """The series of an image record: its field `series`, its video, the file whose page it is, or the folder of a DICOM
-    file; else itself."""
-    for key in ("series", "video_id"):
-        if image.get(key) is not None:
-            return f"{key} {image[key]}"
-    name = str(image["file_name"])
-    if re.search(r"#page=\d+$", name):
-        return name.rpartition("#page=")[0]
-    return str(Path(name).parent) if Path(name).suffix.lower() in (".dcm", ".dicom") else name
+def _by_lesion(kept: Kept, place: np.ndarray, truth: Truth, unit: np.ndarray, found: list[dict]) -> dict[str, Any]:
+    """A lesion counts once, at the score of the best detection that found any of its slices.
 
-
-def lesions_of(content: Mapping[str, Any], names: Mapping[Any, str]) -> dict[tuple[str, Any], list[dict]] | None:
-    """The annotations of each lesion: those of one series and track_id; None where no object has a track_id."""
-    objects = [one for one in content["annotations"] if not one.get("iscrowd")]
-    if not any(one.get("track_id") is not None for one in objects):
-        return None
-    lesions: dict[tuple[str, Any], list[dict]] = {}
-    for one in objects:
-        track = one.get("track_id")
-        key = names[one["image_id"]], ("alone", one["id"]) if track is None else track
-        lesions.setdefault(key, []).append(one)
-    return lesions
-
-
-def _by_lesion(kept, place, series, lesions, content, found, iou_type) -> dict[str, Any]:
-    """A lesion counts once, at the score of the best detection that found any of its slices."""
+    place: the series of each of the kept images, unit: of those of the truth.
+    """
     from pycocotools import mask as rle_tools
 
-    best: dict[tuple[str, Any], float] = {}
-    by_image: dict[Any, list[dict]] = {}
+    by_place: dict[tuple[int, int], list[dict]] = {}
     for one in found:
-        by_image.setdefault(one["image_id"], []).append(one)
-    for key, slices in lesions.items():
-        for one in slices:
-            near = [r for r in by_image.get(one["image_id"], []) if r["category_id"] == one["category_id"]]
-            if not near:
-                continue
-            iou = rle_tools.iou([r["bbox"] for r in near], [one["bbox"]], [0])[:, 0]
-            scores = [r["score"] for r, value in zip(near, iou) if value >= 0.5]
-            if scores:
-                best[key] = max(best.get(key, 0.0), max(scores))
-    index = {name: i for i, name in enumerate(series)}
-    wrong = kept.false
-    units = np.concatenate([place[kept.image[wrong]], [index[name] for name, _ in best]]).astype(int)
-    scores = np.concatenate([kept.score[wrong], list(best.values())])
-    true = np.concatenate([np.zeros(wrong.sum(), bool), np.ones(len(best), bool)])
-    objects = np.bincount([index[name] for name, _ in lesions], minlength=len(series))
-    return curve(units, scores, true, objects)
+        by_place.setdefault((one["image_id"], one["category_id"]), []).append(one)
+    objects = np.flatnonzero(~truth.crowd)
+    image, track = truth.images_of()[objects], truth.tracks[objects]
+    keys = np.stack([unit[image], np.where(track < 0, -1 - objects, track)], axis=1)
+    lesions, lesion = np.unique(keys, axis=0, return_inverse=True)
+    lesion = lesion.ravel()  # numpy 2.0 kept the axis
+    best = np.full(len(lesions), -np.inf)
+    category_ids = np.array(truth.category_ids)[truth.labels[objects] - 1].tolist()
+    boxes = truth.boxes[objects].tolist()
+    for n, (image_id, category_id) in enumerate(zip(truth.image_ids[image].tolist(), category_ids)):
+        if near := by_place.get((image_id, category_id)):
+            iou = rle_tools.iou([one["bbox"] for one in near], [boxes[n]], [0])[:, 0]
+            scores = [one["score"] for one, value in zip(near, iou) if value >= 0.5]
+            best[lesion[n]] = max([best[lesion[n]], *scores])
+    right, wrong = np.isfinite(best), kept.false
+    units = np.concatenate([place[kept.image[wrong]], lesions[right, 0]]).astype(int)
+    scores = np.concatenate([kept.score[wrong], best[right]])
+    true = np.arange(len(units)) >= wrong.sum()
+    return curve(units, scores, true, np.bincount(lesions[:, 0], minlength=unit.max() + 1))
 
 
-def write_froc(
-    truth: Truth, results: list[dict], iou_type: str, limit: int, files: Sequence[Path], folder: Path
-) -> str:
-    """Measure, write froc.json into the folder, and return the tables. files: the annotation files; a single one tells
-    what the series are."""
+def write_froc(truth: Truth, results: list[dict], iou_type: str, limit: int, folder: Path) -> str:
+    """Measure, write froc.json into the folder, and return the tables."""
     numbers = froc(kept_matches(truth, results, iou_type, limit))
     text, known = froc_table(numbers), {"iou_type": iou_type, "by_image": numbers}
-    if len(files) == 1:
-        content = json.loads(Path(files[0]).read_text(encoding="utf-8-sig"))
-        if series := froc_by_series(truth, results, iou_type, content, limit):
-            known["by_series"] = series
-            text += f"\n\n{froc_table(series)}"
+    if series := froc_by_series(truth, results, iou_type, limit):
+        known["by_series"] = series
+        text += f"\n\n{froc_table(series)}"
     write_json(folder / FROC, known, indent=1)
     return text
 

@@ -9,7 +9,10 @@ import pytest
 
 from detector.commands import evaluate
 from detector.data import read_coco
-from detector.evaluation.froc import RATES, curve, froc, froc_by_series, froc_table, series_of, write_froc
+from detector.data.plain import series_of
+from detector.data.read_coco import read_truth
+from detector.data.several import read_truths
+from detector.evaluation.froc import RATES, curve, froc, froc_by_series, froc_table, write_froc
 from detector.evaluation.operating_point import kept_matches
 
 
@@ -76,23 +79,49 @@ def test_a_lesion_of_a_series_counts_once():
     truth = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
     results = [{"image_id": 2, "category_id": 1, "bbox": boxes[1], "score": 0.9}]
     results += [{"image_id": 9, "category_id": 1, "bbox": boxes[2], "score": 0.8}]
-    found = froc_by_series(truth, results, "bbox", truth)
+    found = froc_by_series(truth, results, "bbox")
     assert found["series"] == 2 and found["all"]["objects"] == 2
     assert [triple[0] for triple in found["all"]["sensitivity"].values()] == [0.5] * len(RATES)
     assert "a series" in froc_table(found)
     alone = {**truth, "images": [{**image, "series": image["id"]} for image in images]}
-    assert froc_by_series(truth, results, "bbox", alone) is None
+    assert froc_by_series(alone, results, "bbox") is None
 
 
 def test_series_are_told_by_fields_pages_and_folders():
-    assert series_of({"file_name": "a/v.tif#page=3"}) == "a/v.tif" and series_of({"file_name": "p/1.dcm"}) == "p"
-    assert series_of({"file_name": "x.png", "series": 4}) == "series 4" and series_of({"file_name": "x.png"}) == "x.png"
+    assert series_of("a/v.tif#page=3") == "a/v.tif" and series_of("p/1.dcm") == "p"
+    assert series_of("x.png", 4) == "series 4" and series_of("x.png") is None
+    assert series_of("x.png", None, 0) == "video 0"
+
+
+def test_plain_and_odd_records_tell_the_same_series_and_tracks(tmp_path):
+    """Read many at a time or one by one, of one file or of two, whose numbers are apart."""
+    truth = case()[0]
+    for n, (image, entry) in enumerate(zip(truth["images"], truth["annotations"])):
+        image |= {"series": "s"} if n % 3 == 0 else {"video_id": n % 3}
+        entry |= {"track_id": [0, "0", 1.5, None][n % 4]}
+    odd = {**truth, "annotations": [{**entry, "area": str(entry["area"])} for entry in truth["annotations"]]}
+    odd["images"] = [{**image, "width": str(image["width"])} for image in truth["images"]]
+    read = []
+    for name, content in (("plain", truth), ("odd", odd)):
+        (tmp_path / name).write_text(json.dumps(content))
+        read.append(read_truth(tmp_path / name))
+    plain, other = read
+    assert {*plain.series.tolist()} == {0, 1, 2} and -1 in plain.tracks and plain.tracks.max() == 2
+    assert plain.series.tolist() == other.series.tolist() and plain.tracks.tolist() == other.tracks.tolist()
+    part = plain.select(np.array([3, 1]))
+    assert part.series.tolist() == plain.series[[3, 1]].tolist()
+    assert part.tracks.tolist() == [t for i in (3, 1) for t in plain.tracks[plain.images_of() == i]]
+    both = read_truths([tmp_path / "plain", tmp_path / "odd"])
+    for column in ("series", "tracks"):
+        first, second = np.split(getattr(both, column), 2)
+        assert first.tolist() == getattr(plain, column).tolist() and not {*first[first >= 0]} & {*second}
+        assert second.tolist() == [v if v < 0 else v + first.max() + 1 for v in first.tolist()]
 
 
 def test_the_file_and_the_tables(tmp_path):
     truth, results = case()
     (tmp_path / "t.json").write_text(json.dumps(truth))
-    text = write_froc(read_coco(tmp_path / "t.json").truth, results, "bbox", 100, [tmp_path / "t.json"], tmp_path)
+    text = write_froc(read_coco(tmp_path / "t.json").truth, results, "bbox", 100, tmp_path)
     assert "an image" in text and "a series" in text and "1/8" in text
     numbers = json.loads((tmp_path / "froc.json").read_text())
     assert numbers["by_image"]["images"] == 12 and numbers["by_series"]["series"] == 3
