@@ -55,17 +55,15 @@ class SampledRoIs(NamedTuple):
             raise ValueError("the targets lack what a head learns from: masks or keypoints")
         return values[self.rois[:, 0].long(), self.matched_idxs]
 
+    def emptied(self) -> SampledRoIs:
+        """The same, padding as empty RoIs: else it could look for an object with which it has nothing in common."""
+        boxes = torch.where(self.weight[:, None] > 0, self.rois[:, 1:], 0)
+        return self._replace(rois=torch.cat([self.rois[:, :1], boxes], dim=1))
+
     def without_padding(self) -> SampledRoIs:
         """The sampled RoIs alone, for whose number the host waits."""
         real = torch.nonzero(self.weight)[:, 0]
         return SampledRoIs(*(values[real] for values in self))
-
-
-def as_rows(valid: Tensor, boxes: Tensor, labels: Tensor, matched_idxs: Tensor) -> SampledRoIs:
-    """The valid ones of boxes [N, S, 4], their labels and objects [N, S]. What is not valid looks for an object that it
-    need not have anything in common with, and is made empty where it stays as padding."""
-    boxes = torch.where(valid[..., None], boxes, 0)
-    return SampledRoIs(*flatten_valid(valid, with_image(boxes), labels, matched_idxs))
 
 
 class BoxPrediction(NamedTuple):
@@ -198,9 +196,11 @@ class BoxHead(nn.Module):
         verdict = torch.where(valid, matches.verdict, IGNORED)
         drawn = sample(verdict, batch.sample_keys, self.batch_size_per_image, self.positive_fraction, stage=1)
         matched_idxs = take(matches.matched_idxs, drawn.indices)
-        rows = take(boxes, drawn.indices), take(targets.labels, matched_idxs) * drawn.positive, matched_idxs
+        labels = take(targets.labels, matched_idxs) * drawn.positive
+        rows = with_image(take(boxes, drawn.indices)), labels, matched_idxs
         most = int(self.batch_size_per_image * self.positive_fraction)  # positives come first
-        return as_rows(drawn.valid, *rows), as_rows(drawn.positive[:, :most], *(t[:, :most] for t in rows))
+        positives = flatten_valid(drawn.positive[:, :most], *(t[:, :most] for t in rows))
+        return SampledRoIs(*flatten_valid(drawn.valid, *rows)).emptied(), SampledRoIs(*positives).emptied()
 
     def match(self, boxes: Tensor, valid: Tensor, targets: Targets) -> Matches:
         """Boxes [N, P], those that are `valid`, to the ground truth."""

@@ -64,7 +64,7 @@ class HybridMaskHead(nn.Module):
         blocks = []
         for stage, rois in zip(box_head.stages, [*prediction.rois[1:], prediction.refined]):
             rows = relabel(sampled, rois, targets, stage.positive_iou)
-            blocks.append(rows._replace(weight=rows.weight * (rows.labels > 0)))
+            blocks.append(rows._replace(weight=rows.weight * (rows.labels > 0)).emptied())
         first = box_head.stages[0]
         most = len(targets.boxes) * int(first.batch_size_per_image * first.positive_fraction)
         if sampled.rois.device.type == "cpu":
