@@ -48,6 +48,9 @@ class OnGPU(torch.Tensor):
 
     __array__ = numpy
 
+    def __reduce_ex__(self, protocol):  # in files they are ordinary ones
+        return self.inner.__reduce_ex__(protocol)
+
 
 class PaperGPU(TorchDispatchMode):
     """In this context tensors may be made on "cuda" and moved there."""
@@ -105,8 +108,13 @@ def believe() -> None:
     torch.backends.cudnn.enabled = False  # its operators exist nowhere else
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     answers = {"is_available": True, "is_bf16_supported": True, "device_count": 1, "current_device": 0}
-    answers |= {"mem_get_info": (8 << 30, 8 << 30), "memory_reserved": 0, "memory_allocated": 0}
-    for name in ("_lazy_init", "set_device", "synchronize", "empty_cache"):
+    answers |= {
+        "mem_get_info": (8 << 30, 8 << 30),
+        "memory_reserved": 0,
+        "memory_allocated": 0,
+        "max_memory_allocated": 0,
+    }
+    for name in ("_lazy_init", "set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
         answers[name] = None
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)

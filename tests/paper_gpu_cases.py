@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from detector.commands import evaluate, features, predict
+from detector.engine.train import forward_backward
 from detector.evaluation.results import detections_to_coco
 from detector.inference.load import load
 from detector.structures import to_device
 from tests.paper_gpu import OnGPU
+from tests.runs import curve
 from tests.test_variants import NAMES, detections, half_empty_input, untrained
 
 OWN_POINTS = {"pointrend_rcnn"}  # draws them for each RoI, padding too
@@ -93,3 +95,19 @@ def test_programs(trained, shapes_tiny, call, tmp_path):
     where = [f"annotations={annotations}", f"images={pictures}", f"output={tmp_path / 'features.npz'}"]
     code, _, error = call(features.main, *given, *where)
     assert code == 0, error
+
+
+def test_a_training_but_for_its_gradients(run, monkeypatch):
+    """Which are zero here: autograd runs on a real GPU alone. Resumed from its checkpoint, with all that looks on."""
+
+    def without_backward(model, *args, **rest):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        return forward_backward(model, *args, **rest)
+
+    monkeypatch.setattr("detector.engine.train.forward_backward", without_backward)
+    monkeypatch.setattr("torch.Tensor.backward", lambda self: None)
+    on_gpu = ["runtime.device=cuda", "evaluation.losses=true", "training.ema_decay=0.9", "runtime.pictures_every=2"]
+    folder = run(*on_gpu, "runtime.histograms_every=2", "schedule.max_iterations=4", "evaluation.every=2")
+    run(*on_gpu, "runtime.histograms_every=2", "schedule.max_iterations=6", "evaluation.every=2", f"run_dir={folder}")
+    assert sorted(curve(folder)) == list(range(1, 7))

@@ -99,8 +99,8 @@ class Truth(Images):
         runs, run_starts = cut(self.runs, self.run_starts, objects)
         negative, negative_starts = cut(self.negative, self.negative_starts, images)
         unsure, unsure_starts = cut(self.unsure, self.unsure_starts, images)
-        own = ("object_ids", "labels", "boxes", "areas", "crowd", "ignored", "keypoints", "num_keypoints", "attributes")
-        own += ("tracks",)
+        own = ("object_ids", "labels", "boxes", "areas", "crowd", "ignored", "keypoints", "num_keypoints")
+        own += ("attributes", "tracks")
         return replace(
             self,
             image_ids=self.image_ids[images],
