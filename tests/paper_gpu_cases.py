@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from detector.commands import evaluate, features, predict
+from detector.commands import compare, evaluate, features, predict
 from detector.engine.train import forward_backward
 from detector.evaluation.results import detections_to_coco
 from detector.inference.load import load
@@ -95,6 +95,14 @@ def test_programs(trained, shapes_tiny, call, tmp_path):
     where = [f"annotations={annotations}", f"images={pictures}", f"output={tmp_path / 'features.npz'}"]
     code, _, error = call(features.main, *given, *where)
     assert code == 0, error
+
+
+def test_a_comparison_probes_where_the_points_go(run, call, tmp_path):
+    folder = run("roi=deformable")
+    out = tmp_path / "report"
+    code, _, error = call(compare.main, f"runs={folder}", "device=cuda", "boundary=false", "workers=0", f"output={out}")
+    assert code == 0, error
+    assert json.loads((out / "report.json").read_text())
 
 
 def test_a_training_but_for_its_gradients(run, monkeypatch):
