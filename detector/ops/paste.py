@@ -32,8 +32,11 @@ def paste_window(
     left, x, x_share = _neighbours(box[0], box[2], width, mask.shape[1])
     # gathers: as matrix products of this size they cost forty times as much where BLAS has several threads
     rows = cells[y] + y_share[:, None] * (cells[y + 1] - cells[y])
-    values = rows[:, x] + x_share * (rows[:, x + 1] - rows[:, x])
-    return (values > threshold if paste == "torchvision" else values >= threshold), top, left
+    lines = np.ascontiguousarray(rows.T)  # by columns, as COCO counts: what is gathered lies together
+    values = (lines[1:] - lines[:-1])[x]
+    values *= x_share[:, None]
+    values += lines[x]
+    return (values > threshold if paste == "torchvision" else values >= threshold).T, top, left
 
 
 def _neighbours(start: float, end: float, size: int, cells: int) -> tuple[int, np.ndarray, np.ndarray]:
@@ -44,7 +47,7 @@ def _neighbours(start: float, end: float, size: int, cells: int) -> tuple[int, n
         return 0, np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.float32)
     centres = np.arange(first, last, dtype=np.float32) + np.float32(0.5)
     position = (centres - np.float32(start)) * np.float32(cells / (end - start)) + np.float32(0.5)
-    before = position.astype(np.intp).clip(max=cells)
+    before = np.minimum(position.astype(np.intp), cells)
     return first, before, position - before
 
 
@@ -76,16 +79,15 @@ def encode_window(window: np.ndarray, top: int, left: int, height: int, width: i
     """
     h, w = window.shape
     # COCO runs down the columns; a zero row between them ends every run inside its own column
-    columns = np.zeros((w, h + 1), dtype=bool)
-    columns[:, :h] = window.T
-    flips = np.flatnonzero(np.diff(columns.ravel(), prepend=False))
-    column, row = np.divmod(flips, h + 1)
-    flips = (left + column) * height + top + row
+    pixels = np.zeros(1 + w * (h + 1), dtype=bool)
+    pixels[1:].reshape(w, h + 1)[:, :h] = window.T
+    flips = np.flatnonzero(pixels[1:] != pixels[:-1])
+    flips += flips // (h + 1) * (height - h - 1) + left * height + top
     if h == height:  # runs that go on at the top of the next column: their end and new start cancel
         joined = np.flatnonzero(flips[1:-1:2] == flips[2::2]) * 2 + 1
         flips = np.delete(flips, np.concatenate([joined, joined + 1]))
-    counts = np.diff(flips, prepend=0, append=height * width)
-    if len(flips) and flips[-1] == height * width:
-        counts = counts[:-1]
+    ends = flips if len(flips) and flips[-1] == height * width else np.append(flips, height * width)
+    counts = np.empty_like(ends)
+    counts[:1], counts[1:] = ends[:1], ends[1:] - ends[:-1]
     rle = rle_tools.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
