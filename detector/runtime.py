@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -121,6 +121,15 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         for parameter, value in ((-3, 1 << 26), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
             libc.mallopt(parameter, value)
+
+
+def data_workers(device: torch.device, wanted: int | Literal["auto"]) -> int:
+    """Data-loading processes of this rank. auto: two, and none where the model computes on one or two cores: they would
+    take a core from threads that wait for each other, which costs more than loading between the steps."""
+    if wanted != "auto":
+        return wanted
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 0 if device.type == "cpu" and share <= 2 else 2
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:

@@ -97,7 +97,7 @@ class Runtime:
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    workers: int = 2  # data-loading processes of each rank
+    workers: int | Literal["auto"] = "auto"  # data-loading processes of each rank; auto: see runtime.data_workers
     threads: int | Literal["auto"] | None = None  # CPU threads of each rank; null: all; auto: as cores are free
     compile: bool = False  # backbone, neck and the RPN's layers, whose shapes stay
     deterministic: bool = False  # refuse GPU kernels that are not reproducible
@@ -115,7 +115,8 @@ class Runtime:
         known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
         require(known is not None, "device", self.device, "auto, cpu, mps, cuda or cuda:N")
         for name in ("workers", "max_nonfinite", "keep"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            value = getattr(self, name)
+            require((name == "workers" and value == "auto") or value >= 0, name, value, "at least 0")
         for name in ("threads", "log_every", "histograms_every", "pictures_every"):
             value = getattr(self, name)
             chosen_later = value is None or (name == "threads" and value == "auto")

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from detector import checkpoint
 from detector.config import CONFIGS, compose
-from detector.runtime import autocast, chosen_precision
+from detector.runtime import autocast, chosen_precision, data_workers
 from tests.tiny import random_batch, tiny_model
 
 CPU = torch.device("cpu")
@@ -75,3 +75,14 @@ def test_losses_and_boxes_stay_in_float32():
         assert {loss.dtype for loss in model.train()(batch, targets).values()} == {torch.float32}
         found = model.eval()(batch)
     assert found.boxes.dtype == found.scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "ranks", "expected"),
+    [("cpu", 2, 1, 0), ("cpu", 4, 1, 2), ("cpu", 4, 2, 0), ("cpu", 1, 2, 0), ("cuda", 2, 1, 2), ("cuda", 16, 8, 2)],
+)
+def test_data_workers_take_no_core_from_the_few_that_compute(monkeypatch, device, cores, ranks, expected):
+    monkeypatch.setattr("detector.runtime.cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert data_workers(torch.device(device), "auto") == expected
+    assert data_workers(torch.device(device), 3) == 3

@@ -64,7 +64,7 @@ def compare_runs(
     probe_images: int = 8,
     device: str = "auto",
     batch_size: int = 8,
-    workers: int = 2,
+    workers: int | Literal["auto"] = "auto",
     trust: str | list[str] | None = None,
 ) -> dict[str, Any]:
     """Compare runs; returns what is in report.json. configs/compare.yaml says what the arguments mean.

@@ -56,7 +56,7 @@ from detector.inference.load import load, merge
 from detector.inference.predict import Detector
 from detector.inference.tiles import results_by_image, tiles_of
 from detector.inference.tta import Augmented
-from detector.runtime import chosen_precision, start_ranks
+from detector.runtime import chosen_precision, data_workers, start_ranks
 from detector.settings import COCO_LIMITS, Runtime, check_limits
 from detector.weights.downloads import is_address
 
@@ -74,7 +74,7 @@ def evaluate_checkpoint(
     batch_size: int = 8,
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
-    workers: int = 2,
+    workers: int | Literal["auto"] = "auto",
     threads: int | Literal["auto"] | None = None,
     flip: bool = False,
     scales: Sequence[float] = (1.0,),
@@ -116,8 +116,8 @@ def evaluate_checkpoint(
         options = {"keypoint_names": detector.keypoint_names, "max_detections": limits}
         kinds = list(rehearse(network, dataset, evaluator, iou_types, sigmas, **options))
         padding = {key: data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
-        ranks = {"rank": world.rank, "world": world.size}
-        loader = build_loader(dataset, batch_size, workers, training=False, **ranks, **padding)
+        ranks = {"rank": world.rank, "world": world.size, "workers": data_workers(world.device, workers)}
+        loader = build_loader(dataset, batch_size, training=False, **ranks, **padding)
     with config_errors("tiles"):
         wanted = tiles_of(detector.config, tiles or {})
     detect = None

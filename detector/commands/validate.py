@@ -56,6 +56,7 @@ from detector.evaluation.tables import table
 from detector.inference.draw import draw
 from detector.ops.text import one_line, readable_streams
 from detector.roi import RoIExtractor, assign_levels
+from detector.runtime import data_workers
 from detector.settings import LVIS_LIMIT
 from detector.weights.zoo import implied
 
@@ -407,7 +408,7 @@ def look_at_noise(report: Report, truth: Truth) -> None:
 def look_at_a_step(report: Report, cfg: DictConfig, dataset: CocoDataset) -> None:
     """One step of the training, for the batch that fits and the time that an epoch takes."""
     step = memory.measure_step(cfg, dataset)
-    workers, wanted = cfg.runtime.workers, cfg.training.batch_size
+    workers, wanted = data_workers(torch.device(step.device), cfg.runtime.workers), cfg.training.batch_size
     epoch = advice.span(step.epoch(len(dataset), workers))
     report.statistics["one step"] = {
         f"images on {step.device}": step.images,

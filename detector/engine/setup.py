@@ -28,7 +28,7 @@ from detector.engine.state import Run, State
 from detector.evaluation.fit import check_training, rehearse
 from detector.evaluation.operating_point import describe
 from detector.evaluation.tables import summary_table
-from detector.runtime import chosen_precision, set_random_state
+from detector.runtime import chosen_precision, data_workers, set_random_state
 from detector.settings import COCO_LIMITS, Evaluation, Training
 from detector.structures import Batch, Targets
 from detector.threads import number_varies
@@ -286,7 +286,8 @@ def loaders(run: Run, iteration: int) -> tuple[Loader, Loader, tuple[Batch, Targ
     """Endless training micro-batches from `iteration` on, the validation batches, and two images to look at."""
     data, training, val_set = run.cfg.data, run.training, run.val_set
     shared = {key: data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
-    shared |= {"workers": run.runtime.workers, "rank": run.world.rank, "world": run.world.size}
+    workers = data_workers(run.world.device, run.runtime.workers)
+    shared |= {"workers": workers, "rank": run.world.rank, "world": run.world.size}
     own = {key: data[key] for key in ("sampling", "repeat_threshold")}
     own |= {"seed": run.cfg.seed, "start_position": iteration * training.batch_size}
     with config_errors("training"):

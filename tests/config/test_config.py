@@ -88,8 +88,8 @@ def test_every_configuration_passes(override):
         ("optimizer.lr=fast", "optimizer.lr = 'fast': torch.optim.* takes float"),
         ("optimizer.lr=null", "optimizer.lr = None"),
         ("optimizer.lr=nan", "optimizer.lr = nan"),
-        ("runtime.workers=2.5", "runtime.workers = 2.5: .* takes int here, not float"),
-        ("runtime.workers=true", "runtime.workers = True: .* takes int here, not bool"),
+        ("runtime.keep=2.5", "runtime.keep = 2.5: .* takes int here, not float"),
+        ("runtime.keep=true", "runtime.keep = True: .* takes int here, not bool"),
         ("training.accumulate=true", "training.accumulate = True: .* takes int here, not bool"),  # 1 == True
         ("runtime.precision=fp8", "runtime.precision = 'fp8': .*'fp32', 'bf16', 'fp16'"),
         ("model.box_head.trunk.fc_channels=[a]", "model.box_head.trunk.fc_channels = "),

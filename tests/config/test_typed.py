@@ -73,6 +73,7 @@ NO_PATHS = {  # settings that are texts, or may be, and no paths: a new one stan
         "precision",
         "sigmas",
         "threads",
+        "workers",
         "trust",
         "weights.categories",
         "weights.source",
