@@ -116,8 +116,9 @@ def evaluate_checkpoint(
         options = {"keypoint_names": detector.keypoint_names, "max_detections": limits}
         kinds = list(rehearse(network, dataset, evaluator, iou_types, sigmas, **options))
         padding = {key: data[key] for key in ("group_by_aspect", "pad_multiple", "pad_to")}
-        ranks = {"rank": world.rank, "world": world.size, "workers": data_workers(world.device, workers)}
-        loader = build_loader(dataset, batch_size, training=False, **ranks, **padding)
+        ranks = {"rank": world.rank, "world": world.size}
+        loading = data_workers(world.device, workers)
+        loader = build_loader(dataset, batch_size, loading, training=False, **ranks, **padding)
     with config_errors("tiles"):
         wanted = tiles_of(detector.config, tiles or {})
     detect = None
