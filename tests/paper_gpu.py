@@ -76,8 +76,8 @@ def computed(operation, args: tuple, kwargs: dict):
     inside = tree_map_only(OnGPU, lambda t: t.inner, (args, kwargs))
     args_inside, kwargs_inside = tree_map_only(torch.device, lambda _: torch.device("cpu"), inside)
     result = operation(*args_inside, **kwargs_inside)
-    if result is None or (name.endswith("_") and not name.endswith("__")):
-        return result if result is None else args[0]
+    if result is not None and name.endswith("_") and not name.endswith("__"):
+        return args[0]
     return tree_map_only(torch.Tensor, OnGPU, result) if on_gpu else result
 
 

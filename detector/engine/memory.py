@@ -39,8 +39,9 @@ class Step(NamedTuple):
         return 2 ** int(math.log2(fit)) if fit >= 2 else 1
 
     def epoch(self, length: int, workers: int) -> float:
-        """Seconds of an epoch of so many images."""
-        return length * max(self.seconds / self.images, self.loading / max(1, workers))
+        """Seconds of an epoch of so many images; without workers they are loaded between the steps."""
+        computing = self.seconds / self.images
+        return length * (max(computing, self.loading / workers) if workers else computing + self.loading)
 
 
 def measure_step(cfg: DictConfig, dataset: CocoDataset, images: int = 2) -> Step:

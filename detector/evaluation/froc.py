@@ -70,8 +70,13 @@ def curve(
 def froc_by_series(
     annotations: Any, predictions: Any, iou_type: str, limit: int = COCO_LIMITS[-1]
 ) -> dict[str, Any] | None:
-    """Of all categories, by series; None where each image is a series of its own. Where objects have a track_id, those
-    of one series and track are a lesion; crowd regions are none."""
+    """Of all categories, by series: {"series", "all": as of `froc`}; None where each image is a series of its own.
+
+    Where objects have a track_id, those of one series and track are a lesion; crowd regions are none.
+
+    annotations, predictions: COCO's, as paths, loaded or a Truth. limit: detections of an image that count. Raises
+    ValueError where either cannot be what iou_type compares.
+    """
     truth = check_annotations(annotations, iou_type)
     alone = -1 - np.arange(len(truth))
     names, unit = np.unique(np.where(truth.series < 0, alone, truth.series), return_inverse=True)
