@@ -9,7 +9,6 @@ Dimensions: N images, P proposals, R RoIs, D detections, C channels, K classes, 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from detector.heads.box import SampledRoIs
 from detector.heads.trunk import SharedTrunk
 from detector.ops import losses
 from detector.ops.boxes import area
-from detector.ops.layers import BATCH_NORM
+from detector.ops.layers import learns_statistics
 from detector.protocols import Backbone, BoxHead, DetectionHead, ExtraHead, Neck
 from detector.rpn import RPN
 from detector.structures import RESULT_FIELDS, Batch, Detections, RoIFeatures, Targets, each
@@ -198,8 +197,7 @@ class TwoStageDetector(nn.Module):
     def normalises_over_rows(self) -> bool:
         """Whether heads have batch norms that learn, in whose statistics rows of padding would count."""
         heads = [self.box_head, self.mask_head, self.keypoint_head, *self.extra_heads.values()]
-        parts = itertools.chain.from_iterable(head.modules() for head in heads if head is not None)
-        return any(isinstance(part, BATCH_NORM) and part.training for part in parts)
+        return any(learns_statistics(head) for head in heads if head is not None)
 
     def features(self, batch: Batch) -> list[Tensor]:
         """Feature levels [N, C, Hl, Wl] of a batch, finest first."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from detector.heads.box import SampledRoIs
 from detector.heads.cascade import CascadeBoxHead, CascadePrediction, relabel
 from detector.heads.mask import MaskHead, MaskPrediction, with_masks
-from detector.ops.layers import init_kaiming, module_list
+from detector.ops.layers import init_kaiming, learns_statistics, module_list
 from detector.structures import Detections, RoIFeatures, Targets, rois_from_boxes
 
 
@@ -74,10 +74,15 @@ class HybridMaskHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> HybridMaskPrediction:
         """Predictions for rois [T B, 5] of `interleaved`, by each head for its own B."""
-        predictions = []
+        predictions, skips = [], learns_statistics(self)
         for stage, (head, part) in enumerate(zip(self.stages, rois.tensor_split(len(self.stages)))):
             roi_features = head.extractor(features, part)
-            *_, hidden = self.hidden(roi_features.features, stage + 1)
+            if skips:  # padding is empty
+                real = torch.nonzero((part[:, 3:] > part[:, 1:3]).all(dim=1))[:, 0]
+                *_, seen = self.hidden(roi_features.features[real], stage + 1)
+                hidden = seen.new_zeros(len(part), *seen.shape[1:]).index_copy(0, real, seen)
+            else:
+                *_, hidden = self.hidden(roi_features.features, stage + 1)
             predictions.append(MaskPrediction(hidden, roi_features))
         fields = zip(*(p.roi_features for p in predictions))
         joined: Any = (None if parts[0] is None else torch.cat(parts) for parts in fields)

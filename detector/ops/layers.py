@@ -89,6 +89,11 @@ def norm_layer(name: str) -> Callable[[int], nn.Module]:
     return NORMS[name]
 
 
+def learns_statistics(module: nn.Module) -> bool:
+    """Whether it has batch norms that learn, in whose statistics rows of padding would count."""
+    return any(isinstance(part, BATCH_NORM) and part.training for part in module.modules())
+
+
 def prefers_channels_last(device: torch.device) -> bool:
     """Whether 3 x 3 convolutions of large maps are fastest in channels_last there: on all but CPUs without AVX-512, for
     which oneDNN's backward pass takes twice as long in it. 1 x 1 convolutions and RoI methods always like it."""

@@ -121,6 +121,21 @@ def test_losses_are_summed_with_the_stages_weights():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_padding_of_a_stage_does_not_count_in_norms():
+    """A stage has fewer boxes than another, and padding instead: the layers learn from its boxes alone."""
+    maps = [torch.randn(1, 4, 25, 25)]
+    rois = torch.tensor([[0, 8.0, 8, 64, 64], [0, 20, 12, 76, 40], [0, 4, 30, 28, 90]])
+    found = []
+    for padding in (0, 3):
+        model = head(trunk=partial(ConvTrunk, conv_channels=[6], norm="batch_norm"))
+        of_stage = torch.cat([rois, torch.zeros(padding, 5)])
+        stages = model(maps, of_stage.repeat(3, 1)).stages
+        sum(stage.hidden[:3].square().sum() for stage in stages).backward()
+        assert all(len(stage.hidden) == 3 + padding for stage in stages)
+        found.append([*model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*found)
+
+
 def hybrid():
     model = tiny_model(mask=False)
     arguments = 16, model.neck.strides[:4], 3
