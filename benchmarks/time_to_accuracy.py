@@ -6,8 +6,9 @@ ours with the recipe of the data set, on the same body, sizes and pictures; and 
     python benchmarks/time_to_accuracy.py --list
 
 `--exchange` gives ours a part as torchvision has it, one at a time; `all` gives it all of them at once. Every run is
-kept in --out: the same command goes on where it was stopped, with more seeds or parts it runs what is missing; `--ours`
-leaves torchvision out, as where bf16 is compared with fp32:
+kept in --out: the same command goes on where it was stopped, with more seeds or parts it runs what is missing. `--base`
+gives a part to all of ours, whatever else is exchanged; `--ours` leaves torchvision out, as where bf16 is compared with
+fp32:
 
     python benchmarks/time_to_accuracy.py --data bccd --root ../shared/data/bccd --seeds 5 --ours --exchange bf16
 
@@ -87,7 +88,10 @@ PARTS = {
     "masks": "mask targets are shares, sampled half a pixel off",
     "resize": "pictures shrink bilinearly, without averaging",
 }
-OURS = {"bf16": "what recipes choose by themselves where the processor has it; all else here is fp32"}
+OURS = {
+    "bf16": "what recipes choose by themselves where the processor has it; all else here is fp32",
+    "small_predictors": "last layers of the box head near zero, as Fast R-CNN's and, until 2026-11-27, the recipes'",
+}
 SAME = {
     "low_quality": "both take an object's best anchors, whatever their overlap",
     "loss": "both have smooth L1 with beta 1/9 and the mean over what was sampled",
@@ -122,6 +126,7 @@ def part_overrides(part: str, name: str, images: int) -> list[str]:
             *("training.reference_batch=16", "training.clip_norm=null"),
         ],
         "bf16": ["runtime.precision=bf16"],
+        "small_predictors": ["model.box_head.predictor_init=small"],
         "masks": ["model.mask_head.target_threshold=null", "++model.mask_head.target_aligned=false"] if masks else [],
     }
     if part == "augmentation":
@@ -338,13 +343,15 @@ def contender(name: str) -> tuple[str, list[str]]:
 
 def run(args: argparse.Namespace, name: str, seed: int) -> dict:
     """A run, or what is kept of it."""
-    file = args.out / args.data / f"{name}-{seed}.json"
+    who, parts = contender(name)
+    base = args.base if who == "ours" else []
+    length = "" if args.iterations is None else f"-{args.iterations}"
+    file = args.out / f"{args.data}{length}" / f"{'+'.join([name, *base])}-{seed}.json"
     if not file.exists():
-        who, parts = contender(name)
         folder = file.with_suffix("")
         shutil.rmtree(folder, ignore_errors=True)
         if who == "ours":
-            curve, results = train_ours(args.data, args.root, seed, folder, parts)
+            curve, results = train_ours(args.data, args.root, seed, folder, [*base, *parts])
         else:
             curve, results = train_torchvision(args.data, args.root, seed, folder)
         shutil.rmtree(folder, ignore_errors=True)
@@ -406,6 +413,8 @@ def main() -> None:
     options.add_argument("--root", type=Path, help="where the data set lies")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--exchange", nargs="+", default=[], metavar="PART", help="parts, a+b together, or all")
+    options.add_argument("--iterations", type=int, help="of a run, instead of what is usual here")
+    options.add_argument("--base", nargs="+", default=[], metavar="PART", help="parts that all of ours have")
     options.add_argument("--ours", action="store_true", help="without torchvision, and so without a chart")
     options.add_argument("--list", action="store_true", help="say what can be exchanged, and what has been run")
     options.add_argument("--out", type=Path, default=Path("runs/time_to_accuracy"), help="where runs are kept")
@@ -423,10 +432,12 @@ def main() -> None:
         for file in sorted(args.out.glob("*/*.json")):
             print(f"{file.parent.name}/{file.stem}: {json.loads(file.read_text(encoding='utf-8'))['curve'][-1]}")
         return
-    unknown = [part for name in args.exchange for part in contender(name)[1] if part not in PARTS | OURS]
+    unknown = [part for name in [*args.exchange, *args.base] for part in contender(name)[1] if part not in PARTS | OURS]
     if unknown or args.root is None:
         options.error(f"unknown part {unknown[0]!r}: see --list" if unknown else "--root: where the data set lies")
 
+    if args.iterations is not None:
+        SETS[args.data] = SETS[args.data]._replace(iterations=args.iterations)
     names = ["ours", *(() if args.ours else ("torchvision",)), *args.exchange]
     runs: dict[str, list[dict]] = {name: [] for name in names}
     for seed in range(args.seeds):

@@ -26,6 +26,7 @@ from detector.ops.boxes import (
     take,
 )
 from detector.ops.checks import check_choice, check_counts, check_fractions
+from detector.ops.layers import init_normal
 from detector.ops.sampling import IGNORED, Matches, check_thresholds, match, sample
 from detector.protocols import Trunk
 from detector.roi import RoIExtractor, RoIOp, make_op
@@ -73,16 +74,27 @@ class BoxPrediction(NamedTuple):
 
 
 class BoxPredictor(nn.Module):
-    """Two linear layers on the trunk's output [R, in_channels], that of the boxes on [R, box_channels] where given."""
+    """Two linear layers on the trunk's output [R, in_channels], that of the boxes on [R, box_channels] where given.
 
-    def __init__(self, in_channels: int, num_classes: int, class_agnostic: bool, box_channels: int | None = None):
+    Args:
+        init: their first weights, see BoxHead's `predictor_init`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        class_agnostic: bool,
+        init: str = "small",
+        box_channels: int | None = None,
+    ):
         super().__init__()
+        check_choice("predictor_init", init, ("small", "fan_in"))
         self.class_logits = nn.Linear(in_channels, num_classes + 1)
         self.box_deltas = nn.Linear(box_channels or in_channels, 4 if class_agnostic else 4 * num_classes)
-        nn.init.normal_(self.class_logits.weight, std=0.01)
-        nn.init.normal_(self.box_deltas.weight, std=0.001)
-        nn.init.zeros_(self.class_logits.bias)
-        nn.init.zeros_(self.box_deltas.bias)
+        if init == "small":  # "fan_in" is how linear layers come
+            init_normal(self.class_logits, std=0.01)
+            init_normal(self.box_deltas, std=0.001)
 
     def forward(self, hidden: Tensor, of_boxes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         deltas = self.box_deltas(hidden if of_boxes is None else of_boxes)
@@ -112,6 +124,9 @@ class BoxHead(nn.Module):
         min_size: detections with a shorter side, in pixels, are dropped,
         min_size_last: after NMS, in which they take part, as in detectron2.
         clamp_shrinking: see BoxCoder.
+        predictor_init: the predictors' first weights: 'small', normal with 0.01 for the classes and 0.001 for the boxes
+            (Fast R-CNN, section 2.3), or 'fan_in', uniform within 1 / sqrt(channels) (LeCun et al. 1998), from which
+            short trainings from random weights learn faster.
     """
 
     class_weights: Tensor | None
@@ -146,6 +161,7 @@ class BoxHead(nn.Module):
         min_size: float = 0.0,
         min_size_last: bool = False,
         clamp_shrinking: bool = False,
+        predictor_init: str = "small",
     ):
         super().__init__()
         check_thresholds(negative_iou, positive_iou)
@@ -157,7 +173,7 @@ class BoxHead(nn.Module):
         op = make_op(roi, output_size, channels=in_channels, levels=len(strides))
         self.extractor = RoIExtractor(op, strides, level_rule, canonical_level, canonical_size)
         self.trunk = trunk(op.output_channels(in_channels), op.output_size)
-        self.predictor = BoxPredictor(self.trunk.out_channels, num_classes, class_agnostic)
+        self.predictor = BoxPredictor(self.trunk.out_channels, num_classes, class_agnostic, predictor_init)
         self.coder = BoxCoder(coder_weights, clamp_shrinking=clamp_shrinking)
         self.box_loss = losses.BoxLoss(self.coder, box_loss, beta)
         self.class_loss = class_loss(num_classes)

@@ -78,6 +78,7 @@ class DoubleBoxHead(BoxHead):
         box_trunk: Callable[..., Trunk] = ResidualTrunk,
         box_scale: float = 1.3,
         class_agnostic: bool = False,
+        predictor_init: str = "small",
         **settings: Any,
     ):
         super().__init__(in_channels, strides, num_classes, class_agnostic=class_agnostic, **settings)
@@ -86,7 +87,7 @@ class DoubleBoxHead(BoxHead):
         op = self.extractor.op
         self.box_trunk, self.box_scale = box_trunk(op.output_channels(in_channels), op.output_size), box_scale
         channels = self.trunk.out_channels, self.box_trunk.out_channels
-        self.predictor = BoxPredictor(channels[0], num_classes, class_agnostic, channels[1])
+        self.predictor = BoxPredictor(channels[0], num_classes, class_agnostic, predictor_init, channels[1])
 
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> BoxPrediction:
         """Predictions for rois [R, 5] = (batch_index, x1, y1, x2, y2)."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from detector.heads import BoxHead, DoubleBoxHead, DynamicBoxHead, FCTrunk, ResidualTrunk
+from detector.heads import BoxHead, CascadeBoxHead, DoubleBoxHead, DynamicBoxHead, FCTrunk, ResidualTrunk
 from detector.roi import RoIAlign
 from detector.structures import Batch, Proposals, Targets
 
@@ -47,6 +47,29 @@ def test_trunks_of_the_double_head_are_those_of_the_paper():
     assert counts["box_trunk"] == widening + 4 * (2 * 1024 * 256 + 256 * 256 * 9) + norms
     assert counts["trunk"] == 256 * 49 * 1024 + 1024 + 1024 * 1024 + 1024
     assert counts["predictor"] == 1025 * 81 + 1025 * 320
+
+
+@pytest.mark.parametrize("kind", [BoxHead, CascadeBoxHead, DoubleBoxHead, DynamicBoxHead])
+def test_predictors_start_small_or_by_their_inputs(kind):
+    """Normal with 0.01 and 0.001, or uniform within one over the root of the trunk's 400 channels, biases too."""
+    torch.manual_seed(0)
+    trunks = {"trunk": partial(FCTrunk, fc_channels=[400])}
+    if kind is DoubleBoxHead:
+        trunks["box_trunk"] = partial(ResidualTrunk, channels=400, blocks=1)
+    for init in ("small", "fan_in"):
+        head = kind(4, [4], 50, roi=RoIAlign, predictor_init=init, **trunks)
+        for stage in head.stages:
+            for layer, std in ((stage.predictor.class_logits, 0.01), (stage.predictor.box_deltas, 0.001)):
+                largest = layer.weight.abs().max().item()
+                if init == "small":
+                    assert layer.weight.std().item() == pytest.approx(std, rel=0.1) and not layer.bias.any()
+                else:
+                    assert largest == pytest.approx(1 / 20, rel=0.02) and largest <= 1 / 20 and layer.bias.any()
+
+
+def test_an_unknown_start_of_predictors_is_refused():
+    with pytest.raises(ValueError, match="predictor_init must be one of 'small', 'fan_in', got 'zero'"):
+        double(predictor_init="zero")
 
 
 def test_a_box_scale_without_extent_is_refused():
