@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from pycocotools import mask as rle_tools
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
@@ -50,6 +51,7 @@ from detector.comparison.statistics import difference, draws, match, metrics, re
 from detector.config import CONFIGS, build, check
 from detector.data.loader import split_files
 from detector.engine import train as engine
+from detector.engine.optimizer import build_optimizer
 from detector.evaluation import coco_metrics
 from detector.heads.trunk import RoILinear
 
@@ -92,6 +94,7 @@ OURS = {
     "bf16": "what recipes choose by themselves where the processor has it; all else here is fp32",
     "small_predictors": "last layers of the box head near zero, as Fast R-CNN's and, until 2026-11-27, the recipes'",
 }
+THEIRS = {"trained_alike": "torchvision's detector, trained by our optimiser and schedule, clipped as ours"}
 SAME = {
     "low_quality": "both take an object's best anchors, whatever their overlap",
     "loss": "both have smooth L1 with beta 1/9 and the mean over what was sampled",
@@ -121,7 +124,8 @@ def part_overrides(part: str, name: str, images: int) -> list[str]:
         ],
         "weight_decay": ["training.decay_norms=true", "training.decay_biases=true"],
         "schedule": [
-            *("optimizer=sgd", f"optimizer.lr={RATE}", f"optimizer.weight_decay={DECAY}", "schedule=step"),
+            *("optimizer=sgd", f"optimizer.lr={RATE}", f"optimizer.momentum={MOMENTUM}", "schedule=step"),
+            f"optimizer.weight_decay={DECAY}",
             *("schedule.max_epochs=null", f"schedule.milestones={steps}", f"schedule.warmup={warmup}"),
             *("training.reference_batch=16", "training.clip_norm=null"),
         ],
@@ -271,33 +275,34 @@ def order(images: int, batch: int, seed: int) -> Iterator[list[int]]:
         yield list(itertools.islice(flow, batch))
 
 
-def train_torchvision(name: str, root: Path, seed: int, folder: Path) -> tuple[list, list]:
-    """torchvision's training; its curve and its last results."""
+def train_torchvision(name: str, root: Path, seed: int, folder: Path, parts: Sequence[str]) -> tuple[list, list]:
+    """Training torchvision's detector by our optimiser and schedule but for `parts`: its curve and its last results."""
     setting, files = SETS[name], annotation_files(name, root)
-    cfg = recipe(name, root, seed, folder, [])
-    masks = cfg.model.get("mask_head") is not None
+    masks = recipe(name, root, seed, folder, []).model.get("mask_head") is not None
     data = {split: Reference(*files[split], masks=masks) for split in files}
+    images = len(data["train"].ids)
+    overrides = [text for part in parts for text in part_overrides(part, name, images)]
+    cfg = recipe(name, root, seed, folder, overrides)
     categories = sorted(data["train"].coco.cats)
     label_of = {category: label for label, category in enumerate(categories, 1)}
     torch.manual_seed(seed)
     model = torchvision_model(name, cfg, len(categories))
-    rate = RATE * setting.batch / 16
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=MOMENTUM, weight_decay=DECAY)
-    warmup, milestones = reference_schedule(setting, len(data["train"].ids))
-    batches, marks, spent, results = order(len(data["train"].ids), setting.batch, seed), [], 0.0, []
+    training = build(cfg.training, "training")
+    optimizer = build_optimizer(build(cfg.optimizer, "optimizer"), model, training)
+    scheduler = LambdaLR(optimizer, build(cfg.schedule, "schedule").factor(images // setting.batch))
+    batches, marks, spent, results = order(images, setting.batch, seed), [], 0.0, []
     for iteration in range(1, setting.iterations + 1):
         began = time.process_time()
-        factor = 0.1 ** sum(iteration > m for m in milestones)
-        factor *= min(1.0, 1e-3 + (1 - 1e-3) * (iteration - 1) / warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * factor
-        images, targets = zip(*(data["train"].sample(index) for index in next(batches)))
+        pictures, targets = zip(*(data["train"].sample(index) for index in next(batches)))
         for target in targets:
             target["labels"] = torch.tensor([label_of[c] for c in target["labels"].tolist()], dtype=torch.int64)
-        losses = model.train()(list(images), list(targets))
+        losses = model.train()(list(pictures), list(targets))
         optimizer.zero_grad()
         sum(losses.values()).backward()
+        if training.clip_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
         optimizer.step()
+        scheduler.step()
         spent += time.process_time() - began
         if iteration % (setting.iterations // POINTS) == 0:
             results = found(model.eval(), data["val"], categories)
@@ -334,9 +339,9 @@ def found(model: nn.Module, data: Reference, categories: Sequence[int]) -> list[
 
 
 def contender(name: str) -> tuple[str, list[str]]:
-    """("torchvision" | "ours", the parts exchanged) of the name of a contender."""
-    if name == "torchvision":
-        return name, []
+    """("torchvision" | "ours", the parts that are as torchvision has them) of the name of a contender."""
+    if name in ("torchvision", "trained_alike"):
+        return "torchvision", ["schedule", "weight_decay"] if name == "torchvision" else []
     parts = [] if name == "ours" else list(PARTS) if name == "all" else name.split("+")
     return "ours", parts
 
@@ -353,7 +358,7 @@ def run(args: argparse.Namespace, name: str, seed: int) -> dict:
         if who == "ours":
             curve, results = train_ours(args.data, args.root, seed, folder, [*base, *parts])
         else:
-            curve, results = train_torchvision(args.data, args.root, seed, folder)
+            curve, results = train_torchvision(args.data, args.root, seed, folder, parts)
         shutil.rmtree(folder, ignore_errors=True)
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".part")
@@ -427,7 +432,7 @@ def main() -> None:
     cv2.setNumThreads(0)
     if args.list:
         same = {name: f"the same: {text}" for name, text in SAME.items()}
-        for part, meaning in {**PARTS, **OURS, **same}.items():
+        for part, meaning in {**PARTS, **OURS, **THEIRS, **same}.items():
             print(f"{part:15} {meaning}")
         for file in sorted(args.out.glob("*/*.json")):
             print(f"{file.parent.name}/{file.stem}: {json.loads(file.read_text(encoding='utf-8'))['curve'][-1]}")

@@ -32,7 +32,7 @@ def test_runs_are_kept_and_compared(tmp_path, monkeypatch):
     monkeypatch.setitem(time_to_accuracy.SETS, "shapes", tiny)
     args = SimpleNamespace(out=tmp_path / "out", data="shapes", root=tmp_path / "data", draws=20)
     args.base, args.iterations = ["small_predictors"], None
-    runs = {name: [time_to_accuracy.run(args, name, 0)] for name in ("ours", "torchvision", "all")}
+    runs = {name: [time_to_accuracy.run(args, name, 0)] for name in ("ours", "torchvision", "trained_alike", "all")}
     for name, (each,) in runs.items():
         assert [mark["iteration"] for mark in each["curve"]] == [1, 2, 3], name
         assert 0 < each["curve"][0]["cpu_s"] < each["curve"][2]["cpu_s"] and {"bbox", "segm"} <= set(each["curve"][0])
