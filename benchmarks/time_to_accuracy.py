@@ -7,8 +7,8 @@ ours with the recipe of the data set, on the same body, sizes and pictures; and 
 
 `--exchange` gives ours a part as torchvision has it, one at a time; `all` gives it all of them at once. Every run is
 kept in --out: the same command goes on where it was stopped, with more seeds or parts it runs what is missing. `--base`
-gives a part to all of ours, whatever else is exchanged; `--ours` leaves torchvision out, as where bf16 is compared with
-fp32:
+gives a part to all of ours, whatever else is exchanged; `trained_alike` is torchvision's detector by our optimiser and
+schedule; `--ours` leaves torchvision out, as where bf16 is compared with fp32:
 
     python benchmarks/time_to_accuracy.py --data bccd --root ../shared/data/bccd --seeds 5 --ours --exchange bf16
 

@@ -73,16 +73,15 @@ class HybridMaskHead(nn.Module):
         return SampledRoIs(*(torch.cat([t[k] for t, k in zip(of, kept)]) for of in zip(*blocks)))
 
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> HybridMaskPrediction:
-        """Predictions for rois [T B, 5] of `interleaved`, by each head for its own B."""
+        """Predictions for rois [T B, 5] of `interleaved`, by each head for its own B; norms learn from no padding."""
         predictions, skips = [], learns_statistics(self)
         for stage, (head, part) in enumerate(zip(self.stages, rois.tensor_split(len(self.stages)))):
             roi_features = head.extractor(features, part)
-            if skips:  # padding is empty
-                real = torch.nonzero((part[:, 3:] > part[:, 1:3]).all(dim=1))[:, 0]
-                *_, seen = self.hidden(roi_features.features[real], stage + 1)
-                hidden = seen.new_zeros(len(part), *seen.shape[1:]).index_copy(0, real, seen)
-            else:
-                *_, hidden = self.hidden(roi_features.features, stage + 1)
+            pooled = roi_features.features
+            real = torch.nonzero((part[:, 3:] > part[:, 1:3]).all(dim=1))[:, 0] if skips else None  # padding is empty
+            *_, hidden = self.hidden(pooled if real is None else pooled[real], stage + 1)
+            if real is not None:
+                hidden = hidden.new_zeros(len(part), *hidden.shape[1:]).index_copy(0, real, hidden)
             predictions.append(MaskPrediction(hidden, roi_features))
         fields = zip(*(p.roi_features for p in predictions))
         joined: Any = (None if parts[0] is None else torch.cat(parts) for parts in fields)
