@@ -92,6 +92,7 @@ PARTS = {
 }
 OURS = {
     "bf16": "what recipes choose by themselves where the processor has it; all else here is fp32",
+    "adamw": "AdamW at rate 0.003: the recipes' optimiser until Muon",
     "small_predictors": "last layers of the box head near zero, as Fast R-CNN's and, until 2026-11-27, the recipes'",
 }
 THEIRS = {"trained_alike": "torchvision's detector, trained by our optimiser and schedule, clipped as ours"}
@@ -130,6 +131,7 @@ def part_overrides(part: str, name: str, images: int) -> list[str]:
             *("training.reference_batch=16", "training.clip_norm=null"),
         ],
         "bf16": ["runtime.precision=bf16"],
+        "adamw": ["optimizer=adamw", "optimizer.lr=3e-3"],
         "small_predictors": ["model.box_head.predictor_init=small"],
         "masks": ["model.mask_head.target_threshold=null", "++model.mask_head.target_aligned=false"] if masks else [],
     }

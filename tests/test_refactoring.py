@@ -43,7 +43,8 @@ SMALLER = [
     *("experiment=quickstart", f"schedule.max_iterations={STEPS}", "training.batch_size=2", "evaluation.every=null"),
     *("model.backbone.width=8", "model.neck.out_channels=16", "model.box_head.trunk.conv_channels=[16]"),
     *("model.box_head.trunk.fc_channels=[64]", "model.box_head.batch_size_per_image=32"),
-    "model.box_head.predictor_init=small",  # the recipe's own when this was recorded
+    # the recipe's own when this was recorded
+    *("model.box_head.predictor_init=small", "optimizer=adamw", "optimizer.lr=3e-3"),
     *("model.mask_head.trunk.conv_channels=[16]", "model.mask_head.upsample_channels=16"),
     *("model.rpn.pre_nms_top_n=[200,50]", "model.rpn.post_nms_top_n=[60,20]", "runtime.checkpoint_every=50"),
     *("runtime.device=cpu", "runtime.precision=fp32", "runtime.threads=1", "runtime.workers=0", "runtime.log_every=1"),

@@ -30,7 +30,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
-FULL = ["training.ema_decay=0.9", "optimizer=adamw", "optimizer.lr=1e-3", "augment=symmetry"]
+FULL = ["training.ema_decay=0.9", "optimizer=muon", "optimizer.lr=1e-3", "augment=symmetry"]
 FULL += ["schedule.max_iterations=9"]
 
 
