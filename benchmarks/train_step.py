@@ -5,10 +5,14 @@
     python benchmarks/train_step.py --device cuda --batch 8 --size 800 1333 --dtype bf16
     python benchmarks/train_step.py --device cuda --batch 16 --size 1024 1024 --dtype bf16 \\
         --contenders ours compiled graphs torchvision                fixed sizes, as large-scale jitter makes them
+    python benchmarks/train_step.py --contenders ours ours_as_mmdetection mmdetection torchvision
 
 A step is forward, backward and the optimiser's update. The contenders take turns, each in a process of its own with the
 settings that its users have: `compiled` is ours with runtime.compile=true, `graphs` the same parts as CUDA graphs,
 `torchvision_fp32` what torchvision does by itself, whatever the dtype. The losses of the first step are compared too.
+`mmdetection` is its Mask R-CNN by its own config (peers.py says how to install it), in bf16 `mmdetection_fp32`, because
+its operators refuse bf16; `ours_as_mmdetection` is ours with its settings: adaptive RoI Align, 1000 proposals an image.
+Its losses of boxes are larger: L1, where the others' are smooth.
 "of peak" is the share of the rate that a large matrix product reaches on this machine in the same dtype, for the
 operations of the step's convolutions and matrix products.
 """
@@ -27,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
-from benchmarks.peers import mask_rcnn_pair, synthetic_batch
+from benchmarks.peers import MMDetection, mask_rcnn_pair, mmdetection_data, require_mmdetection, synthetic_batch
 from detector.ops.layers import to_preferred_layout
 from detector.runtime import keep_freed_memory
 from detector.threads import share_cores
@@ -35,7 +39,8 @@ from detector.threads import share_cores
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-CONTENDERS = ("ours", "compiled", "graphs", "torchvision", "torchvision_fp32")
+OURS = ("ours", "compiled", "graphs", "ours_as_mmdetection")
+CONTENDERS = (*OURS, "torchvision", "torchvision_fp32", "mmdetection", "mmdetection_fp32")
 
 
 def dtype_of(name: str, args: argparse.Namespace) -> torch.dtype | None:
@@ -47,24 +52,27 @@ def build(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float]]
     """One contender's step: forward, backward, update; it returns the losses, and its operations in the first turn."""
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), dtype_of(name, args)
-    ours, theirs = mask_rcnn_pair(args.device, args.size)
+    settings = "mmdet" if name == "ours_as_mmdetection" else "torchvision"
+    ours, theirs = mask_rcnn_pair(args.device, args.size, settings=settings)
     data = synthetic_batch(args.batch, args.size, args.objects, args.device)
     if name.startswith("torchvision"):
         model, inputs = theirs, (data.images, data.their_targets)
+    elif name.startswith("mmdetection"):
+        model, inputs = MMDetection(ours).to(device), (mmdetection_data(data),)
     else:  # as the training loop has it
         if device.type == "cpu":
             keep_freed_memory()
             share_cores()
         model, inputs = to_preferred_layout(ours, device), (data.batch, data.targets)
-        if name != "ours":
+        if name in ("compiled", "graphs"):
             for part in (model.backbone, model.neck, model.rpn.head):
                 part.compile(mode="reduce-overhead" if name == "graphs" else None)
     del ours, theirs
     model.train()
     # A learning rate of nearly nothing: the weights stay equal over the turns.
     learnt = [p for p in model.parameters() if p.requires_grad]
-    # as train.py builds it, and as torchvision's reference does
-    optimizer = torch.optim.SGD(learnt, lr=1e-9, momentum=0.9, fused=not name.startswith("torchvision"))
+    # as train.py builds it, and as torchvision's reference and mmdetection's configs do
+    optimizer = torch.optim.SGD(learnt, lr=1e-9, momentum=0.9, fused=name in OURS)
 
     def step() -> dict[str, float]:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -146,6 +154,10 @@ def main() -> None:
     if args.profile:
         print(profiled(args))
         return
+    if any(name.startswith("mmdetection") for name in args.contenders):
+        require_mmdetection()
+    if "mmdetection" in args.contenders and args.dtype != "fp32":
+        options.error("mmdetection's operators refuse bf16: take mmdetection_fp32")
     peak = matmul_rate(args.device, DTYPES[args.dtype], args.threads)
     builders = {name: partial(build, name, args) for name in args.contenders}
     seconds, results, memory = harness.apart(builders, args.repeats, args.device)
@@ -157,7 +169,7 @@ def main() -> None:
         row["images_per_s"] = round(1000 * args.batch / row["median_ms"], 3)
         row["peak_mib"] = round(memory[name])
         done = flops[name] or flops.get("ours")
-        alike = done and name != "torchvision_fp32"
+        alike = done and not name.endswith("_fp32")
         row["of_peak"] = round(1000 * done / row["median_ms"] / peak, 3) if alike else None
     columns = ("median_ms", "images_per_s", "speedup", "peak_mib", "of_peak")
     header = ["", "median ms", "images/s", "speed-up", "peak MiB", "of peak"]
