@@ -63,6 +63,8 @@ def mask_rcnn_pair(
     # an imported model computes as its source does, to the bit; here ours computes as it does by default
     config["channels_last"], config["backbone"]["norm"] = True, "frozen_batch_norm"
     config["box_head"]["roi"]["exact"] = config["mask_head"]["roi"]["exact"] = False
+    if settings == "mmdet":  # its losses of boxes are L1
+        config["rpn"]["beta"] = config["box_head"]["beta"] = 0.0
     ours = hydra.utils.instantiate(config, _convert_="all")
     load_into(ours, state)
     if settings == "torchvision":  # how it makes mask targets

@@ -11,8 +11,8 @@ A step is forward, backward and the optimiser's update. The contenders take turn
 settings that its users have: `compiled` is ours with runtime.compile=true, `graphs` the same parts as CUDA graphs,
 `torchvision_fp32` what torchvision does by itself, whatever the dtype. The losses of the first step are compared too.
 `mmdetection` is its Mask R-CNN by its own config (peers.py says how to install it), in bf16 `mmdetection_fp32`, because
-its operators refuse bf16; `ours_as_mmdetection` is ours with its settings: adaptive RoI Align, 1000 proposals an image.
-Its losses of boxes are larger: L1, where the others' are smooth.
+its operators refuse bf16; `ours_as_mmdetection` is ours with its settings: adaptive RoI Align, 1000 proposals an image,
+L1 for boxes.
 "of peak" is the share of the rate that a large matrix product reaches on this machine in the same dtype, for the
 operations of the step's convolutions and matrix products.
 """

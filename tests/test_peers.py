@@ -1,4 +1,4 @@
-"""benchmarks/peers.py: mmdetection's model has our weights, and whoever asks for it learns how to install it."""
+"""benchmarks/peers.py: mmdetection has our weights and computes the same; who asks for it learns how to install it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from benchmarks import inference, train_step
 from benchmarks.peers import MMDetection, mask_rcnn_pair, mmdetection_data, mmdetection_state, synthetic_batch
 from detector.evaluation.results import detections_to_coco
 from detector.weights import load_foreign
+from tests.test_parity_torchvision import EVERYTHING
 from tests.weights.test_layouts import read_layout
 
 
@@ -43,9 +44,37 @@ def test_our_weights_by_mmdetections_keys(shared):
     assert all(torch.equal(back[name].reshape(value.shape), value) for name, value in ours.items())
 
 
-@pytest.mark.slow
-def test_detections_equal_mmdetections():
+@pytest.fixture
+def mmdetection():
     pytest.importorskip("mmcv.ops", reason="mmdetection is not installed", exc_type=ImportError)
+
+
+@pytest.mark.slow
+def test_losses_equal_mmdetections(mmdetection):
+    """Both draw all candidates: then the samples are the same whatever the order of the draw."""
+    ours, _ = mask_rcnn_pair("cpu", (192, 256), settings="mmdet")
+    data = synthetic_batch(2, (192, 256), 4, "cpu")
+    theirs = MMDetection(ours)
+    for sampler in (theirs.detector.rpn_head.sampler, theirs.detector.roi_head.bbox_sampler):
+        sampler.num, sampler.pos_fraction = EVERYTHING, 1.0
+    for stage in (ours.rpn, ours.box_head):
+        stage.batch_size_per_image, stage.positive_fraction = EVERYTHING, 1.0
+    losses, expected = ours.train()(data.batch, data.targets), theirs.train()(mmdetection_data(data))
+    names = {
+        "loss_objectness": "loss_rpn_cls",
+        "loss_rpn_box_reg": "loss_rpn_bbox",
+        "loss_classifier": "loss_cls",
+        "loss_box_reg": "loss_bbox",
+        "loss_mask": "loss_mask",  # of masks at 112 x 112 here and at the image's size there
+    }
+    assert set(losses) == set(names) and set(expected) == set(names.values())
+    for name, theirs_name in names.items():
+        rtol = 1e-3 if name == "loss_mask" else 1e-5
+        assert losses[name].item() == pytest.approx(expected[theirs_name].item(), rel=rtol), name
+
+
+@pytest.mark.slow
+def test_detections_equal_mmdetections(mmdetection):
     size = (128, 160)
     ours, _ = mask_rcnn_pair("cpu", size, confident=True, settings="mmdet")
     data = synthetic_batch(2, size, 4, "cpu")
