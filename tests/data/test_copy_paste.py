@@ -6,7 +6,7 @@ import albumentations as A
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from detector.data import CocoDataset, ScaleJitter
@@ -27,14 +27,15 @@ def scene(rng: np.random.Generator, objects: int, value: int, size: tuple[int, i
 
 
 def masks_of(scene: Transformed) -> np.ndarray:
-    """[G, SIDE, SIDE] bool: the outlines inside their boxes."""
+    """[G, SIDE, SIDE] bool: the outlines inside the pixels that their boxes touch."""
     masks = cover(scene.outlines, np.tile([[0, 0, SIDE, SIDE]], (len(scene.boxes), 1)), SIDE) > 0.5
-    centres = np.arange(SIDE) + 0.5
-    inside = (centres >= scene.boxes[:, :2, None]) & (centres <= scene.boxes[:, 2:, None])
+    pixels = np.arange(SIDE)
+    inside = (pixels + 1 > scene.boxes[:, :2, None]) & (pixels < scene.boxes[:, 2:, None])
     return masks & inside[:, 1, :, None] & inside[:, 0, None, :]
 
 
 @given(st.integers(0, 10_000), st.sampled_from([(120, 160), (90, 110), (100, 70)]))
+@example(1691, (100, 70))  # a pixel whose centre lies 0.01 above its object's box
 def test_what_is_covered_is_taken_away(seed, above_size):
     rng = np.random.default_rng(seed)
     below, above = scene(rng, 4, 10, (110, 130)), scene(rng, 3, 200, above_size)
