@@ -8,7 +8,7 @@ ours with the recipe of the data set, on the same body, sizes and pictures; and 
 `--exchange` gives ours a part as torchvision has it, one at a time; `all` gives it all of them at once. Every run is
 kept in --out: the same command goes on where it was stopped, with more seeds or parts it runs what is missing. `--base`
 gives a part to all of ours, whatever else is exchanged; `trained_alike` is torchvision's detector by our optimiser and
-schedule; `--ours` leaves torchvision out, as where bf16 is compared with fp32:
+schedule, those of `--base`; `--ours` leaves torchvision out, as where bf16 is compared with fp32:
 
     python benchmarks/time_to_accuracy.py --data bccd --root ../shared/data/bccd --seeds 5 --ours --exchange bf16
 
@@ -96,6 +96,7 @@ OURS = {
     "small_predictors": "last layers of the box head near zero, as Fast R-CNN's and, until 2026-11-27, the recipes'",
 }
 THEIRS = {"trained_alike": "torchvision's detector, trained by our optimiser and schedule, clipped as ours"}
+TRAINING = ("adamw", "schedule", "weight_decay")  # parts that `trained_alike` can share
 SAME = {
     "low_quality": "both take an object's best anchors, whatever their overlap",
     "loss": "both have smooth L1 with beta 1/9 and the mean over what was sampled",
@@ -351,7 +352,8 @@ def contender(name: str) -> tuple[str, list[str]]:
 def run(args: argparse.Namespace, name: str, seed: int) -> dict:
     """A run, or what is kept of it."""
     who, parts = contender(name)
-    base = args.base if who == "ours" else []
+    alike = [part for part in args.base if part in TRAINING] if name == "trained_alike" else []
+    base = args.base if who == "ours" else alike
     length = "" if args.iterations is None else f"-{args.iterations}"
     file = args.out / f"{args.data}{length}" / f"{'+'.join([name, *base])}-{seed}.json"
     if not file.exists():
@@ -360,7 +362,7 @@ def run(args: argparse.Namespace, name: str, seed: int) -> dict:
         if who == "ours":
             curve, results = train_ours(args.data, args.root, seed, folder, [*base, *parts])
         else:
-            curve, results = train_torchvision(args.data, args.root, seed, folder, parts)
+            curve, results = train_torchvision(args.data, args.root, seed, folder, [*base, *parts])
         shutil.rmtree(folder, ignore_errors=True)
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".part")

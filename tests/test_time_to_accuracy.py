@@ -31,12 +31,13 @@ def test_runs_are_kept_and_compared(tmp_path, monkeypatch):
     tiny = time_to_accuracy.SETS["shapes"]._replace(batch=2, iterations=3)
     monkeypatch.setitem(time_to_accuracy.SETS, "shapes", tiny)
     args = SimpleNamespace(out=tmp_path / "out", data="shapes", root=tmp_path / "data", draws=20)
-    args.base, args.iterations = ["small_predictors"], 3
+    args.base, args.iterations = ["small_predictors", "adamw"], 3
     runs = {name: [time_to_accuracy.run(args, name, 0)] for name in ("ours", "torchvision", "trained_alike", "all")}
     for name, (each,) in runs.items():
         assert [mark["iteration"] for mark in each["curve"]] == [1, 2, 3], name
         assert 0 < each["curve"][0]["cpu_s"] < each["curve"][2]["cpu_s"] and {"bbox", "segm"} <= set(each["curve"][0])
-    kept = tmp_path / "out" / "shapes-3" / "ours+small_predictors-0.json"
+    kept = tmp_path / "out" / "shapes-3" / "ours+small_predictors+adamw-0.json"
+    assert (kept.parent / "trained_alike+adamw-0.json").exists() and (kept.parent / "torchvision-0.json").exists()
     kept.write_text(json.dumps(runs["ours"][0] | {"curve": [{"iteration": 3, "cpu_s": 1.0, "bbox": 0.5, "segm": 0.5}]}))
     assert time_to_accuracy.run(args, "ours", 0)["curve"][0]["bbox"] == 0.5  # what is kept is not run again
     summary = time_to_accuracy.compared(args, runs, "segm")
