@@ -30,13 +30,14 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
-FULL = ["training.ema_decay=0.9", "optimizer=muon", "optimizer.lr=1e-3", "augment=symmetry"]
+FULL = ["training.ema_decay=0.9", "optimizer=adamw", "optimizer.lr=1e-3", "augment=symmetry"]
 FULL += ["schedule.max_iterations=9"]
 
 
-def test_continues_in_mid_epoch_to_the_bit(run, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_continues_in_mid_epoch_to_the_bit(run, tmp_path, optimizer):
     """Six iterations make an epoch; the run is cut after iteration 4, with log lines every third iteration."""
-    common = [*FULL, "runtime.log_every=3", "runtime.checkpoint_every=2"]
+    common = [*FULL, f"optimizer={optimizer}", "runtime.log_every=3", "runtime.checkpoint_every=2"]
     whole = run(*common, f"run_dir={tmp_path / 'whole'}")
     part = run(*common, f"run_dir={tmp_path / 'part'}")
     for name in ("last.pt", "best.pt", "iteration_0000006.pt", "iteration_0000008.pt"):
