@@ -82,9 +82,8 @@ class Muon(AdamW):
     def _step_weights(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         lr, momentum = group["lr"], group["momentum"]
         for weight in weights:
-            if not self.state[weight]:  # AdamW, which reads all states back, looks for its step
+            if not self.state[weight]:  # AdamW, which reads all states back, looks for a step in each
                 self.state[weight].update(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(weight))
-            self.state[weight]["step"] += 1
         momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, momenta, momentum)
