@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import multiprocessing.connection
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -210,10 +211,15 @@ class Loader:
         )
 
     def __iter__(self) -> Iterator[tuple[Batch, Targets]]:
-        for item in self._loader:
-            if isinstance(self.sampler, TrainingSampler):
-                self.sampler.position += self.sampler.batch_size
-            yield item
+        try:
+            for item in self._loader:
+                if isinstance(self.sampler, TrainingSampler):
+                    self.sampler.position += self.sampler.batch_size
+                yield item
+        except (EOFError, OSError) as error:
+            if ended := ended_workers(self._loader):
+                raise RuntimeError(f"DataLoader worker (pid(s) {ended}) exited unexpectedly") from error
+            raise
 
     def __len__(self) -> int:
         """Batches of an evaluation; training has no end."""
@@ -228,6 +234,14 @@ class Loader:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.sampler.load_state_dict(state)
+
+
+def ended_workers(loader: DataLoader) -> str:
+    """The numbers of a loader's worker processes that have ended, or do within a second: a dying one's pipes close
+    before it is seen to have ended, when torch asks once."""
+    workers = loader._iterator._workers if loader.num_workers else []
+    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1) if workers else []
+    return ", ".join(str(worker.pid) for worker in workers if worker.sentinel in ended)
 
 
 def end_workers(loader: DataLoader) -> None:

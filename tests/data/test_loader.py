@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import threading
 import tracemalloc
 from itertools import chain, islice
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -131,6 +134,34 @@ def test_workers_end_when_asked_and_come_back(shapes):
     assert workers and not multiprocessing.active_children()
     assert torch.equal(next(iter(loader))[0].images, first[0].images)
     loader.close()
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer")], ids=repr)
+def test_a_worker_that_dies_while_it_hands_over_is_named(shapes, monkeypatch, error):
+    """Its pipes close first: when reading fails, the process may still look alive."""
+    loader = build_loader(shapes, batch_size=2, workers=1)
+    batches = iter(loader)
+    next(batches)
+    iterator = loader._loader._iterator
+
+    def handed_over(*args):
+        threading.Timer(0.2, iterator._workers[0].kill).start()
+        raise error
+
+    monkeypatch.setattr(iterator, "_try_get_data", handed_over)
+    with contextlib.closing(loader), pytest.raises(RuntimeError, match="DataLoader worker"):
+        next(batches)
+
+
+def test_other_errors_of_a_loader_stay(shapes, monkeypatch):
+    with contextlib.closing(build_loader(shapes, batch_size=2, workers=1)) as loader:
+        batches = iter(loader)
+        next(batches)
+        error = FileNotFoundError("x.jpg")
+        monkeypatch.setattr(loader._loader._iterator, "_try_get_data", Mock(side_effect=error))
+        with pytest.raises(FileNotFoundError) as caught:
+            next(batches)
+        assert caught.value is error
 
 
 def test_workers_make_no_difference(shapes):
