@@ -149,7 +149,7 @@ def test_a_worker_that_dies_while_it_hands_over_is_named(shapes, monkeypatch, er
         raise error
 
     monkeypatch.setattr(iterator, "_try_get_data", handed_over)
-    with contextlib.closing(loader), pytest.raises(RuntimeError, match="DataLoader worker"):
+    with pytest.raises(RuntimeError, match="DataLoader worker"), contextlib.closing(loader):  # by either of the two
         next(batches)
 
 
