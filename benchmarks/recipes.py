@@ -41,8 +41,8 @@ def run(recipe: str, root: Path, folder: Path, others: int) -> dict[str, float]:
         clock, cpu = time.monotonic() - started, usage.ru_utime + usage.ru_stime
         for process in running:
             process.kill()
-        record.write_text(json.dumps({"clock_s": round(clock, 1), "cpu_s": round(cpu, 1)}))
-    return json.loads(record.read_text())
+        record.write_text(json.dumps({"clock_s": round(clock, 1), "cpu_s": round(cpu, 1)}), encoding="utf-8")
+    return json.loads(record.read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
         for name in args.beside:
             folder = args.out / f"{recipe}-{name}"
             seconds = run(recipe, getattr(args, data), folder, BESIDE[name])
-            metrics = json.loads((folder / "metrics.json").read_text())
+            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             found = {kind: {key: round(100 * metrics[kind][key], 1) for key in ("AP", "AP50")} for kind in metrics}
             figures.setdefault(recipe, {})[name] = {**seconds, **found}
             print(recipe, name, figures[recipe][name], flush=True)
