@@ -55,8 +55,10 @@ from detector.structures import with_image
 SETS = {"shapes": {"train": 2000, "val": 200}, "figures": {"train": 1200, "val": 200}}
 START_ITERATIONS, ITERATIONS = {"shapes": 100, "figures": 1500}, 50
 SIDE, SEEDS, MOST = 112, 5, 20  # px; of each way; detections of a class in a picture that count
-SMALL = [  # what all runs share
+SMALL = [  # what all runs share; optimiser and first weights as when docs/claims.md was made
+    "optimizer=adamw",
     "optimizer.lr=1.0e-3",
+    "model.box_head.predictor_init=small",
     "runtime.device=cpu",
     "runtime.threads=1",
     "runtime.workers=0",
