@@ -9,6 +9,7 @@ Each run is kept in --out: what has ended is not trained again.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -46,9 +47,10 @@ def run(recipe: str, root: Path, folder: Path, others: int) -> dict[str, float]:
 
 
 def main() -> None:
-    options = harness.parser(__doc__, repeats=1)
-    options.add_argument("--out", type=Path, default=Path("runs/recipes"))
-    options.add_argument("--beside", nargs="+", choices=BESIDE, default=list(BESIDE))
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, default=Path("runs/recipes"), help="where runs are kept")
+    options.add_argument("--beside", nargs="+", choices=BESIDE, default=list(BESIDE), help="no other process, or one")
+    options.add_argument("--json", type=Path, help="file to write the figures to")
     for data in RECIPES.values():
         options.add_argument(f"--{data}", type=Path, default=Path("data") / data, help="its folder")
     args = options.parse_args()

@@ -239,7 +239,7 @@ class Loader:
 def ended_workers(loader: DataLoader) -> str:
     """The numbers of a loader's worker processes that have ended, or do within a second: a dying one's pipes close
     before it is seen to have ended, when torch asks once."""
-    workers = loader._iterator._workers if loader.num_workers else []
+    workers = getattr(loader._iterator, "_workers", [])  # none where this process loads, or none could be started
     ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1) if workers else []
     return ", ".join(str(worker.pid) for worker in workers if worker.sentinel in ended)
 

@@ -164,6 +164,13 @@ def test_other_errors_of_a_loader_stay(shapes, monkeypatch):
         assert caught.value is error
 
 
+def test_workers_that_cannot_be_started_say_why(shapes, monkeypatch):
+    loader = build_loader(shapes, batch_size=2, workers=1)
+    monkeypatch.setattr(loader._loader, "_get_iterator", Mock(side_effect=OSError(12, "Cannot allocate memory")))
+    with pytest.raises(OSError, match="allocate memory"):
+        next(iter(loader))
+
+
 def test_workers_make_no_difference(shapes):
     alone, helped = (islice(build_loader(shapes, 4, workers, seed=5), 14) for workers in (0, 2))
     for one, other in zip(alone, helped):
