@@ -12,6 +12,7 @@ schedule, those of `--base`; `--ours` leaves torchvision out, as where bf16 is c
 
     python benchmarks/time_to_accuracy.py --data bccd --root ../shared/data/bccd --seeds 5 --ours --exchange bf16
 
+`--data digits` is a crowded set that benchmarks/digits.py writes, by which no recipe was chosen.
 The differences of the last AP have 95 % intervals over seeds and validation images (comparison/statistics.py).
 
 CPU seconds are those of the training process, evaluations left out. Both read pictures in the training process.
@@ -58,23 +59,29 @@ from detector.heads.trunk import RoILinear
 KINDS = ("bbox", "segm")
 
 
+TURNED = "{_target_: albumentations.D4, p: 1.0}"  # for pictures without an up and a down
+MIRRORED = "{_target_: albumentations.HorizontalFlip}"
+
+
 class Setting(NamedTuple):
-    """A data set at a size that one core learns in about a minute, by the recipe that the project has for it."""
+    """A data set at a size that one core learns in minutes, by the recipe that the project has for it."""
 
     experiment: str
     resize: tuple[int, int] | None  # shorter side, limit of the longer one; None: pictures as they are
     batch: int
     iterations: int
     anchors: tuple[int, ...]
+    change: str = TURNED  # the recipe's augmentation
+    data: str | None = None  # where the recipe does not say which
 
 
 SETS = {
     "bccd": Setting("faster_rcnn_bccd", (120, 160), 4, 150, (6, 12, 24, 36, 48)),
     "nuclei": Setting("mask_rcnn_nuclei", (128, 256), 4, 120, (6, 12, 24, 48, 96)),
     "shapes": Setting("quickstart", None, 8, 150, (12, 24, 48, 96, 144)),
+    "digits": Setting("small", None, 4, 420, (12, 24, 48, 96, 144), MIRRORED, "custom"),
 }
 POINTS = 3  # evaluations of a run
-TURNED = "{_target_: albumentations.D4, p: 1.0}"  # our recipes' augmentation
 # what torchvision's reference trains with: references/detection/train.py
 EPOCHS, STEPS, WARMUP, RATE, MOMENTUM, DECAY = 26, (16, 22), 1000, 0.02, 0.9, 1e-4
 
@@ -94,6 +101,7 @@ OURS = {
     "bf16": "what recipes choose by themselves where the processor has it; all else here is fp32",
     "adamw": "AdamW at rate 0.003: the recipes' optimiser until Muon",
     "small_predictors": "last layers of the box head near zero, as Fast R-CNN's and, until 2026-11-27, the recipes'",
+    "turns": "pictures turned by quarters too, as all recipes of `small` had it until 2026-11-27",
 }
 THEIRS = {"trained_alike": "torchvision's detector, trained by our optimiser and schedule, clipped as ours"}
 TRAINING = ("adamw", "schedule", "weight_decay")  # parts that `trained_alike` can share
@@ -136,10 +144,11 @@ def part_overrides(part: str, name: str, images: int) -> list[str]:
         "small_predictors": ["model.box_head.predictor_init=small"],
         "masks": ["model.mask_head.target_threshold=null", "++model.mask_head.target_aligned=false"] if masks else [],
     }
-    if part == "augmentation":
-        return pipelines(setting, "{_target_: albumentations.HorizontalFlip}")
+    if part in ("augmentation", "turns"):
+        change = MIRRORED if part == "augmentation" else TURNED
+        return pipelines(setting, change) if change != setting.change else []
     if part == "resize":
-        return pipelines(setting, TURNED, interpolation="1") if setting.resize else []
+        return pipelines(setting, setting.change, interpolation="1") if setting.resize else []
     return known[part]
 
 
@@ -166,7 +175,8 @@ def recipe(name: str, root: Path, seed: int, folder: Path, overrides: Sequence[s
                 *(f"evaluation.every={every}", "resume=none", "runtime.device=cpu", "runtime.workers=0", "logger=[]"),
                 *(f"runtime.threads={torch.get_num_threads()}", "runtime.verbosity=quiet", "runtime.precision=fp32"),
                 f"runtime.checkpoint_every={setting.iterations}",
-                *pipelines(setting, TURNED),
+                *pipelines(setting, setting.change),
+                *([] if setting.data is None else [f"data={setting.data}"]),
                 *overrides,
             ],
         )
