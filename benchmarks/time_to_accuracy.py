@@ -57,10 +57,9 @@ from detector.evaluation import coco_metrics
 from detector.heads.trunk import RoILinear
 
 KINDS = ("bbox", "segm")
-
-
 TURNED = "{_target_: albumentations.D4, p: 1.0}"  # for pictures without an up and a down
 MIRRORED = "{_target_: albumentations.HorizontalFlip}"
+ROIS = "model.box_head.batch_size_per_image"  # for digits as many as `detector validate` proposes
 
 
 class Setting(NamedTuple):
@@ -72,14 +71,14 @@ class Setting(NamedTuple):
     iterations: int
     anchors: tuple[int, ...]
     change: str = TURNED  # the recipe's augmentation
-    data: str | None = None  # where the recipe does not say which
+    overrides: tuple[str, ...] = ()  # of the recipe
 
 
 SETS = {
     "bccd": Setting("faster_rcnn_bccd", (120, 160), 4, 150, (6, 12, 24, 36, 48)),
     "nuclei": Setting("mask_rcnn_nuclei", (128, 256), 4, 120, (6, 12, 24, 48, 96)),
     "shapes": Setting("quickstart", None, 8, 150, (12, 24, 48, 96, 144)),
-    "digits": Setting("small", None, 4, 420, (12, 24, 48, 96, 144), MIRRORED, "custom"),
+    "digits": Setting("small", None, 4, 420, (12, 24, 48, 96, 144), MIRRORED, ("data=custom", f"{ROIS}=128")),
 }
 POINTS = 3  # evaluations of a run
 # what torchvision's reference trains with: references/detection/train.py
@@ -101,6 +100,7 @@ OURS = {
     "bf16": "what recipes choose by themselves where the processor has it; all else here is fp32",
     "adamw": "AdamW at rate 0.003: the recipes' optimiser until Muon",
     "small_predictors": "last layers of the box head near zero, as Fast R-CNN's and, until 2026-11-27, the recipes'",
+    "few_rois": "64 RoIs of an image in the losses, as `small` has it where nothing else is said",
     "turns": "pictures turned by quarters too, as all recipes of `small` had it until 2026-11-27",
 }
 THEIRS = {"trained_alike": "torchvision's detector, trained by our optimiser and schedule, clipped as ours"}
@@ -124,7 +124,7 @@ def part_overrides(part: str, name: str, images: int) -> list[str]:
     warmup, steps = reference_schedule(setting, images)
     heads = ("box_head", "mask_head")[: 1 + masks]
     known = {
-        "sampling": ["model.rpn.batch_size_per_image=256", "model.box_head.batch_size_per_image=512"],
+        "sampling": ["model.rpn.batch_size_per_image=256", f"{ROIS}=512"],
         "proposals": ["model.rpn.pre_nms_top_n=[2000,1000]", "model.rpn.post_nms_top_n=[2000,1000]"],
         "norms": ["model.neck.norm=null", *(f"model.{head}.trunk.norm=null" for head in heads)],
         "level_rule": [
@@ -142,6 +142,7 @@ def part_overrides(part: str, name: str, images: int) -> list[str]:
         "bf16": ["runtime.precision=bf16"],
         "adamw": ["optimizer=adamw", "optimizer.lr=3e-3"],
         "small_predictors": ["model.box_head.predictor_init=small"],
+        "few_rois": [f"{ROIS}=64"] if setting.overrides else [],
         "masks": ["model.mask_head.target_threshold=null", "++model.mask_head.target_aligned=false"] if masks else [],
     }
     if part in ("augmentation", "turns"):
@@ -176,7 +177,7 @@ def recipe(name: str, root: Path, seed: int, folder: Path, overrides: Sequence[s
                 *(f"runtime.threads={torch.get_num_threads()}", "runtime.verbosity=quiet", "runtime.precision=fp32"),
                 f"runtime.checkpoint_every={setting.iterations}",
                 *pipelines(setting, setting.change),
-                *([] if setting.data is None else [f"data={setting.data}"]),
+                *setting.overrides,
                 *overrides,
             ],
         )

@@ -1,4 +1,5 @@
-"""What a data set asks of the settings of a training: anchors, the size of images, the batch, the validation set.
+"""What a data set asks of the settings of a training: anchors, the size of images, the RoIs in the losses, the batch,
+the validation set.
 
 Each part looks at the data as the training that is to follow sees them, and gives numbers with its advice.
 Dimensions: M objects, L levels, S shapes of anchors at a place.
@@ -130,6 +131,18 @@ def propose_edge(sides: np.ndarray, image_sizes: np.ndarray, edge: int) -> tuple
         return None
     wanted = max(32, round(wanted / 32) * 32)
     return (wanted, why) if abs(wanted - edge) >= 0.2 * edge else None
+
+
+# --------------------------------------------------------------------------------------------------- RoIs in the losses
+
+
+def propose_rois(objects: float, rois: int, positive_fraction: float, most: int = 512) -> int | None:
+    """How many RoIs of an image should enter the losses: `rois` doubled until an image with so many `objects` has a
+    place for each among the positives, up to `most`; None where it has it already, or `rois` are as many."""
+    wanted = rois
+    while wanted < most and objects > int(wanted * positive_fraction):
+        wanted = min(2 * wanted, most)
+    return wanted if wanted > rois else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- speed

@@ -63,7 +63,7 @@ from detector.weights.zoo import implied
 COUNTED = ("objects", "images")
 COPIES_SHOWN = 6  # pictures side by side
 SHOWN_CATEGORIES = 100  # at once
-KEPT = "model.box_head.detections_per_image"
+KEPT, DRAWN = "model.box_head.detections_per_image", "model.box_head.batch_size_per_image"
 SHOWN = 10  # examples that a finding names
 SIZES = (0, 8, 16, 32, 64, 96, 128, 256, 512, np.inf)  # limits of the histogram, sqrt(area) in network pixels
 
@@ -337,6 +337,7 @@ def look_at_sizes(report: Report, cfg: DictConfig, sets: Mapping[str, Annotation
         }
         if split == "train" and len(boxes) and suggest:
             propose_sizes(report, cfg, found, boxes, sizes, side.numpy())
+            propose_rois(report, cfg, found)
         if len(best) and (unmatched := float((best < rpn.negative_iou).float().mean())) > 0.01:
             keys = (key for key in report.suggestions if key.startswith(("model.rpn.", "augment.")))
             what = " ".join(f"{key}={report.suggestions[key]}" for key in keys) or "other objects than the training set"
@@ -380,6 +381,23 @@ def propose_sizes(
         report.advice.append(f"the anchors {where}; {line} reach {best.reached:.0%}, {best.iou:.2f}")
     else:
         report.advice.append(f"the anchors {where}: as well as others would")
+
+
+def propose_rois(report: Report, cfg: DictConfig, found: Annotations) -> None:
+    """More RoIs of an image in the losses, where an image has more objects than RoIs of objects enter them."""
+    rois, share = (
+        OmegaConf.select(cfg, f"model.box_head.{key}") for key in ("batch_size_per_image", "positive_fraction")
+    )
+    if rois is None:  # the RPN alone
+        return
+    images_of = np.repeat(np.arange(len(found)), np.diff(found.object_starts))[~found.crowd]
+    objects = len(images_of) / len(np.unique(images_of))
+    if more := advice.propose_rois(objects, rois, share):
+        report.suggestions[DRAWN] = str(more)
+        report.advice.append(
+            f"{DRAWN}={more}, not {rois}: images with objects have {objects:.1f} of them on average, and only "
+            f"{int(share * rois)} RoIs of objects enter the losses; more of them take longer and learn more"
+        )
 
 
 FEW_TO_DRAW = 10  # objects, of fewer of which draws say nothing

@@ -262,6 +262,30 @@ def test_best_anchor_against_all_anchors():
     torch.testing.assert_close(advice.best_anchor_iou(boxes, sizes, generator), box_iou(boxes, anchors).max(1).values)
 
 
+def test_an_image_of_average_crowdedness_has_a_place_for_each_object():
+    assert advice.propose_rois(24.7, rois=64, positive_fraction=0.25) == 128
+    assert advice.propose_rois(16.0, rois=64, positive_fraction=0.25) is None
+    assert advice.propose_rois(19.1, rois=64, positive_fraction=0.3) == 128  # 64 have 19 places
+    assert advice.propose_rois(300.0, rois=64, positive_fraction=0.25) == 512
+    assert advice.propose_rois(300.0, rois=512, positive_fraction=0.25) is None
+
+
+def test_rois_are_proposed_for_crowded_images(monkeypatch, capsys, folder):
+    """Images without objects do not count; with what is proposed there is nothing more to propose."""
+    boxes = [[4 * (i % 12), 4 * (i // 12), 9, 9] for i in range(40)]
+    objects = [
+        {"id": i, "bbox": b, "category_id": 2, "iscrowd": 0, "area": 81, "image_id": 7} for i, b in enumerate(boxes)
+    ]
+    change(folder, "train", lambda coco: coco.update(annotations=objects))
+    options = ["experiment=small", "model=faster_rcnn", "data.masks=false"]
+    _, report, printed = run(monkeypatch, capsys, folder, *options)
+    assert report["suggestions"]["model.box_head.batch_size_per_image"] == "256"
+    assert "images with objects have 40.0 of them on average, and only 16 RoIs of objects enter the losses" in printed
+    command = shlex.split(next(line for line in printed.splitlines() if line.strip().startswith("detector train")))
+    _, again, printed = run(monkeypatch, capsys, folder, *command[2:])
+    assert "model.box_head.batch_size_per_image" not in again["suggestions"] and "RoIs of objects" not in printed
+
+
 def test_sizes_are_those_after_resizing(folder):
     cfg = compose("train", ["data=custom", f"data.root={folder}", "experiment=none", "augment=default"])
     report = validate.report_on(cfg, images=False, pictures=0)
