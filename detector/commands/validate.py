@@ -388,7 +388,7 @@ def propose_rois(report: Report, cfg: DictConfig, found: Annotations) -> None:
     rois, share = (
         OmegaConf.select(cfg, f"model.box_head.{key}") for key in ("batch_size_per_image", "positive_fraction")
     )
-    if rois is None:  # the RPN alone
+    if rois is None or share is None:  # the RPN alone, a head of one's own
         return
     images_of = np.repeat(np.arange(len(found)), np.diff(found.object_starts))[~found.crowd]
     objects = len(images_of) / len(np.unique(images_of))
