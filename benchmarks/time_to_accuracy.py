@@ -100,7 +100,8 @@ OURS = {
     "bf16": "what recipes choose by themselves where the processor has it; all else here is fp32",
     "adamw": "AdamW at rate 0.003: the recipes' optimiser until Muon",
     "small_predictors": "last layers of the box head near zero, as Fast R-CNN's and, until 2026-11-27, the recipes'",
-    "few_rois": "64 RoIs of an image in the losses, as `small` has it where nothing else is said",
+    "few_rois": "64 RoIs of an image in the losses, as recipes have it where nothing else is said",
+    "more_rois": "128 RoIs of an image in the losses, as the digits have it",
     "turns": "pictures turned by quarters too, as all recipes of `small` had it until 2026-11-27",
 }
 THEIRS = {"trained_alike": "torchvision's detector, trained by our optimiser and schedule, clipped as ours"}
@@ -142,7 +143,8 @@ def part_overrides(part: str, name: str, images: int) -> list[str]:
         "bf16": ["runtime.precision=bf16"],
         "adamw": ["optimizer=adamw", "optimizer.lr=3e-3"],
         "small_predictors": ["model.box_head.predictor_init=small"],
-        "few_rois": [f"{ROIS}=64"] if setting.overrides else [],
+        "few_rois": [f"{ROIS}=64"] if name == "digits" else [],
+        "more_rois": [f"{ROIS}=128"] if name != "digits" else [],
         "masks": ["model.mask_head.target_threshold=null", "++model.mask_head.target_aligned=false"] if masks else [],
     }
     if part in ("augmentation", "turns"):

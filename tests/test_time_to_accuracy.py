@@ -25,7 +25,7 @@ def test_parts_are_configurations(name, part, tmp_path):
     overrides = time_to_accuracy.part_overrides(part, name, images=100)
     if not overrides:
         others = ["bccd", "nuclei", "shapes"]
-        same = {"masks": ["bccd"], "resize": ["shapes", "digits"], "augmentation": ["digits"]}
+        same = {"masks": ["bccd"], "resize": ["shapes", "digits"], "augmentation": ["digits"], "more_rois": ["digits"]}
         assert name in (same | {"turns": others, "few_rois": others})[part]
     else:
         assert time_to_accuracy.recipe(name, tmp_path, 0, tmp_path, overrides) != ours

@@ -380,7 +380,7 @@ def test_small_heads_reach_every_head_or_are_refused():
 
 
 def test_pictures_are_turned_only_where_they_have_no_up_and_down():
-    """A set of one's own may have: digits turned by quarters cost three quarters of the AP (docs/results.md)."""
+    """A set of one's own may have: digits turned by quarters cost two thirds of the AP (docs/results.md)."""
     names = [path.stem for path in (CONFIGS / "experiment").glob("*.yaml")]
     steps = {name: OmegaConf.to_yaml(compose(f"experiment={name}").get("augment") or {}) for name in names}
     turned = {name for name, text in steps.items() if "albumentations.D4" in text}
