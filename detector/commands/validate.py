@@ -396,7 +396,7 @@ def propose_rois(report: Report, cfg: DictConfig, found: Annotations) -> None:
         report.suggestions[DRAWN] = str(more)
         report.advice.append(
             f"{DRAWN}={more}, not {rois}: images with objects have {objects:.1f} of them on average, and only "
-            f"{int(share * rois)} RoIs of objects enter the losses; with more an iteration learns more, and takes longer"
+            f"{int(share * rois)} RoIs of objects enter the losses; with more an iteration learns more and takes longer"
         )
 
 
